@@ -1,0 +1,109 @@
+"""The project's checks: `pip install nox && nox` runs them all, on each supported Python that is installed."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import nox
+from packaging.requirements import Requirement
+
+nox.needs_version = ">=2025.10.14"
+nox.options.default_venv_backend = "venv"
+nox.options.download_python = "never"
+nox.options.error_on_missing_interpreters = False  # they are skipped, and named in nox's summary
+nox.options.sessions = ["lint", "types", "tests", "tests-min-deps"]
+
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+PYTHONS = nox.project.python_versions(PYPROJECT)
+OLDEST = PYTHONS[0]
+# What runs beside the whole on the oldest Python: without the real server, and without the fourth of the four
+# combinations of event loop and transport.
+CUT = ["-m", "not real", "-k", "not (uvloop and tls)"]
+COVERAGE = Path(".nox", "coverage-data").absolute()
+
+
+def is_installed(python: str) -> bool:
+    command = shutil.which(f"python{python}")
+    # pyenv puts commands on PATH for versions that are not switched on; those only fail.
+    return command is not None and subprocess.run([command, "-c", ""], capture_output=True, check=False).returncode == 0
+
+
+if os.environ.get("CI") == "true" and not is_installed(OLDEST):
+    raise SystemExit(f"with CI=true, Python {OLDEST} has to be there")
+
+
+def group(name: str) -> tuple[str, ...]:
+    return nox.project.dependency_groups(PYPROJECT, name)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, formatting and spelling."""
+    session.install(*group("lint"))
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    session.run("codespell")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Types, by two checkers."""
+    session.install(".[cli,testing]", *group("types"))
+    session.run("mypy")
+    session.run("pyright")
+
+
+@nox.session(python=PYTHONS)
+def tests(session: nox.Session) -> None:
+    """The tests, against the built and installed wheel: all of them on the oldest Python, a cut on the others."""
+    session.install(".[cli,testing]", *group("tests"))
+    if session.python == OLDEST:
+        run_tests(session, *session.posargs, measured=True)
+        if not session.posargs:
+            session.notify("coverage")
+    else:
+        run_tests(session, *(session.posargs or CUT))
+
+
+@nox.session(name="tests-min-deps", python=OLDEST)
+def tests_min_deps(session: nox.Session) -> None:
+    """The tests with the oldest versions of our dependencies that pyproject.toml allows."""
+    session.install(".[cli,testing]", *group("tests"), *map(oldest_version, requirements()))
+    run_tests(session, *(session.posargs or CUT))
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """What the tests have covered."""
+    session.install("coverage[toml]")
+    session.env["COVERAGE_FILE"] = str(COVERAGE / ".coverage")
+    session.run("coverage", "combine", "--keep", *map(str, COVERAGE.glob("tests-3*")))
+    session.run("coverage", "report")
+
+
+def run_tests(session: nox.Session, *arguments: str, measured: bool = False) -> None:
+    # A safe path is one without the working folder: what is imported is the installed wheel.
+    env = {"PYTHONSAFEPATH": "1"}
+    if not measured:
+        session.run("python", "-m", "pytest", "-q", *arguments, env=env)
+        return
+    data = COVERAGE / session.name
+    shutil.rmtree(data, ignore_errors=True)
+    data.mkdir(parents=True)
+    env["COVERAGE_FILE"] = str(data / ".coverage")
+    session.run("coverage", "run", "-m", "pytest", "-q", *arguments, env=env)
+
+
+def requirements() -> list[str]:
+    project = PYPROJECT["project"]
+    return [
+        *project["dependencies"],
+        *(need for extra in ("cli", "testing") for need in project["optional-dependencies"][extra]),
+    ]
+
+
+def oldest_version(requirement: str) -> str:
+    need = Requirement(requirement)
+    [bound] = [specifier.version for specifier in need.specifier if specifier.operator == ">="]
+    return f"{need.name}=={bound}"

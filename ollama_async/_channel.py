@@ -1,0 +1,283 @@
+"""One answer on its way from a connection to its reader: the buffer, the end, and the handle that cuts it off.
+
+A channel has one writer (a connection, or the task that drives somebody else's transport) and one reader. How it ends
+is decided once, by the first to say so: the reader, the writer, a timer, or ``abort()`` from any thread or signal
+handler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from ._cancel import Once, in_loop
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["HIGH_WATER", "Channel", "End", "Ended", "Link", "settled"]
+
+# Reading from the socket stops when this many bytes wait to be read, so that a slow reader of a fast server holds a
+# bounded amount. One read of asyncio or uvloop brings up to 256 KiB more.
+HIGH_WATER = 64 * 1024
+
+Kind = Literal["complete", "error", "aborted", "timeout", "closed", "cancelled"]
+
+
+# How long a caller waits for a task of ours that has been told to stop.
+_SETTLE_SECONDS = 0.5
+
+
+class End:
+    """How a channel ended; ``cause`` is the error, the abort reason, or the phase that timed out."""
+
+    __slots__ = ("cause", "kind")
+
+    def __init__(self, kind: Kind, cause: object = None) -> None:
+        self.kind: Kind = kind
+        self.cause = cause
+
+
+class Ended(Exception):  # noqa: N818  (no error by itself: the reader is told that the channel's end is decided)
+    """Raised out of whatever the reader was waiting for when the channel ends before it is complete."""
+
+    def __init__(self, end: End) -> None:
+        super().__init__(end.kind)
+        self.end = end
+
+
+class Link(Protocol):
+    """What a channel hangs on: a connection, a connection in the making, a task that drives a foreign transport."""
+
+    def sever(self, channel: Channel) -> None:
+        """Put the FIN on its way, at once. From any thread or signal handler; touches nothing of the event loop."""
+
+    def dispose(self, channel: Channel) -> None:
+        """Give everything back. In the event loop's thread."""
+
+    def resume(self) -> None:
+        """There is room again. In the event loop's thread."""
+
+
+class Channel:
+    """Blocks of one answer's body in the order they came, until the end."""
+
+    # Whether the answer is settled once its last byte has arrived (else: once the reader has got to it).
+    settles_on_arrival = True
+
+    # Whether the answer is made of lines.
+    by_line = False
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.status = 0
+        self.headers: Sequence[tuple[bytes, bytes]] = ()
+        self.reason_phrase = b""
+        self.http_version = b"HTTP/1.1"
+        # Times of the loop's clock, 0 for not yet: the request is out; the first line is there; the exchange last got
+        # on; and the one at which what is being pushed has arrived, noted once for all that one read brings.
+        self.sent = 0.0
+        self.first = 0.0
+        self.touched = 0.0
+        self.now = 0.0
+        self.arrived = False
+        self.paused = False
+        self._blocks: list[bytes] = []
+        self._size = 0
+        self._failure: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._link: Link | None = None
+        self._end = Once()
+
+    # -- the writer's side, in the loop's thread --
+
+    def restart(self) -> None:
+        """Begin anew: the answer that has come was a redirect, or asked for credentials, and another one follows."""
+        self.status = 0
+        self.headers = ()
+        self.arrived = False
+        self.paused = False
+        self.sent = self.first = 0.0
+        self._blocks = []
+        self._size = 0
+
+    def attach(self, link: Link) -> None:
+        """Hang the channel on a link; if it has ended in the meantime, the link is cut at once."""
+        self._link = link
+        # finish() decides first and looks for the link then; this does it the other way round. One of both sees it.
+        if self._end.value is not None:
+            link.sever(self)
+            link.dispose(self)
+
+    def detach(self) -> None:
+        """Let go of the link: the answer has arrived, the connection may serve others."""
+        self._link = None
+
+    def take_head(self, status: int, reason: bytes, headers: Sequence[tuple[bytes, bytes]], version: bytes) -> None:
+        """Take the head of the answer."""
+        self.reason_phrase = reason
+        self.headers = headers
+        self.http_version = version
+        self.status = status
+
+    def push(self, block: bytes) -> bool:
+        """Take a block of the body.
+
+        Returns:
+            Whether there is room for more; if not, the link's ``resume()`` is called when there is.
+        """
+        # A byte now and then is not an answer: what counts is whole lines where the answer is made of lines.
+        if not self.by_line or b"\n" in block:
+            if not self.first:
+                self.first = self.now
+            self.touched = self.now
+        self._blocks.append(block)
+        self._size += len(block)
+        if self._size > HIGH_WATER:
+            self.paused = True
+        return not self.paused
+
+    def complete(self) -> None:
+        """The whole answer has arrived."""
+        self.arrived = True
+        if self.settles_on_arrival:
+            self._decide(End("complete"))
+        self.detach()
+        self.wake()
+
+    def fail(self, error: Exception) -> None:
+        """The answer broke off; what has arrived is still delivered before the reader gets the error."""
+        self._failure = error
+        # An error that a waiting reader is about to get has been reached: an abort that comes after it is too late.
+        if self._waiter is not None and not self._blocks:
+            self.teardown(End("error", error))
+        self.wake()
+
+    def wake(self) -> None:
+        """Let the reader look again."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    # -- the reader's side, in the loop's thread --
+
+    @property
+    def end(self) -> End | None:
+        """How it ended, ``None`` while open."""
+        end: End | None = self._end.value
+        return end
+
+    @property
+    def ended_early(self) -> End | None:
+        """How it ended, unless it is open or at its natural end."""
+        end = self.end
+        return None if end is None or end.kind == "complete" else end
+
+    def check(self) -> None:
+        """Raise ``Ended`` if the end is decided and is not the natural one."""
+        if self._failure is not None and not self._blocks:
+            self.teardown(End("error", self._failure))
+        end = self.ended_early
+        if end is not None:
+            raise Ended(end)
+
+    @property
+    def linked(self) -> bool:
+        """Whether something may still arrive."""
+        return self._link is not None
+
+    async def pause(self) -> None:
+        """Wait until something has happened.
+
+        Cancellation: the channel is torn down, then the cancellation goes on.
+        """
+        self.check()
+        self._waiter = self.loop.create_future()
+        try:
+            await self._waiter
+        except BaseException:
+            self.teardown(End("cancelled"))
+            raise
+        finally:
+            self._waiter = None
+        self.check()
+
+    async def wait_for_head(self) -> None:
+        """Wait until the head of the answer is there."""
+        while not self.status:
+            await self.pause()
+
+    async def receive(self) -> bytes:
+        """Wait for the next bytes of the body.
+
+        Returns:
+            All that has arrived and not been read; ``b""`` after the end.
+
+        Cancellation: the channel is torn down, then the cancellation goes on.
+        """
+        while not self._blocks:
+            if self.arrived:
+                self.check()
+                return b""
+            await self.pause()
+        self.check()
+        return self.take()
+
+    def take(self) -> bytes:
+        """Return the bytes that wait to be read, without waiting for more."""
+        blocks = self._blocks
+        data = blocks[0] if len(blocks) == 1 else b"".join(blocks)
+        self._blocks = []
+        self._size = 0
+        if self.paused:
+            self.paused = False
+            # The time the reader took is not the server's silence.
+            self.touched = self.loop.time()
+            if self._link is not None:
+                self._link.resume()
+        return data
+
+    # -- the end --
+
+    def finish(self, end: End) -> bool:
+        """End the channel and put the FIN on its way, from any thread or signal handler.
+
+        The rest (waking the reader, giving the transport back) follows in the loop's next round: a signal handler may
+        have interrupted the loop in the middle of its own bookkeeping, which must not be entered again.
+
+        Returns:
+            Whether this call decided.
+        """
+        if not self._decide(end):
+            return False
+        link = self._link
+        if link is not None:
+            link.sever(self)
+        in_loop(self.loop, self._give_back)
+        return True
+
+    def teardown(self, end: End) -> None:
+        """End the channel if it has not ended, and give everything back now; for coroutines and timers of the loop."""
+        self._decide(end)
+        link = self._link
+        if link is not None:
+            link.sever(self)
+        self._give_back()
+
+    def _decide(self, end: End) -> bool:
+        return self._end.decide(end)
+
+    def _give_back(self) -> None:
+        link, self._link = self._link, None
+        if link is not None:
+            link.dispose(self)
+        self.wake()
+
+
+async def settled(task: asyncio.Task[Any]) -> None:
+    """Give a task of ours that has been told to stop the few rounds it needs, so that nothing of it is left behind.
+
+    A courtesy: everything decisive has been done. When this wait is cancelled the task ends all the same.
+    """
+    if not task.done():
+        # Somebody else's code may be on its way out in it: abort() waits for nobody.
+        await asyncio.wait([task], timeout=_SETTLE_SECONDS)

@@ -1,0 +1,148 @@
+"""How a connection is made: names, addresses, sockets, TLS. Every socket is known to the caller from the start."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import os
+import socket
+import ssl
+from typing import TYPE_CHECKING, Any
+
+from ._http import Connection, GuardedSocket, Origin
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["explain_error", "explain_tls_error", "open_socket", "start_tls"]
+
+# RFC 8305, section 5: how long one address may take before the next one is tried beside it.
+_STAGGER = 0.25
+
+
+async def open_socket(
+    loop: asyncio.AbstractEventLoop, origin: Origin, uds: str | None, sockets: set[GuardedSocket]
+) -> GuardedSocket:
+    """Connect to an origin, or to a unix socket in its place.
+
+    Args:
+        loop: The event loop.
+        origin: Where to.
+        uds: Path of a unix socket, or None.
+        sockets: Each socket is put in here before it is used, so that it can be severed.
+
+    Cancellation: safe; all sockets are closed.
+    """
+    if uds is not None:
+        return await _connect_socket(loop, socket.AF_UNIX, 0, uds, sockets)
+    addresses = await _resolve(loop, origin)
+    if len(addresses) == 1:
+        return await _connect_socket(loop, *addresses[0], sockets)
+    return await _first_connected(loop, addresses, sockets)
+
+
+async def start_tls(
+    connection: Connection, create: Any, sock: GuardedSocket, context: ssl.SSLContext, name: str
+) -> None:
+    """Make a TLS connection in two steps.
+
+    In one step (``create_connection(ssl=...)``) uvloop, cancelled between the two, leaves a future behind with an
+    exception that nobody looks at.
+    """
+    plain, _ = await create(asyncio.Protocol, sock=sock)
+    try:
+        tls = await asyncio.get_running_loop().start_tls(plain, connection, context, server_hostname=name)
+    except BaseException:
+        plain.abort()
+        raise
+    if tls is None or tls.is_closing():
+        raise ConnectionResetError("the connection was lost as soon as it was made")
+    connection.connection_made(tls)
+
+
+async def _resolve(loop: asyncio.AbstractEventLoop, origin: Origin) -> list[tuple[int, int, Any]]:
+    try:
+        address = ipaddress.ip_address(origin.host)
+    except ValueError:
+        found = await loop.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
+        return [(family, proto, where) for family, _, proto, _, where in found]
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    return [(family, 0, (origin.host, origin.port))]
+
+
+async def _connect_socket(
+    loop: asyncio.AbstractEventLoop, family: int, proto: int, address: Any, sockets: set[GuardedSocket]
+) -> GuardedSocket:
+    sock = GuardedSocket(family, socket.SOCK_STREAM, proto)
+    sockets.add(sock)
+    try:
+        if family in (socket.AF_INET, socket.AF_INET6):
+            # asyncio sets it only on sockets that name their protocol; without it a second small write waits 40 ms.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        await loop.sock_connect(sock, address)
+    except BaseException:
+        sockets.discard(sock)
+        sock.close()
+        raise
+    return sock
+
+
+async def _first_connected(
+    loop: asyncio.AbstractEventLoop, addresses: Iterable[tuple[int, int, Any]], sockets: set[GuardedSocket]
+) -> GuardedSocket:
+    """Connect to the addresses in order, each beside the slow ones before it; return the first that succeeds."""
+    waiting = list(addresses)
+    running: set[asyncio.Task[GuardedSocket]] = set()
+    error: BaseException | None = None
+    winner: asyncio.Task[GuardedSocket] | None = None
+    try:
+        while winner is None and (waiting or running):
+            if waiting:
+                running.add(loop.create_task(_connect_socket(loop, *waiting.pop(0), sockets)))
+            done, running = await asyncio.wait(
+                running, timeout=_STAGGER if waiting else None, return_when=asyncio.FIRST_COMPLETED
+            )
+            for task in done:
+                if task.exception() is None and winner is None:
+                    winner = task
+                elif task.exception() is None:
+                    task.result().close()
+                error = error or task.exception()
+        _stop_dialling(running)
+        if running:
+            await asyncio.wait(running)
+    except BaseException:
+        _stop_dialling(running)
+        if winner is not None:
+            winner.result().close()
+        raise
+    if winner is None:
+        raise error or OSError("the name has no address")
+    return winner.result()
+
+
+def _stop_dialling(tasks: Iterable[asyncio.Task[GuardedSocket]]) -> None:
+    for task in tasks:
+        if not task.cancelling():
+            task.add_done_callback(_close_late)
+            task.cancel()
+
+
+def _close_late(task: asyncio.Task[GuardedSocket]) -> None:
+    if not task.cancelled() and task.exception() is None:
+        task.result().close()
+
+
+def explain_error(exc: OSError) -> str:
+    """Say what went wrong."""
+    # asyncio's own text is a tuple of the address in brackets.
+    return os.strerror(exc.errno) if exc.errno and exc.errno > 0 else str(exc)
+
+
+def explain_tls_error(exc: ssl.SSLError) -> str:
+    """Say what went wrong with TLS."""
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        return f"the certificate is not accepted: {exc.verify_message}"
+    if exc.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"):
+        return f"the server does not speak TLS there; is it http:// rather than https://? ({exc.reason})"
+    return str(exc.reason or exc)

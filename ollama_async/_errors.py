@@ -1,0 +1,248 @@
+"""Every error of the library, as one tree.
+
+::
+
+    OllamaError
+    ├── AbortError            a token or a stream was aborted by you
+    ├── RequestError          the request cannot be sent as it is (also a ValueError)
+    │   └── HostError         the host is no usable address
+    ├── ConnectError          no connection to the server (also a builtin ConnectionError)
+    ├── ConnectionBroken      the connection was lost before the answer was complete (also a ConnectionError)
+    ├── PhaseTimeout          one of the Timeouts passed (also a builtin TimeoutError)
+    ├── ProtocolError         what came is not what an Ollama server sends
+    ├── ResponseError         the server answered with an error status
+    │   ├── BadRequestError           400
+    │   ├── AuthenticationError       401
+    │   ├── PermissionDeniedError     403
+    │   ├── NotFoundError             404
+    │   ├── RateLimitError            429
+    │   ├── ServerError               5xx
+    │   │   └── ServerBusyError       503
+    │   └── StreamError               an error frame inside a stream that had begun
+    ├── StreamTruncated       the stream ended without ``done`` (only with ``strict=True``)
+    ├── StreamClosed          a stream or client was used after it was closed (also a RuntimeError)
+    └── StreamBusy            a second task read a stream that another one is reading (also a RuntimeError)
+
+Each error that ends a stream carries what had arrived until then in ``partial``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = [
+    "AbortError",
+    "AuthenticationError",
+    "BadRequestError",
+    "ConnectError",
+    "ConnectionBroken",
+    "HostError",
+    "NotFoundError",
+    "OllamaError",
+    "PermissionDeniedError",
+    "PhaseTimeout",
+    "ProtocolError",
+    "RateLimitError",
+    "RequestError",
+    "ResponseError",
+    "ServerBusyError",
+    "ServerError",
+    "StreamBusy",
+    "StreamClosed",
+    "StreamError",
+    "StreamTruncated",
+    "response_error",
+]
+
+# Word for word what ollama-python says: programs compare it.
+CONNECTION_ERROR_MESSAGE = (
+    "Failed to connect to Ollama. Please check that Ollama is downloaded, running and accessible. "
+    "https://ollama.com/download"
+)
+
+
+class OllamaError(Exception):
+    """Base of all errors of this library."""
+
+    partial: Any = None
+    """The merged answer up to the error, such as a ``ChatResponse``; ``None`` if nothing had come."""
+
+
+class AbortError(OllamaError):
+    """The call was ended by ``abort()`` on its token, its stream or its client.
+
+    Attributes:
+        reason: What was given to ``abort()``, the very same object; ``None`` if nothing was given.
+            When it is an exception it is also the ``__cause__``.
+    """
+
+    def __init__(self, reason: object = None, partial: Any = None) -> None:
+        super().__init__("aborted" if reason is None else f"aborted: {reason}")
+        self.reason = reason
+        self.partial = partial
+        if isinstance(reason, BaseException):
+            self.__cause__ = reason
+
+
+class RequestError(OllamaError, ValueError):
+    """The request cannot be sent as it is: a parameter is missing, of the wrong type, or not allowed.
+
+    Attributes:
+        error: The text of the error.
+    """
+
+    def __init__(self, error: str) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+class HostError(RequestError):
+    """The host given to the client, or in ``OLLAMA_HOST``, is no usable address."""
+
+
+class ConnectError(OllamaError, ConnectionError):
+    """No connection to the server could be made.
+
+    The text is the one of ollama-python; what went wrong, and with which address, is in ``detail`` and in a note.
+    """
+
+    def __init__(self, detail: str = "") -> None:
+        super().__init__(CONNECTION_ERROR_MESSAGE)
+        self.detail = detail
+        if detail:
+            self.add_note(detail)
+
+
+class ConnectionBroken(OllamaError, ConnectionError):
+    """The connection was lost before the answer was complete."""
+
+    def __init__(self, message: str, partial: Any = None) -> None:
+        super().__init__(message)
+        self.partial = partial
+
+
+class PhaseTimeout(OllamaError, TimeoutError):
+    """One of the ``Timeouts`` of the call passed.
+
+    Attributes:
+        phase: ``"connect"``, ``"first_chunk"``, ``"idle"`` or ``"total"``.
+        seconds: How long that phase was allowed to last.
+    """
+
+    def __init__(self, phase: str, seconds: float, partial: Any = None) -> None:
+        super().__init__(_PHASE_TEXT[phase].format(seconds=f"{seconds:g}"))
+        self.phase = phase
+        self.seconds = seconds
+        self.partial = partial
+
+
+_PHASE_TEXT = {
+    "connect": "no connection to the server within {seconds} s (connect timeout)",
+    "first_chunk": (
+        "the server sent nothing within {seconds} s of the request (first_chunk timeout): "
+        "the model may still be loading, or the server's queue may be full; if it goes on while other routes of the "
+        "server answer, its slots may be lost to earlier aborts: unload the model (keep_alive=0) and ask again"
+    ),
+    "idle": "the server neither sent nor took anything for {seconds} s (idle timeout)",
+    "total": "the answer was not complete within {seconds} s (total timeout)",
+}
+
+
+class ProtocolError(OllamaError):
+    """What the server sent is not HTTP, not NDJSON, not what Ollama sends, or over a limit."""
+
+    def __init__(self, message: str, partial: Any = None) -> None:
+        super().__init__(message)
+        self.partial = partial
+
+
+class ResponseError(OllamaError):
+    """The server answered with an error status.
+
+    Attributes:
+        error: The server's own text.
+        status_code: The HTTP status.
+        signin_url: Where to sign in, when the server sent one with a 401.
+        headers: The headers of the answer, as a mapping; empty when there was no answer at hand.
+    """
+
+    def __init__(self, error: str, status_code: int = -1) -> None:
+        super().__init__(error)
+        self.error = error
+        self.status_code = status_code
+        self.signin_url: str | None = None
+        self.headers: Any = {}
+
+    def __str__(self) -> str:
+        return f"{self.error} (status code: {self.status_code})"
+
+
+class BadRequestError(ResponseError):
+    """Status 400: the server does not accept the request."""
+
+
+class AuthenticationError(ResponseError):
+    """Status 401: the key is missing or wrong; see ``signin_url``."""
+
+
+class PermissionDeniedError(ResponseError):
+    """Status 403: forbidden; a local server says this to a ``Host`` header that is not its own."""
+
+
+class NotFoundError(ResponseError):
+    """Status 404: no such model, blob or route."""
+
+
+class RateLimitError(ResponseError):
+    """Status 429: too many requests."""
+
+
+class ServerError(ResponseError):
+    """Status 500 and above: the server failed."""
+
+
+class ServerBusyError(ServerError):
+    """Status 503: the server's queue is full."""
+
+
+class StreamError(ResponseError):
+    """The server sent an error frame inside a stream that had begun.
+
+    ``status_code`` is the one in the frame when there is one, else the HTTP status of the answer.
+    """
+
+
+class StreamTruncated(OllamaError):
+    """The stream ended properly but without a last chunk that says ``done`` (raised with ``strict=True``)."""
+
+    def __init__(self, message: str, partial: Any = None) -> None:
+        super().__init__(message)
+        self.partial = partial
+
+
+class StreamClosed(OllamaError, RuntimeError):
+    """A stream or a client was used after it had been closed."""
+
+    def __init__(self, message: str, partial: Any = None) -> None:
+        super().__init__(message)
+        self.partial = partial
+
+
+class StreamBusy(OllamaError, RuntimeError):
+    """A second task wanted to read a stream that another task is reading."""
+
+
+_BY_STATUS: dict[int, type[ResponseError]] = {
+    400: BadRequestError,
+    401: AuthenticationError,
+    403: PermissionDeniedError,
+    404: NotFoundError,
+    429: RateLimitError,
+    503: ServerBusyError,
+}
+
+
+def response_error(error: str, status_code: int) -> ResponseError:
+    """Make the ``ResponseError`` of the class that belongs to an HTTP status."""
+    kind = _BY_STATUS.get(status_code, ServerError if status_code >= 500 else ResponseError)
+    return kind(error, status_code)

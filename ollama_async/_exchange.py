@@ -1,0 +1,407 @@
+"""``Exchange``: one request and its answer, under tokens and timeouts, over any transport.
+
+It has two forms. Over ``DirectTransport`` the caller's task sends the request and waits on the channel, and ``abort()``
+shuts the socket down. Over anything else (a proxy, somebody's own httpx client, a mock) and where somebody's code runs
+on the way (an auth flow, event hooks), the request runs in a task that the library owns, which is cancelled once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from ._cancel import drained, in_loop
+from ._channel import Channel, End, Ended, Kind, settled
+from ._errors import AbortError, PhaseTimeout, ProtocolError, StreamClosed
+from ._failures import json_object, status_error, stream_error, translate
+from ._transport import CHANNEL
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ._cancel import CancelToken, Registration
+    from ._timeouts import Timeouts
+
+__all__ = ["MAX_BODY_BYTES", "Exchange"]
+
+# An answer that is no stream is held as a whole. 1,000 embeddings of 4,096 numbers are about 50 MB of JSON.
+MAX_BODY_BYTES = 512 * 1024 * 1024
+
+# More of an error's body than this is of use to nobody.
+_MAX_ERROR_BODY = 64 * 1024
+
+# How long the end of the body may take after the last chunk said that it is the last (it is one packet away).
+DRAIN_SECONDS = 0.1
+
+
+class Exchange(Channel):
+    """One request and its answer.
+
+    Args:
+        client: The httpx client to send with.
+        request: The request.
+        owned: Whether to send in the caller's task, over a ``DirectTransport``.
+        streaming: Whether the answer is settled when the reader has got to its end, not when it has arrived.
+        timeouts: How long each phase may last.
+    """
+
+    def __init__(
+        self, client: httpx.AsyncClient, request: httpx.Request, *, owned: bool, streaming: bool, timeouts: Timeouts
+    ) -> None:
+        super().__init__(asyncio.get_running_loop())
+        self._streaming = streaming
+        self.settles_on_arrival = not streaming
+        self.by_line = streaming
+        self.started = self.loop.time()
+        self.ended_at = 0.0
+        self._client = client
+        self._request = request
+        self._owned = owned
+        self._timeouts = timeouts
+        # The task that runs the request where somebody else's transport or code is on the way.
+        self._task: asyncio.Task[None] | None = None
+        self._registrations: list[Registration] = []
+        self._timer: asyncio.TimerHandle | None = None
+
+    def watch(self, token: CancelToken, kind: Kind = "aborted") -> None:
+        """End with the token."""
+        self._registrations.append(token.on_abort(lambda reason: self.finish(End(kind, reason))))
+        if self.end is not None:
+            self._unwatch()
+
+    async def open(self) -> None:
+        """Send the request and wait for the head of the answer.
+
+        Raises:
+            Ended: By whatever ended it.
+
+        Cancellation: the socket is closed at once.
+        """
+        self.check()
+        self._arm()
+        request = self._request
+        connect = self._timeouts.connect
+        limits = {"connect": connect, "pool": connect, "read": None, "write": None}
+        request.extensions = {**request.extensions, "timeout": limits}
+        try:
+            if self._owned:
+                request.extensions[CHANNEL] = self
+                response = await self._client.send(request, stream=True)
+                # The response and its stream hold each other; nothing of it is needed but what the channel has.
+                response.stream = httpx.ByteStream(b"")
+                self._refuse_encoding()
+            else:
+                errand = _Errand(self, self._client, request)
+                self.attach(errand)
+                self._task = errand.start()
+                await self.wait_for_head()
+            self.check()
+        except BaseException as exc:
+            self.teardown(End("error" if isinstance(exc, Exception) else "cancelled", exc))
+            if isinstance(exc, Exception):
+                assert self.end is not None
+                raise Ended(self.end) from exc
+            raise
+        finally:
+            # It holds this exchange, which holds it.
+            request.extensions = {}
+
+    def _refuse_encoding(self) -> None:
+        for name, value in self.headers:
+            if name.lower() == b"content-encoding" and value.lower() not in (b"", b"identity"):
+                shown = value.decode("latin-1")
+                raise ProtocolError(f"the answer is encoded as {shown!r}, which was not asked for")
+
+    async def read(self) -> bytes:
+        """Wait for the whole body.
+
+        Raises:
+            Ended: By whatever ended it; also when the body is over the limit.
+
+        Cancellation: the socket is closed at once.
+        """
+        blocks: list[bytes] = []
+        size = 0
+        while block := await self.receive():
+            blocks.append(block)
+            size += len(block)
+            if size > MAX_BODY_BYTES:
+                self.teardown(End("error", ProtocolError(f"the server's answer is over {MAX_BODY_BYTES:,} bytes")))
+                self.check()
+        return blocks[0] if len(blocks) == 1 else b"".join(blocks)
+
+    async def raise_for_status(self) -> None:
+        """Raise the ``ResponseError`` that the server answered with, if it did.
+
+        Cancellation: the socket is closed at once.
+        """
+        if self.status < 300:
+            return
+        error = status_error(self, await self._error_body())
+        self.teardown(End("error", error))
+        if self.end is not None and self.end.kind == "error":
+            # Also where the connection broke after the status had come: the status says more.
+            self.end.cause = error
+        try:
+            # Says so itself, unless something else came first; an answer that settled on arrival was complete by then.
+            self.check()
+            raise error
+        finally:
+            # Raised, it holds this frame.
+            del error
+
+    async def _error_body(self) -> bytes:
+        body = b""
+        try:
+            while len(body) < _MAX_ERROR_BODY and (block := await self.receive()):
+                body += block
+        except Ended as ended:
+            if ended.end.kind != "error":
+                raise
+        return body[:_MAX_ERROR_BODY]
+
+    def no_error(self, body: bytes) -> bytes:
+        """Return the body of an answer, unless it is an error that came with a status of success."""
+        if b'"error"' in body:
+            frame = json_object(body)
+            if frame.get("error") is not None:
+                raise stream_error(frame, self)
+        return body
+
+    def settle(self) -> bool:
+        """The reader has all it wanted: from now on nothing can end this any more.
+
+        Returns:
+            Whether it is so; False if something had ended it before.
+        """
+        decided = self.end
+        settled = self._decide(End("complete")) or (decided is not None and decided.kind == "complete")
+        self._release()
+        return settled
+
+    async def drain(self) -> None:
+        """Wait a moment for the rest of a settled answer, so that its connection can be used again.
+
+        Cancellation: the socket is closed at once.
+        """
+        if not self.linked or self._waiter is not None:
+            # It is all there, or another task waits for it already.
+            return
+        self._drain_behind()
+        while self.linked:
+            self.take()
+            await self.pause()
+
+    def drain_behind(self) -> None:
+        """As ``drain()``, when nobody waits for it; from any thread."""
+        in_loop(self.loop, self._drain_behind)
+
+    def _drain_behind(self) -> None:
+        if self.linked and self._timer is None:
+            self._timer = self.loop.call_later(DRAIN_SECONDS, self.teardown, End("complete"))
+
+    def error(self, partial: Any = None) -> BaseException:
+        """Return what to raise for how this ended, to a reader that has got ``partial``; an own instance each time."""
+        end = self.end
+        assert end is not None
+        cause = end.cause
+        if end.kind == "aborted":
+            return AbortError(cause, partial)
+        if end.kind == "timeout":
+            return PhaseTimeout(str(cause), getattr(self._timeouts, str(cause)), partial)
+        if isinstance(cause, BaseException):
+            return translate(cause, self._timeouts, partial)
+        return StreamClosed(cause if isinstance(cause, str) else _CLOSED[end.kind], partial)
+
+    async def gone(self) -> None:
+        """Wait until nothing is left of an exchange that has ended.
+
+        Cancellation: safe, it ends all the same.
+        """
+        if self._task is not None:
+            await settled(self._task)
+
+    # -- the end --
+
+    async def pause(self) -> None:
+        """Wait until something has happened.
+
+        Cancellation: the socket is closed at once.
+        """
+        try:
+            await super().pause()
+        except BaseException:
+            await self.gone()
+            raise
+
+    def take_head(self, status: int, reason: bytes, headers: Sequence[tuple[bytes, bytes]], version: bytes) -> None:
+        """Take the head of the answer."""
+        # What httpx follows is not the answer yet, and an error is no stream.
+        self.by_line = self._streaming and status < 300
+        self.settles_on_arrival = not self._streaming and not 300 <= status < 400
+        # From here on the server may not fall silent for longer than the idle limit.
+        self.touched = self.loop.time()
+        super().take_head(status, reason, headers, version)
+
+    def detach(self) -> None:
+        """Let go of the link; if the answer is settled, nothing can come any more."""
+        super().detach()
+        if self.end is not None:
+            self._release()
+
+    def _decide(self, end: End) -> bool:
+        decided = super()._decide(end)
+        if decided:
+            self.ended_at = self.loop.time()
+            # In whatever thread this is: a token that outlives many calls must not collect what is left of them.
+            self._unwatch()
+        return decided
+
+    def _give_back(self) -> None:
+        self._release()
+        super()._give_back()
+
+    def _unwatch(self) -> None:
+        for registration in drained(self._registrations):
+            registration.remove()
+
+    def _release(self) -> None:
+        self._unwatch()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    # -- the one timer --
+
+    def _arm(self) -> None:
+        due = self._due()
+        if due is not None:
+            self._timer = self.loop.call_at(due[0], self._check_time)
+
+    def _due(self) -> tuple[float, str] | None:
+        """Return when the next limit passes, and which it is, as things stand now."""
+        limits, now = self._timeouts, self.loop.time()
+        due: list[tuple[float, str]] = []
+        if limits.total is not None:
+            due.append((self.started + limits.total, "total"))
+        if self.arrived or self._failure is not None:
+            # What the reader has not read yet is not the server's silence.
+            return min(due, default=None)
+        if not self.first and limits.first_chunk is not None:
+            # Before the request is out there is nothing to wait for yet: look again after that time at the latest.
+            due.append(((self.sent or now) + limits.first_chunk, "first_chunk"))
+        if limits.idle is not None:
+            # Not while the server is at work on the first token, nor while it is the reader who keeps it from sending.
+            counts = (self.status or not self.sent) and not self.paused
+            due.append((((counts and self.touched) or now) + limits.idle, "idle"))
+        return min(due, default=None)
+
+    def _check_time(self) -> None:
+        # Chunks only note when they came. The timer, when it goes off, finds out how long the silence has been, and
+        # sets itself anew: one timer a stream, not one a chunk.
+        self._timer = None
+        due = self._due()
+        if due is None or self.end is not None:
+            return
+        if due[0] <= self.loop.time():
+            self.teardown(End("timeout", due[1]))
+        else:
+            self._timer = self.loop.call_at(due[0], self._check_time)
+
+
+class _Errand:
+    """A request that runs in a task of ours, over a transport that is not; the link of its exchange."""
+
+    def __init__(self, exchange: Exchange, client: httpx.AsyncClient, request: httpx.Request) -> None:
+        self._exchange = exchange
+        self._client = client
+        self._request = request
+        self._socket: Any = None
+        # If the foreign client has one of our transports under it, its connection hangs on this.
+        self._inner = Channel(exchange.loop)
+        # It may be used for several requests in turn, if credentials are asked for or a redirect is followed.
+        self._inner.settles_on_arrival = False
+        self._room = asyncio.Event()
+        self._stopped = False
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> asyncio.Task[None]:
+        """Begin; after the errand has become the exchange's link, since an eager task may be through at once."""
+        self._task = self._exchange.loop.create_task(self._run())
+        return self._task
+
+    def sever(self, channel: Channel) -> None:
+        self._inner.finish(End("closed"))
+        # Only in the loop's own thread: elsewhere the foreign pool may be closing this very descriptor, and its number
+        # may belong to somebody else before it is duplicated.
+        if self._socket is None or asyncio._get_running_loop() is not channel.loop:  # noqa: SLF001
+            return
+        try:
+            duplicate = socket.socket(fileno=os.dup(self._socket.fileno()))
+        except OSError:
+            return
+        with duplicate:
+            try:
+                duplicate.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                return
+
+    def dispose(self, channel: Channel) -> None:
+        # Once: foreign pools leak when they are cancelled again while they clean up.
+        if not self._stopped and self._task is not None:
+            self._stopped = True
+            self._task.cancel()
+
+    def resume(self) -> None:
+        self._room.set()
+
+    async def _run(self) -> None:
+        exchange = self._exchange
+        try:
+            exchange.touched = exchange.sent = exchange.loop.time()
+            self._request.extensions[CHANNEL] = self._inner
+            response = await self._client.send(self._request, stream=True)
+            try:
+                await self._pass_on(response)
+            finally:
+                await response.aclose()
+        except Exception as exc:
+            exchange.fail(exc)
+        except BaseException:
+            exchange.teardown(End("closed", "the event loop is shutting down"))
+            raise
+        else:
+            exchange.complete()
+
+    async def _pass_on(self, response: httpx.Response) -> None:
+        exchange = self._exchange
+        network = response.extensions.get("network_stream")
+        # A connection of HTTP/2 carries other requests as well.
+        if network is not None and response.http_version != "HTTP/2":
+            self._socket = network.get_extra_info("socket")
+        exchange.take_head(
+            response.status_code,
+            response.extensions.get("reason_phrase", b""),
+            response.headers.raw,
+            response.extensions.get("http_version", b"HTTP/1.1"),
+        )
+        exchange.wake()
+        async for block in response.aiter_bytes():
+            exchange.now = exchange.loop.time()
+            room = exchange.push(block)
+            exchange.wake()
+            if not room:
+                self._room.clear()
+                await self._room.wait()
+
+
+_CLOSED = {
+    "closed": "the stream is closed",
+    "cancelled": "the stream is closed: the task that read it was cancelled",
+    "error": "the stream is closed",
+    "complete": "the stream is at its end",
+}

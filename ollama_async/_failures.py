@@ -1,0 +1,156 @@
+"""What went wrong, as one of our errors: failures of transports, error statuses, error frames."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from typing import TYPE_CHECKING, Any, cast
+
+import httpx
+
+from ._channel import Channel, Ended
+from ._errors import (
+    ConnectError,
+    ConnectionBroken,
+    HostError,
+    OllamaError,
+    PhaseTimeout,
+    ProtocolError,
+    RequestError,
+    ResponseError,
+    StreamError,
+    response_error,
+)
+from ._http import PeerClosed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ._timeouts import Timeouts
+
+__all__ = ["json_object", "status_error", "stream_error", "translate"]
+
+
+def _connection_broken(exc: BaseException, limits: Timeouts) -> OllamaError:
+    return ConnectionBroken(f"the connection was lost before the answer was complete: {str(exc) or type(exc).__name__}")
+
+
+def _remote_protocol(exc: BaseException, limits: Timeouts) -> OllamaError:
+    # What h11, under other transports, says of a connection that ended.
+    if isinstance(exc, PeerClosed) or str(exc).startswith(("peer closed", "Server disconnected")):
+        return _connection_broken(exc, limits)
+    return ProtocolError(str(exc))
+
+
+# By name, so that the exceptions of httpx2 (a continuation of httpx) are known without importing it. The first class in
+# the exception's line of descent that stands here decides.
+_TRANSLATIONS: dict[str, Callable[[BaseException, Timeouts], OllamaError]] = {
+    "ConnectTimeout": lambda _, limits: PhaseTimeout("connect", limits.connect or 0.0),
+    "PoolTimeout": lambda _, limits: PhaseTimeout("connect", limits.connect or 0.0),
+    "TimeoutException": lambda _, limits: PhaseTimeout("idle", limits.idle or 0.0),
+    "ConnectError": lambda exc, _: ConnectError(str(exc)),
+    "ProxyError": lambda exc, _: ConnectError(f"the proxy refused: {exc}"),
+    "NetworkError": _connection_broken,
+    "RemoteProtocolError": _remote_protocol,
+    "LocalProtocolError": lambda exc, _: RequestError(str(exc)),
+    "UnsupportedProtocol": lambda exc, _: HostError(str(exc)),
+    "InvalidURL": lambda exc, _: HostError(str(exc)),
+    "TransportError": _connection_broken,
+    "RequestError": lambda exc, _: ProtocolError(str(exc)),
+}
+
+
+def translate(exc: BaseException, limits: Timeouts, partial: Any) -> BaseException:
+    """Turn an error of a transport into one of ours; leave everything else as it is."""
+    if isinstance(exc, OllamaError):
+        _strip(exc)
+        return _fresh(exc, partial)
+    for ancestor in type(exc).__mro__:
+        translation = _TRANSLATIONS.get(ancestor.__name__)
+        if translation is not None and ancestor.__module__.partition(".")[0] in ("httpx", "httpx2"):
+            _strip(exc)
+            error = translation(exc, limits)
+            error.partial = partial
+            error.__cause__ = exc
+            return error
+    return exc
+
+
+def _strip(exc: BaseException | None) -> None:
+    """Drop what an error that the exchange keeps has collected on its way here.
+
+    Its tracebacks hold the frames that hold the exchange: a circle that only the garbage collector would open.
+    """
+    while exc is not None:
+        exc.__traceback__ = None
+        if isinstance(exc.__cause__, Ended):
+            exc.__cause__ = None
+        if isinstance(exc.__context__, Ended):
+            exc.__context__ = None
+        exc = exc.__cause__ or exc.__context__
+
+
+def _fresh(exc: OllamaError, partial: Any) -> OllamaError:
+    """Copy an error that may be raised again: one instance would collect a traceback at each raise."""
+    copy = type(exc).__new__(type(exc))
+    copy.args = exc.args
+    copy.__dict__.update(exc.__dict__)
+    copy.__cause__ = exc.__cause__
+    copy.partial = partial
+    return copy
+
+
+_MAX_ERROR_TEXT = 500
+
+_HTML_TITLE = re.compile(r"<title[^>]*>(.*?)</title>", re.IGNORECASE | re.DOTALL)
+
+
+def status_error(channel: Channel, body: bytes) -> ResponseError:
+    """Make the error that an answer with an error status stands for, out of JSON, HTML, text or nothing."""
+    text = body.decode("utf-8", "replace").strip()
+    frame = json_object(text)
+    if frame.get("error"):
+        error = response_error(_error_text(frame["error"]), channel.status)
+        _sign_in(error, frame)
+    else:
+        error = response_error(_plain(text) or channel.reason_phrase.decode("latin-1") or "no text", channel.status)
+    error.headers = httpx.Headers(list(channel.headers))
+    return error
+
+
+def json_object(text: str | bytes) -> dict[str, Any]:
+    """Read a JSON object; anything else is an empty one."""
+    try:
+        value: object = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+
+
+def _plain(text: str) -> str:
+    if text[:1] == "<":
+        title = _HTML_TITLE.search(text)
+        text = f"(HTML) {html.unescape(title[1]).strip()}" if title else "(HTML page without a title)"
+    return text if len(text) <= _MAX_ERROR_TEXT else text[:_MAX_ERROR_TEXT] + "..."
+
+
+def _error_text(error: object) -> str:
+    if isinstance(error, dict):
+        # As the OpenAI-compatible routes and many gateways send it.
+        error = cast("dict[str, object]", error).get("message", cast("object", error))
+    return error if isinstance(error, str) else json.dumps(error)
+
+
+def _sign_in(error: ResponseError, frame: dict[str, Any]) -> None:
+    url = frame.get("signin_url")
+    error.signin_url = url if isinstance(url, str) else None
+
+
+def stream_error(frame: dict[str, Any], channel: Channel) -> StreamError:
+    """Make the error for an error frame inside a stream."""
+    code = frame.get("StatusCode")
+    error = StreamError(_error_text(frame["error"]), code if isinstance(code, int) else channel.status)
+    _sign_in(error, frame)
+    error.headers = httpx.Headers(list(channel.headers))
+    return error

@@ -1,0 +1,170 @@
+"""Which server: the rules of ``OLLAMA_HOST``, as the server itself and ollama-python read it."""
+
+from __future__ import annotations
+
+import base64
+import ipaddress
+import os
+import re
+import urllib.parse
+import urllib.request
+from typing import NamedTuple
+
+import httpx
+
+from ._errors import HostError
+
+__all__ = ["Host", "env_api_key", "env_proxy", "parse_host"]
+
+_DEFAULT_PORT = {"http": 80, "https": 443}
+_HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
+
+
+class Host(NamedTuple):
+    """A server's address.
+
+    Attributes:
+        url: Base URL, without credentials, without a slash at its end.
+        name: Host name or IP address.
+        credentials: The value of an ``Authorization`` header, if the address had a user name in it.
+    """
+
+    url: str
+    name: str
+    credentials: str | None
+
+
+def parse_host(given: str | None) -> Host:
+    """Read an address as ``OLLAMA_HOST`` may have it.
+
+    Scheme, port and path may be left out (``http``, 11434, none); with a scheme the port is that scheme's. An address
+    that only a server can listen on (``0.0.0.0``, ``::``) is dialled as loopback.
+
+    Args:
+        given: The address; ``None`` and ``""`` are ``http://127.0.0.1:11434``.
+
+    Raises:
+        HostError: It is no address. The text never shows credentials.
+    """
+    text = (given or "").strip().strip("\"'").strip()
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        scheme, rest = "", text
+    scheme = scheme.lower()
+    authority, _, path = rest.partition("/")
+    if "@" in path or ("@" in text and not re.fullmatch("[a-z]*", scheme)):
+        # Not shown: it may be a password.
+        raise HostError("the host has an '@' in the wrong place; write a '/' in a password as %2F")
+    if scheme not in ("", "http", "https"):
+        raise HostError(f"the host has the scheme {scheme!r}; Ollama is reached over http or https")
+    userinfo, _, address = authority.rpartition("@")
+    name, port = _split_port(address)
+    if name.lower() == "ollama.com" and not scheme and not port:
+        scheme = "https"
+    number = _port(port) if port else _DEFAULT_PORT[scheme] if scheme else 11434
+    name = _name(name)
+    shown = f"[{name}]" if ":" in name else name
+    url = f"{scheme or 'http'}://{shown}:{number}{_path(path)}"
+    try:
+        httpx.URL(url)
+    except httpx.InvalidURL as exc:
+        raise HostError(f"the host {address!r} is no address: {exc}") from exc
+    return Host(url, name, _basic(userinfo) if userinfo else None)
+
+
+def _split_port(address: str) -> tuple[str, str]:
+    if address.startswith("["):
+        name, bracket, port = address[1:].partition("]")
+        if not bracket or (port and not port.startswith(":")):
+            raise HostError(f"the host {address!r} is no address: an IPv6 address looks like [::1]:11434")
+        return name, port[1:]
+    if address.count(":") > 1:
+        return address, ""
+    name, _, port = address.partition(":")
+    return name, port
+
+
+def _port(text: str) -> int:
+    # isdecimal() alone also takes digits of other scripts.
+    if not (text.isascii() and text.isdecimal()) or len(text) > 5 or not 0 < int(text) < 65536:
+        raise HostError(f"the host has the port {text[:20]!r}; a port is a number from 1 to 65535")
+    return int(text)
+
+
+def _name(name: str) -> str:
+    if not name:
+        return "127.0.0.1"
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        if ":" in name:
+            return _loose_ipv6(name)
+        return _dns_name(name)
+    if address.is_unspecified:
+        return "127.0.0.1" if address.version == 4 else "::1"
+    return name
+
+
+def _loose_ipv6(name: str) -> str:
+    # Leading zeros ("0001:002:...") and zones are for the resolver to judge.
+    if re.fullmatch(r"[0-9A-Fa-f:.]+(%[A-Za-z0-9_.-]+)?", name):
+        return name
+    raise HostError(f"the host {name!r} is no IPv6 address")
+
+
+def _dns_name(name: str) -> str:
+    try:
+        ascii_name = name if name.isascii() else name.encode("idna").decode("ascii")
+    except UnicodeError as exc:
+        raise HostError(f"the host {name!r} is no host name") from exc
+    if not _HOST_NAME.fullmatch(ascii_name):
+        raise HostError(f"the host {name!r} is no host name")
+    return ascii_name.lower()
+
+
+def _path(path: str) -> str:
+    path = path.strip("/")
+    if not path:
+        return ""
+    if re.search(r"[\x00-\x20\x7f?#]", path):
+        raise HostError("the host has a path with characters that a path cannot have")
+    return "/" + path
+
+
+def _basic(userinfo: str) -> str:
+    plain = urllib.parse.unquote(userinfo)
+    return "Basic " + base64.b64encode(plain.encode()).decode("ascii")
+
+
+def is_loopback(name: str) -> bool:
+    """Whether a host name is this machine."""
+    if name.lower() == "localhost" or name.lower().endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def env_proxy(host: Host) -> str | None:
+    """Return the proxy that the environment names for a host: never one for this machine."""
+    if is_loopback(host.name):
+        return None
+    scheme = host.url.partition(":")[0]
+    proxies = urllib.request.getproxies_environment()
+    proxy = proxies.get(scheme) or proxies.get("all")
+    if not proxy or _bypassed(host.name, proxies):
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
+
+
+def _bypassed(name: str, proxies: dict[str, str]) -> bool:
+    # In the standard library since 3.4, though its type stubs do not know it.
+    return bool(urllib.request.proxy_bypass_environment(name, proxies))  # type: ignore[attr-defined]
+
+
+def env_api_key(host: Host) -> str | None:
+    """Return ``OLLAMA_API_KEY`` if the host is ollama.com over TLS: it is sent nowhere else unless given explicitly."""
+    if not host.url.startswith("https://") or not (host.name == "ollama.com" or host.name.endswith(".ollama.com")):
+        return None
+    return os.environ.get("OLLAMA_API_KEY", "").strip() or None

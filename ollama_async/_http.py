@@ -1,0 +1,444 @@
+"""HTTP/1.1 on one connection: an ``asyncio.Protocol`` over httptools, and the socket under it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import socket
+import threading
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import httptools
+import httpx
+
+from ._channel import Channel, End
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+__all__ = ["MAX_HEAD_BYTES", "Connection", "GuardedSocket", "Origin", "PeerClosed", "encode_head"]
+
+MAX_HEAD_BYTES = 64 * 1024
+
+_TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_NOT_IN_VALUE = re.compile(rb"[\x00\r\n]")
+_NOT_IN_TARGET = re.compile(rb"[\x00-\x20\x7f]")
+
+
+class Origin(NamedTuple):
+    """Where a connection goes."""
+
+    scheme: str
+    host: str
+    port: int
+
+    @classmethod
+    def of(cls, url: httpx.URL) -> Origin:
+        if url.scheme not in ("http", "https"):
+            raise httpx.UnsupportedProtocol(f"the URL has the scheme {url.scheme!r}, not http or https")
+        if not url.host:
+            raise httpx.UnsupportedProtocol("the URL has no host")
+        return cls(url.scheme, url.raw_host.decode("ascii"), url.port or (443 if url.scheme == "https" else 80))
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+
+class PeerClosed(httpx.RemoteProtocolError):
+    """The server ended the connection before its answer was complete."""
+
+
+class GuardedSocket(socket.socket):
+    """A socket that another thread can shut down without ever hitting a descriptor that was closed and given out anew.
+
+    asyncio closes it by ``close()``, under the same guard that ``sever()`` holds. uvloop closes the descriptor itself
+    and calls ``detach()``; what protects there is that a connection learns of its loss, under the guard, before that.
+    So no duplicate of the descriptor is needed. The guard is reentrant: a signal handler may come at any time.
+    """
+
+    __slots__ = ("_pid", "guard")
+
+    def __init__(self, family: int = -1, kind: int = -1, proto: int = -1) -> None:
+        self.guard = threading.RLock()
+        self._pid = os.getpid()
+        super().__init__(family, kind, proto)
+        self.setblocking(False)
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        with self.guard:
+            super().close()
+
+    def detach(self) -> int:
+        """Give the descriptor away."""
+        with self.guard:
+            return super().detach()
+
+    def sever(self) -> None:
+        """Hand the FIN to the kernel; from any thread or signal handler."""
+        if self._pid != os.getpid():
+            # In a fork: the connection is still the parent's, which a shutdown would end there too.
+            return
+        with self.guard:
+            try:
+                self.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                # Not connected (yet, or any more), or closed: nothing to end.
+                return
+
+    def stale(self) -> bool:
+        """Whether there is something to read: on an idle connection that is the peer's FIN, or nonsense."""
+        try:
+            self.recv(1, socket.MSG_PEEK)
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError:
+            return True
+        return True
+
+
+def encode_head(request: httpx.Request) -> bytes:
+    """Write the head of a request.
+
+    Raises:
+        httpx.LocalProtocolError: A method, target or header that would break out of its place.
+    """
+    method = request.method.encode("ascii", "replace")
+    target = request.url.raw_path
+    if not _TOKEN.fullmatch(method):
+        raise httpx.LocalProtocolError(f"illegal method {request.method!r}", request=request)
+    if _NOT_IN_TARGET.search(target):
+        raise httpx.LocalProtocolError("illegal character in the path of the URL", request=request)
+    lines = [b"%s %s HTTP/1.1" % (method, target)]
+    for name, value in request.headers.raw:
+        if not _TOKEN.fullmatch(name):
+            raise httpx.LocalProtocolError(f"illegal header name {name!r}", request=request)
+        if _NOT_IN_VALUE.search(value):
+            # The value is not shown: it may be a key.
+            raise httpx.LocalProtocolError(f"illegal character in the value of header {name!r}", request=request)
+        lines.append(b"%s: %s" % (name, value))
+    lines.append(b"\r\n")
+    return b"\r\n".join(lines)
+
+
+class _Answer:
+    """The answer that is being read from a connection: the target of one httptools parser."""
+
+    __slots__ = (
+        "channel",
+        "done",
+        "extra",
+        "fed",
+        "headers",
+        "keep_alive",
+        "method",
+        "parser",
+        "reason",
+        "room",
+        "size",
+        "status",
+    )
+
+    def __init__(self, channel: Channel, method: str) -> None:
+        self.channel = channel
+        self.method = method
+        self.parser: Any = httptools.HttpResponseParser(self)
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.reason = b""
+        self.status = 0
+        self.size = 0
+        self.fed = 0
+        self.keep_alive = False
+        self.done = False
+        self.extra = False
+        self.room = True
+
+    # -- called by the parser --
+
+    def on_message_begin(self) -> None:
+        self.extra = self.extra or self.done
+
+    def on_status(self, reason: bytes) -> None:
+        self.reason += reason
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.size += len(name) + len(value) + 4
+        if self.size > MAX_HEAD_BYTES:
+            raise _Refused(_TOO_LARGE)
+        if not self.status:
+            self.headers.append((name, value.strip(b" \t")))
+
+    def on_headers_complete(self) -> None:
+        status = self.parser.get_status_code()
+        if status < 200:
+            if status == 101:
+                raise _Refused("the server switched protocols, which nobody asked for")
+            if status < 100:
+                raise _Refused(f"the server's answer has the status {status:03}, which HTTP does not know")
+            self.headers = []
+            self.reason = b""
+            return
+        self.status = status
+        version = b"HTTP/" + self.parser.get_http_version().encode("ascii")
+        self.channel.take_head(status, self.reason, self.headers, version)
+        if self.method == "HEAD":
+            # The parser cannot be told that no body follows, whatever the headers say.
+            self.done = True
+            self.keep_alive = self.parser.should_keep_alive()
+
+    def on_body(self, body: bytes) -> None:
+        self.fed = 0
+        if self.done:
+            self.extra = True
+        else:
+            self.room = self.channel.push(body)
+
+    def on_message_complete(self) -> None:
+        if self.status and not self.done:
+            self.done = True
+            self.keep_alive = self.parser.should_keep_alive()
+
+    # -- called by the connection --
+
+    def feed(self, data: bytes) -> None:
+        """Parse what arrived; raises ``httpx.RemoteProtocolError``."""
+        # A head, a trailer or the head of a chunk that has no end is kept by the parser: body resets the count.
+        self.fed += len(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            raise httpx.RemoteProtocolError("the server switched protocols, which nobody asked for") from None
+        except httptools.HttpParserError as exc:
+            if self.done:
+                # The answer is whole; whatever followed it only spoils the connection.
+                self.extra = True
+                return
+            raise httpx.RemoteProtocolError(self._explain(exc, data)) from exc
+        if self.fed > MAX_HEAD_BYTES and not self.done:
+            raise httpx.RemoteProtocolError(_TOO_LARGE)
+
+    def _explain(self, exc: httptools.HttpParserError, data: bytes) -> str:
+        cause = exc.__context__
+        if isinstance(cause, _Refused):
+            return str(cause)
+        if not self.status and not data.startswith(b"HTTP/"):
+            hint = "; is this a TLS port?" if data[:1] in (b"\x15", b"\x16") else ""
+            return f"the server's answer is not HTTP{hint}"
+        return f"the server's answer is broken HTTP: {exc}"
+
+    def until_close(self) -> bool:
+        """Whether the body has no end but that of the connection."""
+        names = {name.lower() for name, _ in self.headers}
+        return bool(self.status) and not names & {b"content-length", b"transfer-encoding"}
+
+
+class _Refused(Exception):  # noqa: N818  (only for the way through the parser)
+    """An answer that the parser would take, and we do not."""
+
+
+_TOO_LARGE = f"the head of the server's answer is over {MAX_HEAD_BYTES:,} bytes"
+
+
+class Connection(asyncio.Protocol):
+    """One connection, used for one exchange at a time."""
+
+    def __init__(
+        self,
+        sock: GuardedSocket,
+        origin: Origin,
+        on_idle: Callable[[Connection], None],
+        on_lost: Callable[[Connection], None],
+    ) -> None:
+        self.origin = origin
+        self.idle_since = 0.0
+        self.sock = sock
+        self._on_idle = on_idle
+        self._on_lost = on_lost
+        self._transport: asyncio.Transport | None = None
+        self._channel: Channel | None = None
+        self._answer: _Answer | None = None
+        self._sending = False
+        self._severed = False
+        self._writable: asyncio.Future[None] | None = None
+        self._full = False
+
+    # -- use, in the loop's thread --
+
+    def begin(self, channel: Channel, method: str, data: bytes, *, more: bool) -> None:
+        """Send the head of a request (and its body, if it is all in ``data``), and await its answer.
+
+        Args:
+            channel: Where the answer goes.
+            method: The request's.
+            data: The first bytes.
+            more: Whether the body is still to be written with ``write()``, up to ``end()``.
+        """
+        if self.gone:
+            raise httpx.ReadError("the connection was lost as soon as it was made")
+        self._answer = _Answer(channel, method)
+        self._channel = channel
+        self._sending = more
+        self.write(data)
+        channel.attach(self)
+
+    def write(self, data: bytes) -> None:
+        """Send bytes."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(data)
+
+    async def writable(self) -> None:
+        """Wait until the bytes written so far are few enough to write more; return at once when the connection is gone.
+
+        Cancellation: safe.
+        """
+        if self._full and self._transport is not None:
+            self._writable = asyncio.get_running_loop().create_future()
+            try:
+                await self._writable
+            finally:
+                self._writable = None
+
+    @property
+    def gone(self) -> bool:
+        """Whether nothing can be sent any more."""
+        return self._transport is None or self._transport.is_closing()
+
+    def end(self) -> None:
+        """The request's body has been written."""
+        self._sending = False
+
+    def usable(self) -> bool:
+        """Whether an idle connection can take another request."""
+        transport = self._transport
+        return transport is not None and not transport.is_closing() and not self._severed and not self.sock.stale()
+
+    def shut(self, why: str) -> None:
+        """Close the connection at once, whatever it is doing."""
+        channel = self._channel
+        if channel is not None:
+            channel.teardown(End("closed", why))
+        self.close()
+
+    def close(self) -> None:
+        """Close an idle connection at once."""
+        self.sock.sever()
+        if self._transport is not None:
+            self._transport.abort()
+
+    # -- as the link of a channel --
+
+    def sever(self, channel: Channel) -> None:
+        """Put the FIN on its way, unless the connection serves another channel by now; from any thread."""
+        with self.sock.guard:
+            if self._channel is channel:
+                self._severed = True
+                self.sock.sever()
+
+    def dispose(self, channel: Channel) -> None:
+        """Close the connection, unless it serves another channel by now."""
+        if self._channel is channel:
+            self._let_go()
+            self.close()
+
+    def sever_now(self) -> None:
+        """Put the FIN on its way, whatever the connection is doing; from any thread."""
+        with self.sock.guard:
+            if self._transport is not None:
+                self._severed = True
+                self.sock.sever()
+
+    def resume(self) -> None:
+        """Read on."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    # -- called by the event loop --
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Start."""
+        self._transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse, and wake the reader once for all that came."""
+        answer, channel = self._answer, self._channel
+        if answer is None or channel is None:
+            # Nothing was asked.
+            self.close()
+            return
+        channel.now = channel.loop.time()
+        try:
+            answer.feed(data)
+        except httpx.RemoteProtocolError as exc:
+            self._broken(exc)
+            return
+        if answer.done:
+            self._finished(answer, channel)
+            return
+        if not answer.room:
+            answer.room = True
+            if self._transport is not None:
+                self._transport.pause_reading()
+        channel.wake()
+
+    def eof_received(self) -> None:
+        """The peer will send nothing more: that ends a body without framing, and breaks any other."""
+        answer, channel = self._answer, self._channel
+        if answer is None or channel is None:
+            return
+        if answer.until_close():
+            self._let_go()
+            channel.complete()
+        else:
+            where = "in the middle of its answer" if answer.status else "before it answered"
+            # What a TLS server does with a request in the clear.
+            hint = "" if answer.status or self.origin.scheme == "https" else "; if this is a TLS port, use https://"
+            self._broken(PeerClosed(f"the server closed the connection {where}{hint}"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Gone, by whoever's doing."""
+        with self.sock.guard:
+            self._transport = None
+        detail = f": {exc}" if exc is not None else ""
+        self._broken(httpx.ReadError(f"the connection was lost{detail}"))
+        self.resume_writing()
+        self._on_lost(self)
+
+    def pause_writing(self) -> None:
+        """The peer reads too slowly."""
+        self._full = True
+
+    def resume_writing(self) -> None:
+        """The peer has caught up, or is gone."""
+        self._full = False
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+
+    def _finished(self, answer: _Answer, channel: Channel) -> None:
+        # An answer that came before the whole request was sent leaves the connection in the middle of that request.
+        reusable = answer.keep_alive and not answer.extra and not self._sending
+        self._let_go()
+        if reusable and not self._severed:
+            self._on_idle(self)
+        else:
+            self.close()
+        channel.complete()
+
+    def _broken(self, error: Exception) -> None:
+        channel = self._channel
+        if channel is not None:
+            self._let_go()
+            channel.detach()
+            channel.fail(error)
+        self.close()
+
+    def _let_go(self) -> None:
+        # Under the guard: a thread that is about to sever on behalf of this channel does it before, or not at all.
+        with self.sock.guard:
+            self._channel = None
+        # The parser holds bound methods of the answer, which holds the parser.
+        if self._answer is not None:
+            self._answer.parser = None
+        self._answer = None

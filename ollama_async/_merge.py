@@ -1,0 +1,155 @@
+"""Chunks of a stream, merged into the answer they are parts of."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, TypeVar
+
+from ._types import ChatResponse, GenerateResponse, Model, ProgressResponse
+
+__all__ = ["ChatMerge", "Chunk", "GenerateMerge", "Merge", "ProgressMerge"]
+
+
+class Chunk(Protocol):
+    """What a stream needs to know of a chunk."""
+
+    @property
+    def done(self) -> bool:
+        """Whether it is the last one."""
+        ...
+
+
+ChunkT = TypeVar("ChunkT", bound=ChatResponse | GenerateResponse | ProgressResponse)
+
+
+class Merge(Protocol[ChunkT]):
+    """The answer so far. Adding a chunk is cheap; the merged answer is made when it is asked for."""
+
+    model: type[ChunkT]
+
+    def add(self, chunk: ChunkT) -> None:
+        """Add the next chunk."""
+        ...
+
+    def text(self) -> str:
+        """Return the text so far."""
+        ...
+
+    def result(self) -> ChunkT | None:
+        """Return the answer so far, ``None`` before the first chunk."""
+        ...
+
+
+class _Lists:
+    """Fields that come in parts, and are joined: lists of strings, and lists of lists."""
+
+    def __init__(self) -> None:
+        self.content: list[str] = []
+        self.thinking: list[str] = []
+        self.tool_calls: list[Any] = []
+        self.logprobs: list[Any] = []
+
+    def update(self) -> dict[str, Any]:
+        """Return what the joined fields have, but for the text."""
+        fields: dict[str, Any] = {}
+        if self.thinking:
+            fields["thinking"] = "".join(self.thinking)
+        if self.tool_calls:
+            fields["tool_calls"] = list(self.tool_calls)
+        return fields
+
+
+class ChatMerge(_Lists):
+    """Merges chunks of a chat."""
+
+    model = ChatResponse
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: ChatResponse | None = None
+
+    def add(self, chunk: ChatResponse) -> None:
+        """Add the next chunk."""
+        self._last = chunk
+        message = chunk.message
+        if message.content:
+            self.content.append(message.content)
+        if message.thinking:
+            self.thinking.append(message.thinking)
+        if message.tool_calls:
+            self.tool_calls += message.tool_calls
+        if chunk.logprobs:
+            self.logprobs += chunk.logprobs
+
+    def text(self) -> str:
+        """Return the content so far."""
+        return "".join(self.content)
+
+    def result(self) -> ChatResponse | None:
+        """Return the answer so far, ``None`` before the first chunk."""
+        last = self._last
+        if last is None:
+            return None
+        message = last.message.model_copy(update={"content": self.text(), **self.update()})
+        return _copy(last, self.logprobs, message=message)
+
+
+class GenerateMerge(_Lists):
+    """Merges chunks of a completion."""
+
+    model = GenerateResponse
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: GenerateResponse | None = None
+
+    def add(self, chunk: GenerateResponse) -> None:
+        """Add the next chunk."""
+        self._last = chunk
+        if chunk.response:
+            self.content.append(chunk.response)
+        if chunk.thinking:
+            self.thinking.append(chunk.thinking)
+        if chunk.tool_calls:
+            self.tool_calls += chunk.tool_calls
+        if chunk.logprobs:
+            self.logprobs += chunk.logprobs
+
+    def text(self) -> str:
+        """Return the response so far."""
+        return "".join(self.content)
+
+    def result(self) -> GenerateResponse | None:
+        """Return the answer so far, ``None`` before the first chunk."""
+        if self._last is None:
+            return None
+        return _copy(self._last, self.logprobs, response=self.text(), **self.update())
+
+
+class ProgressMerge:
+    """Of progress, the last step is what counts."""
+
+    model = ProgressResponse
+
+    def __init__(self) -> None:
+        self._last: ProgressResponse | None = None
+
+    def add(self, chunk: ProgressResponse) -> None:
+        """Add the next step."""
+        self._last = chunk
+
+    def text(self) -> str:
+        """Return the last status."""
+        return (self._last and self._last.status) or ""
+
+    def result(self) -> ProgressResponse | None:
+        """Return the last step, ``None`` before the first one."""
+        return self._last
+
+
+ModelT = TypeVar("ModelT", bound=Model)
+
+
+def _copy(last: ModelT, logprobs: list[Any], **fields: Any) -> ModelT:
+    if logprobs:
+        fields["logprobs"] = list(logprobs)
+    return last.model_copy(update=fields)

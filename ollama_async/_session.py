@@ -1,0 +1,298 @@
+"""A session with one server: its address, headers, transport and tokens, and what every call has in common."""
+
+from __future__ import annotations
+
+import os
+import platform
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypedDict, TypeVar
+
+import httpx
+from pydantic import ValidationError
+
+from ._cancel import CancelToken, drained
+from ._channel import Ended
+from ._errors import AbortError, ProtocolError, RequestError, StreamClosed
+from ._exchange import Exchange
+from ._host import env_api_key, env_proxy, parse_host
+from ._input import encode_json
+from ._ndjson import MAX_LINE_BYTES
+from ._stream import Stream
+from ._timeouts import DEFAULT_TIMEOUTS, Timeouts
+from ._transport import DirectTransport
+from ._types import Model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Mapping
+    from types import TracebackType
+    from typing import Self
+
+    from ._merge import ChunkT, Merge
+
+__all__ = ["CallOptions", "Session"]
+
+ModelT = TypeVar("ModelT", bound=Model)
+
+
+class _Default:
+    """Stands for a timeout that was not given, where ``None`` says something."""
+
+    def __repr__(self) -> str:
+        return "DEFAULT"
+
+
+_DEFAULT: Final = _Default()
+
+_USER_AGENT = (
+    f"ollama-async/0.1.0 ({platform.machine()} {platform.system().lower()}) Python/{platform.python_version()}"
+)
+
+
+class CallOptions(TypedDict, total=False):
+    """What every call takes."""
+
+    token: CancelToken | None
+    """Aborts the call."""
+    timeout: Timeouts | float | None
+    """Limits of this call in place of the client's; a number is seconds for the whole call, ``None`` is no limit."""
+    headers: Mapping[str, str] | None
+    """Headers of this call; they go before the client's."""
+
+
+class Session:
+    """What ``AsyncClient`` is made on: everything but the endpoints."""
+
+    def __init__(
+        self,
+        host: str | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        timeout: Timeouts | float | _Default | None = _DEFAULT,
+        token: CancelToken | None = None,
+        strict: bool = False,
+        max_line_bytes: int = MAX_LINE_BYTES,
+        transport: httpx.AsyncBaseTransport | None = None,
+        http_client: httpx.AsyncClient | None = None,
+        proxy: str | httpx.Proxy | None = None,
+        verify: Any = True,
+        cert: Any = None,
+        uds: str | None = None,
+        trust_env: bool = True,
+        follow_redirects: bool = True,
+        **options: Any,
+    ) -> None:
+        if not isinstance(host, str | None):
+            raise RequestError(f"host={type(host).__name__}: give a str such as 'http://127.0.0.1:11434', or None")
+        _check_kind("token", token, CancelToken)
+        _check_kind("max_line_bytes", max_line_bytes, int)
+        if transport is not None and not hasattr(transport, "handle_async_request"):
+            raise RequestError(f"transport={type(transport).__name__}: give an httpx.AsyncBaseTransport")
+        if http_client is not None and not (hasattr(http_client, "send") and hasattr(http_client, "build_request")):
+            raise RequestError(f"http_client={type(http_client).__name__}: give an httpx.AsyncClient")
+        if uds is not None and (proxy is not None or transport is not None):
+            raise RequestError("uds= goes with neither proxy= nor transport=")
+        self._host = parse_host(os.environ.get("OLLAMA_HOST") if host is None else host)
+        self._timeouts = DEFAULT_TIMEOUTS if isinstance(timeout, _Default) else Timeouts.of(timeout)
+        self._token = token
+        self._strict = strict
+        self._max_line_bytes = max_line_bytes
+        self._owns_http = http_client is None
+        self._http: Any = http_client
+        self._direct = False
+        self._closed = False
+        self._headers = self._default_headers(headers, trust_env=trust_env)
+        if http_client is None:
+            if proxy is None and trust_env and transport is None and uds is None:
+                proxy = env_proxy(self._host)
+            if transport is None and proxy is None:
+                transport = DirectTransport(verify=verify, cert=cert, trust_env=trust_env, uds=uds)
+                # Where somebody's code runs within the request, the request needs a task of its own.
+                self._direct = not any(map(options.get, ("auth", "event_hooks", "mounts")))
+            elif transport is None:
+                transport = _through_proxy(proxy, verify=verify, cert=cert, trust_env=trust_env)
+            self._http = httpx.AsyncClient(
+                transport=transport, follow_redirects=follow_redirects, timeout=None, trust_env=False, **options
+            )
+        elif transport is not None or proxy is not None or uds is not None or options:
+            raise RequestError("with http_client= the options of the connection are that client's; give no others")
+        # The calls that are under way are under the token in here; abort() takes it out, so that later calls are not
+        # aborted. Two calls that begin at once in two threads may put two in.
+        self._calls: list[CancelToken] = []
+        self._closing = CancelToken()
+
+    # -- ending --
+
+    def abort(self, reason: object = None) -> None:
+        """End all calls of this client that are under way, from any task, thread or signal handler.
+
+        The client stays usable.
+
+        Args:
+            reason: What ``AbortError.reason`` will be.
+        """
+        for calls in drained(self._calls):
+            calls.abort(reason)
+
+    async def aclose(self) -> None:
+        """Close the client and everything that is open on it; idempotent. Who reads from it gets ``StreamClosed``.
+
+        Cancellation: safe; all sockets of the client's own are closed in any case.
+        """
+        self._closed = True
+        self._closing.abort("the client was closed")
+        if self._owns_http:
+            await self._http.aclose()
+
+    close = aclose
+
+    async def __aenter__(self) -> Self:
+        """Return the client."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the client."""
+        await self.aclose()
+
+    def __repr__(self) -> str:
+        return f"<AsyncClient {self._host.url}{', closed' if self._closed else ''}>"
+
+    # -- inside --
+
+    def _default_headers(self, given: Mapping[str, str] | None, *, trust_env: bool) -> httpx.Headers:
+        headers = httpx.Headers(
+            {
+                "Accept": "application/json",
+                # Answers are cut into lines as they come; Ollama does not compress, and proxies shall not.
+                "Accept-Encoding": "identity",
+                "Content-Type": "application/json",
+                "User-Agent": _USER_AGENT,
+            }
+        )
+        key = env_api_key(self._host) if trust_env else None
+        authorization = self._host.credentials or (f"Bearer {key}" if key else None)
+        if authorization is not None:
+            headers["Authorization"] = authorization
+        return _headers(headers, given) if given else headers
+
+    def _build(self, method: str, path: str, content: Any, headers: Mapping[str, str] | None = None) -> httpx.Request:
+        merged = _headers(self._headers, headers) if headers else self._headers
+        url = self._host.url + path
+        request: httpx.Request = self._http.build_request(method, url, content=content, headers=merged)
+        return request
+
+    def _start(
+        self, request: httpx.Request, call: CallOptions, token: CancelToken | None, *, streaming: bool
+    ) -> Exchange:
+        if self._closed:
+            raise StreamClosed("the client is closed")
+        timeouts = Timeouts.of(call["timeout"]) if "timeout" in call else self._timeouts
+        exchange = Exchange(self._http, request, owned=self._direct, streaming=streaming, timeouts=timeouts)
+        exchange.watch(self._closing, "closed")
+        for watched in (self._current(), self._token, token):
+            if watched is not None:
+                exchange.watch(watched)
+        return exchange
+
+    def _stream(
+        self,
+        merge: Merge[ChunkT],
+        path: str,
+        body: dict[str, Any],
+        call: CallOptions,
+        until: Callable[[ChunkT], object] | None = None,
+    ) -> Stream[ChunkT]:
+        _check(call)
+        if until is not None and not callable(until):
+            raise RequestError(f"until={type(until).__name__}: give a function of the merged answer")
+        request = self._build("POST", path, encode_json(body), call.get("headers"))
+        return Stream(
+            partial(self._start, request, call, None, streaming=True),
+            merge,
+            token=call.get("token"),
+            until=until,
+            strict=self._strict,
+            max_line_bytes=self._max_line_bytes,
+        )
+
+    async def _request(
+        self, model: type[ModelT], method: str, path: str, body: dict[str, Any] | None, call: CallOptions
+    ) -> ModelT:
+        content = None if body is None else encode_json(body)
+        answer = await self._send(self._build(method, path, content, call.get("headers")), call)
+        try:
+            return model.__pydantic_validator__.validate_json(answer)  # type: ignore[no-any-return]
+        except ValidationError as exc:
+            shown = answer[:80].decode("utf-8", "replace")
+            raise ProtocolError(f"the answer to {method} {path} is not what Ollama sends: {shown!r}") from exc
+
+    async def _send(self, request: httpx.Request, call: CallOptions) -> bytes:
+        _check(call)
+        exchange = self._start(request, call, call.get("token"), streaming=False)
+        with suppress(Ended):
+            await exchange.open()
+            await exchange.raise_for_status()
+            return exchange.no_error(await exchange.read())
+        raise exchange.error()
+
+    def _current(self) -> CancelToken:
+        try:
+            return self._calls[-1]
+        except IndexError:
+            token = CancelToken()
+            self._calls.append(token)
+            return token
+
+    @contextmanager
+    def _scope(self, call: CallOptions) -> Generator[None]:
+        """Put awaits that are no exchange under the tokens of a call."""
+        _check(call)
+        tokens = (self._closing, self._current(), self._token, call.get("token"))
+        try:
+            with CancelToken.any(*(token for token in tokens if token is not None)).scope():
+                yield
+        except AbortError:
+            if self._closed:
+                raise StreamClosed("the client is closed") from None
+            raise
+
+
+def _headers(defaults: httpx.Headers, given: Mapping[str, str]) -> httpx.Headers:
+    merged = httpx.Headers(defaults)
+    try:
+        merged.update(given)
+    except (TypeError, ValueError, AttributeError) as exc:
+        # The value is not shown: it may be a key.
+        kind = type(exc).__name__
+        raise RequestError(f"the headers cannot be sent: give a dict of ASCII strings ({kind})") from None
+    return merged
+
+
+def _through_proxy(
+    proxy: str | httpx.Proxy | None, *, verify: Any, cert: Any, trust_env: bool
+) -> httpx.AsyncHTTPTransport:
+    # httpx's own limit of 100 connections would make the 101st stream wait for the end of another one.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=20)
+    try:
+        return httpx.AsyncHTTPTransport(verify=verify, cert=cert, trust_env=trust_env, proxy=proxy, limits=limits)
+    except (ImportError, ValueError, httpx.InvalidURL) as exc:
+        raise RequestError(f"the proxy cannot be used: {exc}") from exc
+
+
+def _check(call: CallOptions) -> None:
+    unknown = set(call) - _CALL_OPTIONS
+    if unknown:
+        raise TypeError(f"unknown parameter {min(unknown)!r}")
+    _check_kind("token", call.get("token"), CancelToken)
+    if "timeout" in call:
+        Timeouts.of(call["timeout"])
+
+
+def _check_kind(parameter: str, value: object, kind: type) -> None:
+    if value is not None and not isinstance(value, kind):
+        raise RequestError(f"{parameter}={type(value).__name__}: give {kind.__name__}")
+
+
+_CALL_OPTIONS = set(CallOptions.__optional_keys__)

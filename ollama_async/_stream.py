@@ -1,0 +1,514 @@
+"""``Stream``: an answer as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn
+
+import httpx
+from pydantic import ValidationError
+
+from ._cancel import CancelToken, Once
+from ._channel import End, Ended
+from ._errors import ProtocolError, StreamBusy, StreamError, StreamTruncated
+from ._failures import json_object, stream_error
+from ._merge import ChunkT, Merge
+from ._ndjson import LineSplitter
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+    from types import TracebackType
+    from typing import Self
+
+    from ._exchange import Exchange
+
+__all__ = ["Outcome", "Stream", "Timing"]
+
+Outcome = Literal["done", "aborted", "timeout", "cancelled", "closed", "until", "error", "truncated"]
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How fast an answer came.
+
+    Attributes:
+        first_chunk: Seconds from the start of the call until the first chunk arrived; ``None`` before that.
+        total: Seconds from the start of the call until its end, or until now.
+        chunks: Number of chunks so far.
+        chunks_per_second: Chunks per second after the first one; ``None`` before there are two.
+    """
+
+    first_chunk: float | None
+    total: float
+    chunks: int
+    chunks_per_second: float | None
+
+
+class Stream(Generic[ChunkT]):
+    """An answer as it comes, chunk by chunk.
+
+    Nothing is sent before the stream is first iterated, awaited or entered. These are the ways to use it::
+
+        async for chunk in stream: ...              # left early, by break or whatever else, it is closed at once
+        async for chunk in await stream: ...        # awaited, it is opened: errors of the request are raised here
+        async with stream: ...                      # closed at the end of the block
+        chunk = await anext(stream)                 # one chunk; to pause and go on
+        answer = await stream.collect()             # all of it, merged
+
+    It has one reader at a time. ``abort()`` and ``aclose()`` may be called by anyone.
+
+    An end by ``abort()``, by a timeout, or by an error raises the same error for whoever reads, also later; after a
+    cancellation or ``aclose()`` reading raises ``StreamClosed``; after the natural end it ends the iteration.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[], Exchange],
+        merge: Merge[ChunkT],
+        *,
+        token: CancelToken | None = None,
+        until: Callable[[ChunkT], object] | None = None,
+        strict: bool = False,
+        max_line_bytes: int,
+    ) -> None:
+        self._start = start
+        self._merge = merge
+        self._validate: Callable[[bytes], ChunkT] = merge.model.__pydantic_validator__.validate_json
+        self._token = token
+        self._until = until
+        self._strict = strict
+        self._splitter = LineSplitter(max_line_bytes)
+        self._exchange: Exchange | None = None
+        # How it was ended before it was opened.
+        self._early = Once()
+        self._opened = False
+        # Lines that have arrived and not been delivered, the next one last.
+        self._lines: list[bytes] = []
+        self._reading = False
+        self._outcome: Outcome | None = None
+        self._body_read = False
+        self._absorbed = False
+        self._chunks = 0
+        self._last_at = 0.0
+
+    # -- async for chunk in stream --
+
+    def __aiter__(self) -> AsyncIterator[ChunkT]:
+        """Return an iterator that closes the stream when it is dropped.
+
+        Only the ``for`` loop holds it, so leaving the loop early drops it, and CPython frees it before the next
+        statement runs.
+        """
+        return _Loop(self)
+
+    # -- chunk = await anext(stream) --
+
+    async def __anext__(self) -> ChunkT:
+        """Return the next chunk.
+
+        Raises:
+            AbortError: The stream, its token or its client was aborted.
+            PhaseTimeout: One of its timeouts passed.
+            ResponseError: The server answered with an error; a ``StreamError`` if it came after the first chunk.
+            ConnectError: No connection.
+            ConnectionBroken: The connection was lost before the end.
+            ProtocolError: What came is no stream of JSON lines as Ollama sends them.
+            StreamBusy: Another task is reading.
+            StreamClosed: It was closed.
+
+        Cancellation: closes the stream at once; what had arrived stays in ``response``.
+        """
+        if self._reading or not self._lines:
+            await self._fill()
+        exchange = self._exchange
+        assert exchange is not None
+        if exchange.ended_early is not None:
+            raise self._broken_off()
+        if not self._lines:
+            raise StopAsyncIteration
+        return self._deliver(exchange, self._lines.pop())
+
+    # -- await stream --
+
+    def __await__(self) -> Generator[Any, Any, Self]:
+        """Open the stream: send the request and wait for the head of the answer (Ollama sends it with the first token).
+
+        Returns:
+            The stream itself.
+
+        Raises:
+            OllamaError: As ``anext()`` does.
+
+        Cancellation: closes the stream at once.
+        """
+        return self._ready().__await__()
+
+    # -- async with stream --
+
+    async def __aenter__(self) -> Self:
+        """Open the stream, as ``await stream`` does."""
+        return await self._ready()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the stream."""
+        await self.aclose()
+
+    # -- all of it --
+
+    async def collect(self) -> ChunkT:
+        """Read to the end and return the merged answer.
+
+        Raises:
+            OllamaError: As ``anext()`` does; what had come is in ``partial``.
+            ProtocolError: The answer was empty.
+
+        Cancellation: closes the stream at once.
+        """
+        async for _ in self:
+            pass
+        response = self.response
+        if response is None:
+            raise ProtocolError("the server's answer is empty")
+        return response
+
+    # -- ending it --
+
+    def abort(self, reason: object = None) -> bool:
+        """End the stream now, from any task, thread or signal handler.
+
+        When it returns, the socket has been shut down; the reader gets an ``AbortError``.
+
+        Args:
+            reason: What ``AbortError.reason`` and ``reason`` will be.
+
+        Returns:
+            True if this call ended it, False if it was at its end already.
+        """
+        return self._finish(End("aborted", reason))
+
+    async def aclose(self) -> None:
+        """Close the stream, from any task; idempotent. A task that is reading it gets ``StreamClosed``.
+
+        Cancellation: safe, the stream is closed in any case.
+        """
+        exchange = self._exchange
+        if exchange is None:
+            self._early.decide(End("closed"))
+            return
+        if exchange.loop is not asyncio.get_running_loop():
+            exchange.finish(End("closed"))
+            return
+        if self._outcome == "done":
+            await exchange.drain()
+        else:
+            exchange.teardown(End("closed"))
+        await exchange.gone()
+
+    # -- what has come --
+
+    @property
+    def response(self) -> ChunkT | None:
+        """The answer so far, merged; ``None`` before the first chunk.
+
+        After an early end it also has the chunks that had arrived and had not been read.
+        """
+        self._absorb()
+        return self._merge.result()
+
+    @property
+    def text(self) -> str:
+        """The text of ``response``."""
+        self._absorb()
+        return self._merge.text()
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How the stream ended; ``None`` while it is open.
+
+        ``"done"`` (the last chunk came), ``"aborted"``, ``"timeout"``, ``"cancelled"`` (the reading task was),
+        ``"closed"`` (by ``aclose()``, by leaving the loop, or dropped), ``"until"``, ``"error"``, or ``"truncated"``
+        (the body ended properly, but the last chunk never came).
+        """
+        if self._outcome is not None:
+            return self._outcome
+        end = self._end()
+        return None if end is None or end.kind == "complete" else end.kind
+
+    @property
+    def reason(self) -> Any:
+        """Why it ended: the reason given to ``abort()``, the phase that timed out, or the error; else ``None``."""
+        end = self._end()
+        if end is None:
+            return None
+        if end.kind == "error" and self._exchange is not None:
+            return self._broken_off()
+        return end.cause
+
+    @property
+    def timing(self) -> Timing:
+        """How fast it came."""
+        exchange = self._exchange
+        if exchange is None:
+            return Timing(None, 0.0, 0, None)
+        first = exchange.first - exchange.started if exchange.first else None
+        now = exchange.ended_at or exchange.loop.time()
+        span = (self._last_at or now) - exchange.first
+        rate = (self._chunks - 1) / span if self._chunks > 1 and span > 0 else None
+        return Timing(first, now - exchange.started, self._chunks, rate)
+
+    @property
+    def token(self) -> CancelToken:
+        """The token that was given to the call; if none was, one of the stream's own."""
+        if self._token is None:
+            self._token = CancelToken()
+            if self._exchange is not None:
+                self._exchange.watch(self._token)
+        return self._token
+
+    @property
+    def status_code(self) -> int | None:
+        """The HTTP status; ``None`` before it has come."""
+        return (self._exchange and self._exchange.status) or None
+
+    @property
+    def headers(self) -> httpx.Headers:
+        """The headers of the answer; empty before they have come."""
+        return httpx.Headers(list(self._exchange.headers) if self._exchange else None)
+
+    def __repr__(self) -> str:
+        state = self.outcome or ("open" if self._opened else "not started" if self._exchange is None else "opening")
+        return f"<Stream of {self._merge.model.__name__}: {state}, {self._chunks} chunks>"
+
+    def __del__(self) -> None:
+        if not hasattr(self, "_last_at"):
+            return
+        exchange = self._exchange
+        unclosed = exchange is not None and exchange.end is None and exchange.linked and self._opened
+        shown = repr(self) if unclosed else ""
+        # First of all: the warning may have been turned into an error.
+        self._left()
+        if unclosed:
+            warnings.warn(f"unclosed {shown}", ResourceWarning, source=self, stacklevel=1)
+
+    # -- inside --
+
+    async def _ready(self) -> Self:
+        if not self._opened:
+            self._become_reader()
+            try:
+                await self._open()
+            finally:
+                self._reading = False
+        return self
+
+    def _become_reader(self) -> None:
+        if self._reading:
+            raise StreamBusy("another task is reading this stream; a stream has one reader at a time")
+        if self._exchange is not None and self._exchange.loop is not asyncio.get_running_loop():
+            raise StreamBusy("the stream belongs to another event loop")
+        self._reading = True
+
+    async def _open(self) -> Exchange:
+        exchange = self._exchange
+        if exchange is None:
+            exchange = self._exchange = self._start()
+            if self._token is not None:
+                exchange.watch(self._token)
+            early = self._early.value
+            if early is not None:
+                exchange.teardown(early)
+        with suppress(Ended):
+            await exchange.open()
+            await exchange.raise_for_status()
+            self._opened = True
+            return exchange
+        raise self._broken_off()
+
+    async def _fill(self) -> None:
+        """Get lines, or get to the end."""
+        self._become_reader()
+        try:
+            exchange = self._exchange
+            if exchange is None or not self._opened:
+                exchange = await self._open()
+            if self._outcome is not None:
+                await self._rest(exchange)
+                return
+            with suppress(Ended):
+                while not self._lines and not self._body_read:
+                    self._check_line(exchange)
+                    self._feed(exchange, await exchange.receive())
+        finally:
+            self._reading = False
+        if not self._lines and exchange.ended_early is None:
+            self._truncated(exchange)
+
+    async def _rest(self, exchange: Exchange) -> None:
+        if self._outcome == "done":
+            await exchange.drain()
+        elif self._strict:
+            raise self._truncation()
+
+    def _check_line(self, exchange: Exchange) -> None:
+        try:
+            self._splitter.check()
+        except ProtocolError as exc:
+            self._fail(exchange, exc)
+
+    def _feed(self, exchange: Exchange, block: bytes) -> None:
+        try:
+            lines = self._splitter.feed(block) if block else []
+        except ProtocolError as exc:
+            self._fail(exchange, exc)
+        if not block:
+            self._body_read = True
+            rest = self._splitter.flush()
+            lines = [rest] if rest else []
+        lines.reverse()
+        self._lines = lines
+
+    def _deliver(self, exchange: Exchange, line: bytes) -> ChunkT:
+        try:
+            chunk = self._parse(exchange, line)
+        except (ProtocolError, StreamError) as exc:
+            self._fail(exchange, exc)
+        self._merge.add(chunk)
+        self._chunks += 1
+        self._last_at = exchange.now
+        if chunk.done:
+            self._settle(exchange, "done")
+        elif self._until is not None:
+            self._stop_if_enough(exchange, self._until)
+        return chunk
+
+    def _parse(self, exchange: Exchange, line: bytes) -> ChunkT:
+        # A key "error" can only be here if these bytes are (inside a string the quotes would be escaped).
+        if b'"error"' in line:
+            _raise_error_frame(line, exchange)
+        try:
+            return self._validate(line)
+        except ValidationError as exc:
+            raise ProtocolError(_explain_line(line, last=self._body_read)) from exc
+
+    def _stop_if_enough(self, exchange: Exchange, until: Callable[[ChunkT], object]) -> None:
+        merged = self._merge.result()
+        assert merged is not None
+        try:
+            enough = until(merged)
+        except BaseException:
+            exchange.teardown(End("closed", "the stream is closed: its until= raised an error"))
+            raise
+        if exchange.ended_early is not None:
+            # Aborted in there.
+            raise self._broken_off()
+        if enough:
+            self._settle(exchange, "until")
+            exchange.teardown(End("complete"))
+
+    def _truncated(self, exchange: Exchange) -> None:
+        self._settle(exchange, "truncated")
+        if self._strict:
+            raise self._truncation()
+
+    def _truncation(self) -> StreamTruncated:
+        text = "the stream ended without a last chunk that says that the answer is done"
+        return StreamTruncated(text, self._merge.result())
+
+    def _settle(self, exchange: Exchange, outcome: Outcome) -> None:
+        # From here on no abort can end it any more; one that came first (from another thread) has ended it.
+        if not exchange.settle():
+            raise self._broken_off()
+        self._lines = []
+        self._outcome = outcome
+
+    def _fail(self, exchange: Exchange, error: Exception) -> NoReturn:
+        exchange.teardown(End("error", error))
+        raise self._broken_off() from error.__cause__
+
+    def _broken_off(self) -> BaseException:
+        """Return what to raise now that the exchange has ended early."""
+        assert self._exchange is not None
+        return self._exchange.error(self.response)
+
+    def _absorb(self) -> None:
+        """After an early end, merge what had arrived and was not delivered, as far as it can be read."""
+        exchange = self._exchange
+        if exchange is None or exchange.ended_early is None or self._absorbed:
+            return
+        self._absorbed = True
+        lines, self._lines = self._lines[::-1], []
+        try:
+            lines += self._splitter.feed(exchange.take())
+            for line in lines:
+                self._merge.add(self._parse(exchange, line))
+        except (ProtocolError, StreamError):
+            return
+
+    def _end(self) -> End | None:
+        end: End | None = self._exchange.end if self._exchange is not None else self._early.value
+        return end
+
+    def _finish(self, end: End) -> bool:
+        if self._exchange is not None:
+            return self._exchange.finish(end)
+        decided = self._early.decide(end)
+        # Opened by its own loop in this very moment, while this is another thread.
+        exchange = self._exchange
+        if decided and exchange is not None:
+            exchange.finish(end)
+        return decided
+
+    def _left(self) -> None:
+        """Nobody will read on: called from ``__del__``, that is from anywhere."""
+        exchange = self._exchange
+        if exchange is None:
+            return
+        if self._outcome == "done":
+            exchange.drain_behind()
+        else:
+            exchange.finish(End("closed"))
+
+
+class _Loop(Generic[ChunkT]):
+    """What a ``for`` loop holds of a stream. When the loop is left, this is dropped, and that closes the stream."""
+
+    __slots__ = ("_stream",)
+
+    def __init__(self, stream: Stream[ChunkT]) -> None:
+        self._stream = stream
+
+    def __aiter__(self) -> Self:
+        return self
+
+    def __anext__(self) -> Coroutine[Any, Any, ChunkT]:
+        return self._stream.__anext__()
+
+    def __del__(self) -> None:
+        # A second reader that was turned away must not take the stream from the first.
+        if not self._stream._reading:  # noqa: SLF001
+            self._stream._left()  # noqa: SLF001
+
+
+def _raise_error_frame(line: bytes, exchange: Exchange) -> None:
+    """Raise a ``StreamError`` if the line is an error frame, in any of the shapes that servers send."""
+    frame = json_object(line)
+    if frame.get("error") is not None:
+        raise stream_error(frame, exchange)
+
+
+def _explain_line(line: bytes, *, last: bool) -> str:
+    shown = line[:80].decode("utf-8", "replace")
+    more = "..." if len(line) > 80 else ""
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        if last:
+            return f"the server's answer ends in the middle of a line: {shown!r}{more}"
+        return f"the server's answer is not NDJSON, it has the line {shown!r}{more}"
+    return f"the server's answer has a line that is no chunk of an answer: {shown!r}{more}"

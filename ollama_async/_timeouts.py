@@ -1,0 +1,73 @@
+"""How long each phase of a call may last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Final
+
+from ._errors import RequestError
+
+# Thirty years; who means "for ever" says None.
+_ENDLESS = 1e9
+
+__all__ = ["DEFAULT_TIMEOUTS", "Timeouts"]
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """How long each phase of a call may last, in seconds; ``None`` means without limit.
+
+    Attributes:
+        connect: Until a new connection stands, name lookup and TLS handshake included. Not used when a connection
+            is reused.
+        first_chunk: From the request until the first line of the answer. Ollama sends nothing, not even headers,
+            while it queues the request, loads the model and reads the prompt, so this limits all of that; for a
+            call without ``stream=True`` it limits the whole generation. To give up during a load makes the server
+            start that load anew at the next request, which is why there is no default.
+        idle: Between two lines of the answer, from its head on (between two blocks of bytes where the answer is not a
+            stream), and between two steps of an upload. Time in which you do not read does not count once the buffer
+            is full or the whole answer is there.
+        total: From the start of the call until its end.
+    """
+
+    connect: float | None = 10.0
+    first_chunk: float | None = None
+    idle: float | None = 300.0
+    total: float | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None:
+                continue
+            if not _is_time(value):
+                raise RequestError(
+                    f"timeout {field.name}={value!r}: give a number of seconds above 0, or None for no limit"
+                )
+
+    @classmethod
+    def of(cls, value: Timeouts | float | None) -> Timeouts:
+        """Read the ``timeout=`` parameter of a call or client.
+
+        Args:
+            value: ``Timeouts`` as they are; a number of seconds for the whole call (``total``), the connect
+                timeout being no longer than that; ``None`` for no limit at all.
+
+        Raises:
+            RequestError: It is none of these.
+        """
+        if isinstance(value, Timeouts):
+            return value
+        if value is None:
+            return cls(connect=None, first_chunk=None, idle=None, total=None)
+        if not _is_time(value):
+            raise RequestError(f"timeout={value!r}: give Timeouts(...), a number of seconds above 0, or None")
+        return cls(connect=min(10.0, value), idle=None, total=value)
+
+
+def _is_time(value: object) -> bool:
+    # Neither True nor NaN, and nothing that the clock cannot be added to.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < _ENDLESS
+
+
+DEFAULT_TIMEOUTS: Final = Timeouts()

@@ -1,0 +1,377 @@
+"""``DirectTransport``: an ``httpx.AsyncBaseTransport`` whose every connection can be cut off at once, from anywhere.
+
+Everything it owns (sockets, the tasks that dial and upload, the timer of idle connections) hangs on the channel of a
+request or in the pool of an event loop, and both are given back synchronously.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from ._cancel import in_loop
+from ._channel import Channel, End, Ended, settled
+from ._dial import explain_error, explain_tls_error, open_socket, start_tls
+from ._http import Connection, GuardedSocket, Origin
+from ._upload import Outgoing, Upload
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator
+
+__all__ = ["CHANNEL", "DirectTransport"]
+
+# Under this name in ``request.extensions`` the library hands its channel through an httpx client to the transport.
+CHANNEL = "ollama_async.channel"
+
+# Shorter than the idle limits of common servers (uvicorn 5 s, nginx 75 s): of two ends that close an idle connection
+# at the same moment the client's next request is the one that suffers.
+KEEPALIVE_EXPIRY = 4.0
+
+_CLOSED = "the event loop or the client was closed"
+
+
+class _Pool:
+    """The connections of one event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, expiry: float) -> None:
+        self.loop = loop
+        self._expiry = expiry
+        self._idle: dict[Origin, list[Connection]] = {}
+        self._all: set[Connection] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._retired = False
+        # Channels whose connection is in the making.
+        self.dialling: set[Channel] = set()
+        self._guard = _close_with_loop(self)
+        # asyncio.run() finishes the loop's async generators before it closes the loop: one generator that waits at a
+        # yield is a hook into that moment which costs no task. Stepped by hand it neither awaits nor suspends.
+        _step(self._guard.__anext__())
+
+    def add(self, connection: Connection) -> None:
+        self._all.add(connection)
+
+    def lost(self, connection: Connection) -> None:
+        self._all.discard(connection)
+        idle = self._idle.get(connection.origin)
+        if idle and connection in idle:
+            idle.remove(connection)
+
+    def put_back(self, connection: Connection) -> None:
+        if self._retired:
+            connection.close()
+            return
+        connection.idle_since = self.loop.time()
+        self._idle.setdefault(connection.origin, []).append(connection)
+        if self._timer is None:
+            self._timer = self.loop.call_later(self._expiry, self._sweep)
+
+    def take(self, origin: Origin) -> Connection | None:
+        """Return the connection that was used last, of those that are still good."""
+        idle = self._idle.get(origin, [])
+        oldest = self.loop.time() - self._expiry
+        while idle:
+            connection = idle.pop()
+            if connection.idle_since >= oldest and connection.usable():
+                return connection
+            connection.close()
+        return None
+
+    def _sweep(self) -> None:
+        self._timer = None
+        oldest = self.loop.time() - self._expiry
+        for connections in self._idle.values():
+            while connections and connections[0].idle_since <= oldest:
+                connections.pop(0).close()
+        left = [connections[0].idle_since for connections in self._idle.values() if connections]
+        if left:
+            self._timer = self.loop.call_at(min(left) + self._expiry, self._sweep)
+
+    def abort_all(self) -> None:
+        """Close every connection now; in the loop's thread."""
+        self._retired = True
+        for channel in list(self.dialling):
+            channel.teardown(End("closed", _CLOSED))
+        self._idle.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for connection in list(self._all):
+            connection.shut(_CLOSED)
+        self._all.clear()
+
+    def retire(self) -> None:
+        """Close every connection and the hook into the loop's end; in the loop's thread, or when it is closed."""
+        _step(self._guard.aclose())
+
+    def release(self) -> None:
+        """As ``retire()``, from anywhere."""
+        for connection in list(self._all):
+            connection.sever_now()
+        if self.loop.is_closed():
+            for connection in list(self._all):
+                connection.sock.close()
+            self._all.clear()
+            self.retire()
+        elif asyncio._get_running_loop() is self.loop:  # noqa: SLF001
+            self.retire()
+        else:
+            in_loop(self.loop, self.retire)
+
+
+async def _close_with_loop(pool: _Pool) -> AsyncGenerator[None, None]:
+    try:
+        yield
+    finally:
+        pool.abort_all()
+
+
+def _step(awaitable: Any) -> None:
+    """Run an awaitable that never suspends."""
+    try:
+        awaitable.send(None)
+    except (StopIteration, StopAsyncIteration):
+        return
+
+
+class _Dialling:
+    """A connection in the making: the task that makes it, and the sockets that it has opened."""
+
+    def __init__(self) -> None:
+        self.sockets: set[GuardedSocket] = set()
+        self.task: asyncio.Task[Connection] | None = None
+
+    def sever(self, channel: Channel) -> None:
+        for sock in list(self.sockets):
+            sock.sever()
+
+    def dispose(self, channel: Channel) -> None:
+        task = self.task
+        if task is None:
+            return
+        if not task.done():
+            task.cancel()
+        elif not task.cancelled() and task.exception() is None:
+            # Connected in the very moment in which nobody wanted it any more.
+            task.result().close()
+
+    def resume(self) -> None:
+        return
+
+
+class DirectTransport(httpx.AsyncBaseTransport):
+    """An httpx transport for HTTP/1.1 over TCP, TLS and unix sockets that can be cut off at any moment.
+
+    It is what ``AsyncClient`` uses by itself, and works under any ``httpx.AsyncClient(transport=DirectTransport())``.
+    Connections are kept for reuse, one pool for each event loop, without an upper limit to their number. It honours
+    httpx's ``connect`` and ``read`` timeouts.
+
+    Args:
+        verify: As httpx: True, False, or an ``ssl.SSLContext``. The context is made when the first TLS connection is.
+        cert: As httpx: a client certificate.
+        trust_env: Whether ``SSL_CERT_FILE`` and ``SSL_CERT_DIR`` are followed.
+        uds: Path of a unix socket to connect to, whatever the URL's host.
+        keepalive_expiry: Seconds for which an idle connection is kept.
+    """
+
+    def __init__(
+        self,
+        *,
+        verify: ssl.SSLContext | str | bool = True,
+        cert: str | tuple[str, str] | tuple[str, str, str] | None = None,
+        trust_env: bool = True,
+        uds: str | None = None,
+        keepalive_expiry: float = KEEPALIVE_EXPIRY,
+    ) -> None:
+        self._ssl_options = (verify, cert, trust_env)
+        self._ssl_context: ssl.SSLContext | None = None
+        self._uds = uds
+        self._expiry = keepalive_expiry
+        self._pools: dict[asyncio.AbstractEventLoop, _Pool] = {}
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send a request and return its answer as soon as its head is there.
+
+        Args:
+            request: The request. Its body may be bytes, a sync or an async iterator; an answer that comes before an
+                async iterator has ended ends the upload.
+
+        Raises:
+            httpx.TransportError: As httpx's own transport raises them.
+
+        Cancellation: the connection is closed at once.
+        """
+        channel = request.extensions.get(CHANNEL) or Channel(asyncio.get_running_loop())
+        timeouts: dict[str, float | None] = request.extensions.get("timeout") or {}
+        if channel.status:
+            channel.restart()
+        try:
+            outgoing = Outgoing(request)
+            connection = await self._connection(channel, Origin.of(request.url), timeouts.get("connect"))
+            await self._send(channel, connection, outgoing)
+            timer = _limit(channel, timeouts.get("read"))
+            try:
+                await channel.wait_for_head()
+            finally:
+                _stop(timer)
+        except Ended as ended:
+            raise _as_httpx(ended.end) from ended
+        except BaseException as exc:
+            channel.teardown(End("error", exc))
+            raise
+        return httpx.Response(
+            channel.status,
+            headers=list(channel.headers),
+            stream=_Body(channel, timeouts.get("read")),
+            extensions={"http_version": channel.http_version, "reason_phrase": channel.reason_phrase},
+        )
+
+    async def aclose(self) -> None:
+        """Close all connections, of every event loop, at once.
+
+        Cancellation: safe; there is nothing to wait for.
+        """
+        self._release()
+
+    def _release(self) -> None:
+        pools, self._pools = self._pools, {}
+        for pool in pools.values():
+            pool.release()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_pools"):
+            self._release()
+
+    def _pool(self) -> _Pool:
+        loop = asyncio.get_running_loop()
+        pool = self._pools.get(loop)
+        if pool is None:
+            for old in [old for old in self._pools if old.is_closed()]:
+                self._pools.pop(old).release()
+            pool = self._pools[loop] = _Pool(loop, self._expiry)
+        return pool
+
+    # -- connecting --
+
+    async def _connection(self, channel: Channel, origin: Origin, timeout: float | None) -> Connection:
+        channel.check()
+        pool = self._pool()
+        kept = pool.take(origin)
+        if kept is not None:
+            return kept
+        dialling = _Dialling()
+        task = dialling.task = channel.loop.create_task(self._dial(pool, origin, dialling.sockets, timeout))
+        task.add_done_callback(lambda _: channel.wake())
+        pool.dialling.add(channel)
+        channel.attach(dialling)
+        try:
+            while not task.done():
+                await channel.pause()
+            return task.result()
+        finally:
+            pool.dialling.discard(channel)
+            await settled(task)
+
+    async def _dial(
+        self, pool: _Pool, origin: Origin, sockets: set[GuardedSocket], timeout: float | None
+    ) -> Connection:
+        try:
+            async with asyncio.timeout(timeout):
+                return await self._connect(pool, origin, sockets)
+        except TimeoutError as exc:
+            # The kernel's own "connection timed out" is a TimeoutError as well, with a number.
+            if timeout is None or exc.errno is not None:
+                raise httpx.ConnectError(f"cannot connect to {origin}: {exc}") from exc
+            raise httpx.ConnectTimeout(f"no connection to {origin} within {timeout:g} s") from exc
+        except ssl.SSLError as exc:
+            raise httpx.ConnectError(f"TLS with {origin} failed: {explain_tls_error(exc)}") from exc
+        except OSError as exc:
+            raise httpx.ConnectError(f"cannot connect to {self._uds or origin}: {explain_error(exc)}") from exc
+        except UnicodeError as exc:
+            raise httpx.ConnectError(f"cannot connect to {origin}: this is no host name ({exc})") from exc
+
+    async def _connect(self, pool: _Pool, origin: Origin, sockets: set[GuardedSocket]) -> Connection:
+        loop = pool.loop
+        context = await self._context(loop) if origin.scheme == "https" else None
+        sock = await open_socket(loop, origin, self._uds, sockets)
+        connection = Connection(sock, origin, pool.put_back, pool.lost)
+        create = loop.create_connection if self._uds is None else loop.create_unix_connection
+        try:
+            if context is None:
+                await create(lambda: connection, sock=sock)
+            else:
+                await start_tls(connection, create, sock, context, origin.host)
+        except BaseException:
+            connection.close()
+            raise
+        pool.add(connection)
+        return connection
+
+    async def _context(self, loop: asyncio.AbstractEventLoop) -> ssl.SSLContext:
+        context = self._ssl_context
+        if context is None:
+            verify, cert, trust_env = self._ssl_options
+            # Reading the certificate store takes tens of milliseconds.
+            context = await loop.run_in_executor(
+                None, lambda: httpx.create_ssl_context(verify=verify, cert=cert, trust_env=trust_env)
+            )
+            self._ssl_context = context
+        return context
+
+    # -- sending --
+
+    async def _send(self, channel: Channel, connection: Connection, outgoing: Outgoing) -> None:
+        channel.touched = channel.sent = channel.loop.time()
+        blocks = outgoing.blocks
+        connection.begin(channel, outgoing.method, outgoing.data, more=blocks is not None)
+        if blocks is None:
+            return
+        channel.sent = 0.0
+        upload = Upload(channel, connection, blocks, outgoing.length)
+        channel.attach(upload)
+        await upload.finished(channel)
+
+
+def _as_httpx(end: End) -> BaseException:
+    if isinstance(end.cause, BaseException):
+        return end.cause
+    return httpx.ReadError(f"the exchange was ended: {end.kind}")
+
+
+def _limit(channel: Channel, seconds: float | None) -> asyncio.TimerHandle | None:
+    if seconds is None:
+        return None
+    late = End("error", httpx.ReadTimeout(f"the server sent nothing for {seconds:g} s"))
+    return channel.loop.call_later(seconds, channel.teardown, late)
+
+
+def _stop(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()
+
+
+class _Body(httpx.AsyncByteStream):
+    """The body of an answer, for whoever reads it through httpx."""
+
+    def __init__(self, channel: Channel, read_timeout: float | None) -> None:
+        self._channel = channel
+        self._read_timeout = read_timeout
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while True:
+            timer = _limit(self._channel, self._read_timeout)
+            try:
+                block = await self._channel.receive()
+            except Ended as ended:
+                raise _as_httpx(ended.end) from ended
+            finally:
+                _stop(timer)
+            if not block:
+                return
+            yield block
+
+    async def aclose(self) -> None:
+        if not self._channel.arrived:
+            self._channel.teardown(End("closed"))

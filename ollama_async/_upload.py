@@ -1,0 +1,148 @@
+"""How a request goes out: its head, its body, and the task that reads the caller's iterator."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import httpx
+
+from ._channel import Channel, End, settled
+from ._http import Connection, encode_head
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import AsyncGenerator, AsyncIterable
+
+__all__ = ["Outgoing", "Upload"]
+
+
+class Outgoing:
+    """A request as it goes over the wire; what cannot go is refused here, before there is a connection.
+
+    Attributes:
+        data: The head, and the body if it is bytes.
+        blocks: The body otherwise.
+        length: Bytes that ``blocks`` must have in all, ``None`` if they are sent in chunks.
+    """
+
+    def __init__(self, request: httpx.Request) -> None:
+        self.method = request.method
+        self.data = encode_head(request)
+        self.length = _body_length(request)
+        self.blocks: AsyncIterable[bytes] | None = None
+        stream = request.stream
+        if isinstance(stream, httpx.ByteStream):
+            body = b"".join(stream)
+            if self.length is None:
+                raise httpx.LocalProtocolError("the request has a Transfer-Encoding, but its body is bytes")
+            if self.length != len(body):
+                raise httpx.LocalProtocolError(_WRONG_LENGTH)
+            self.data += body
+        else:
+            self.blocks = stream if isinstance(stream, httpx.AsyncByteStream) else _as_async(stream)
+
+
+def _body_length(request: httpx.Request) -> int | None:
+    if "transfer-encoding" in request.headers:
+        if "content-length" in request.headers:
+            raise httpx.LocalProtocolError("the request has a Content-Length and a Transfer-Encoding")
+        return None
+    length: str = request.headers.get("content-length", "0")
+    if not (length.isascii() and length.isdigit()):
+        raise httpx.LocalProtocolError(f"the request's Content-Length is no number: {length!r}")
+    return int(length)
+
+
+async def _as_async(stream: httpx.SyncByteStream) -> AsyncGenerator[bytes, None]:
+    for block in stream:
+        yield block
+
+
+_WRONG_LENGTH = "the request's body is not as long as its Content-Length says"
+
+
+async def _upload(channel: Channel, connection: Connection, blocks: AsyncIterable[bytes], length: int | None) -> None:
+    """Write a request's body, no faster than the server takes it."""
+    left = length
+    iterator = aiter(blocks)
+    try:
+        async for block in iterator:
+            if not block:
+                continue
+            if left is None:
+                block = b"%x\r\n%b\r\n" % (len(block), block)
+            else:
+                left -= len(block)
+                if left < 0:
+                    raise httpx.LocalProtocolError(_WRONG_LENGTH)
+            if connection.gone:
+                return
+            connection.write(block)
+            channel.touched = channel.loop.time()
+            await connection.writable()
+    finally:
+        # The caller's generator holds files: it is closed here, in the task that ran it. httpx puts an iterator of its
+        # own around it, whose end does not end it (and has no other name for it than this one).
+        for source in (iterator, getattr(blocks, "_stream", None)):
+            close = getattr(source, "aclose", None)
+            if close is not None:
+                await close()
+    if left:
+        raise httpx.LocalProtocolError(_WRONG_LENGTH)
+    if left is None:
+        connection.write(b"0\r\n\r\n")
+    connection.end()
+    channel.touched = channel.sent = channel.loop.time()
+
+
+class Upload:
+    """A request's body on its way: the task that reads the caller's iterator, over the connection that it writes to."""
+
+    def __init__(
+        self, channel: Channel, connection: Connection, blocks: AsyncIterable[bytes], length: int | None
+    ) -> None:
+        self._connection = connection
+        self._stopped = False
+        self._task = channel.loop.create_task(_upload(channel, connection, blocks, length))
+        self._task.add_done_callback(partial(self._ended, channel))
+
+    async def finished(self, channel: Channel) -> None:
+        """Wait until the body is out, or until an answer comes, which ends it.
+
+        Cancellation: the connection is closed at once.
+        """
+        try:
+            while not self._task.done() and not channel.status:
+                await channel.pause()
+        finally:
+            self.stop()
+            await settled(self._task)
+
+    def _ended(self, channel: Channel, task: asyncio.Task[None]) -> None:
+        if task.cancelled():
+            if not self._stopped:
+                channel.teardown(End("error", httpx.LocalProtocolError("the request's body was cancelled")))
+        elif task.exception() is not None:
+            channel.teardown(End("error", task.exception()))
+        channel.wake()
+
+    def stop(self) -> None:
+        """Tell the task to stop."""
+        # Once: a second cancellation would interrupt the caller's generator while it cleans up after the first.
+        if not self._stopped:
+            self._stopped = True
+            self._task.cancel()
+
+    def sever(self, channel: Channel) -> None:
+        """Put the FIN on its way."""
+        self._connection.sever(channel)
+
+    def dispose(self, channel: Channel) -> None:
+        """Give everything back."""
+        self.stop()
+        self._connection.dispose(channel)
+
+    def resume(self) -> None:
+        """Read on."""
+        self._connection.resume()

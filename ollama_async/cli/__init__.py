@@ -1,0 +1,195 @@
+"""The command line: ``demo``, ``generate`` and ``chat``."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import json
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from ollama_async._cancel import CancelToken
+from ollama_async._client import AsyncClient
+from ollama_async._errors import OllamaError
+from ollama_async._timeouts import Timeouts
+
+from ._demo import run_demo
+from ._terminal import ERROR, INTERRUPTED, AnyStream, Session
+
+__all__ = ["app", "run"]
+
+app = typer.Typer(
+    help="Talk to an Ollama server, and stop its answers: the socket is gone when they are.",
+    epilog="Exit status: 0 all went well, 1 an error, 2 wrong usage, 130 ended by Ctrl-C.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def run() -> None:
+    """Run the command line and exit with its status."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        # A shell can start a program without any of them ("<&-"): then Python has None there.
+        stream: Any = getattr(sys, name) or open(os.devnull, mode)  # noqa: SIM115
+        # What the terminal cannot show becomes a question mark, never a UnicodeEncodeError.
+        stream.reconfigure(errors="replace" if mode == "w" else "strict")
+        setattr(sys, name, stream)
+    app(prog_name="ollama-async")
+
+
+# -- options --
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            version = importlib.metadata.version("ollama-async")
+        except importlib.metadata.PackageNotFoundError:
+            version = "(not installed)"
+        typer.echo(f"ollama-async {version}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    context: typer.Context,
+    host: Annotated[str | None, typer.Option(help="Address of the server, as in OLLAMA_HOST.")] = None,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+    no_color: Annotated[bool, typer.Option("--no-color", help="No colours, as with NO_COLOR.")] = False,
+) -> None:
+    context.obj = host
+    if no_color:  # rich looks at it, also where typer writes
+        os.environ["NO_COLOR"] = "1"
+
+
+def _model_options(pairs: list[str] | None) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for pair in pairs or ():
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise typer.BadParameter(f"{pair!r}: write it as key=value", param_hint="--option")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return options
+
+
+_Model = Annotated[str, typer.Argument(metavar="MODEL", help="Name of the model.")]
+_System = Annotated[str | None, typer.Option("--system", help="System prompt, in place of the model's.")]
+_Idle = Annotated[float, typer.Option("--timeout-idle", help="Seconds between two chunks.", min=0.001)]
+_Total = Annotated[float | None, typer.Option("--timeout-total", help="Seconds for a whole answer.", min=0.001)]
+_Option = Annotated[
+    list[str] | None,
+    typer.Option("--option", metavar="KEY=VALUE", help="Option of the model: JSON, else text. Repeatable."),
+]
+
+# -- generate and chat --
+
+
+@app.command()
+def generate(
+    context: typer.Context,
+    model: _Model,
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt; '-' reads it from stdin.")] = None,
+    system: _System = None,
+    timeout_idle: _Idle = 300.0,
+    timeout_total: _Total = None,
+    option: _Option = None,
+) -> None:
+    """Have a model complete a prompt, streaming the answer to stdout.
+
+    Without PROMPT it is read from stdin; on a terminal, one prompt after the other.
+
+    Ctrl-C stops the answer and keeps what came. The exit status is 130 then, to tell it from a whole answer.
+
+    On a terminal without PROMPT it goes on to the next prompt then, and a second Ctrl-C within a second leaves.
+    """
+    session, options = Session(context, model), _model_options(option)
+    limits = Timeouts(idle=timeout_idle, total=timeout_total)
+
+    def answer(text: str) -> AnyStream:
+        return session.answer(
+            lambda client, token: client.generate(
+                model, text, system=system, options=options, stream=True, token=token, timeout=limits
+            )
+        )
+
+    with session.running():
+        if prompt is None and sys.stdin.isatty():
+            session.converse(answer)
+            return
+        text = sys.stdin.read() if prompt in (None, "-") else prompt
+        if not text:
+            raise typer.BadParameter("it is empty", param_hint="PROMPT")
+        outcome = answer(text).outcome
+        if outcome != "done":
+            raise typer.Exit(INTERRUPTED if outcome == "aborted" else ERROR)
+
+
+@app.command()
+def chat(
+    context: typer.Context,
+    model: _Model,
+    system: _System = None,
+    timeout_idle: _Idle = 300.0,
+    timeout_total: _Total = None,
+    option: _Option = None,
+) -> None:
+    """Chat with a model, one line a turn; /bye or the end of the input leaves.
+
+    Ctrl-C stops the answer, keeps what came in the conversation, and goes on; a second Ctrl-C within a second leaves.
+    """
+    session, options = Session(context, model, "is above and stays in the conversation"), _model_options(option)
+    limits = Timeouts(idle=timeout_idle, total=timeout_total)
+    messages = [{"role": "system", "content": system}] if system else []
+
+    def turn(text: str) -> None:
+        asked, said = [*messages, {"role": "user", "content": text}], ""
+        try:
+            said = session.answer(
+                lambda client, token: client.chat(
+                    model, asked, options=options, stream=True, token=token, timeout=limits
+                )
+            ).text
+        except OllamaError as exc:
+            said = (exc.partial and exc.partial.message.content) or ""
+            raise
+        finally:
+            if said:  # a question that got no answer at all is not kept, it may be asked again
+                messages[:] = [*asked, {"role": "assistant", "content": said}]
+
+    async def check() -> None:
+        token = CancelToken()
+        with session.ctrl_c.aborts(token):
+            async with AsyncClient(session.host) as client:
+                await client.show(model, token=token, timeout=10)
+
+    with session.running():
+        asyncio.run(check())
+        session.converse(turn)
+
+
+# -- demo --
+
+
+@app.command()
+def demo(
+    context: typer.Context,
+    model: Annotated[str | None, typer.Option(help="Which of the server's models to use.")] = None,
+) -> None:
+    """Stream an answer and stop it: by abort() from another task, by asyncio.timeout(), by break.
+
+    It uses your Ollama server when one answers and has a model, else an embedded one, which also shows when it saw the
+    client leave. The exit status is 1 when something did not hold.
+    """
+    session = Session(context, "")
+    with session.running():
+        if not asyncio.run(run_demo(session, model)):
+            raise typer.Exit(ERROR)

@@ -1,0 +1,31 @@
+"""A real Ollama-protocol server for tests: scripted, fault-injecting, and recording what each client connection did.
+
+Example:
+    with FakeOllama() as server:
+        server.script("/api/chat", Reply.chat("Hel", "lo"), Reply([*Reply.chat("Hel", done=False).steps, Stall()]))
+        ...
+        [request] = server.wait_for_requests(path="/api/chat")
+        assert request.connection.wait_left()
+"""
+
+from ._fake import FakeOllama
+from ._records import ConnectionRecord, RequestRecord
+from ._script import Block, Cut, Endless, Gate, NoEnd, Pause, Raw, Reply, Reset, Stall, Step, Trickle
+
+__all__ = [
+    "Block",
+    "ConnectionRecord",
+    "Cut",
+    "Endless",
+    "FakeOllama",
+    "Gate",
+    "NoEnd",
+    "Pause",
+    "Raw",
+    "Reply",
+    "RequestRecord",
+    "Reset",
+    "Stall",
+    "Step",
+    "Trickle",
+]

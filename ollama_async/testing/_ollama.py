@@ -1,0 +1,318 @@
+"""The built-in behaviour: an Ollama server whose models say the same words each time."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeAlias, cast
+
+from ._records import RequestRecord
+from ._script import (
+    Endless,
+    Frame,
+    Pause,
+    Reply,
+    Stall,
+    chat_frame,
+    encode,
+    ending,
+    generate_frame,
+    spaced,
+    stamp,
+    word,
+)
+
+_TOKENS = 40
+_DIMENSIONS = 32
+_SIZE = 1_234_567_890
+_DETAILS: Frame = {
+    "parent_model": "",
+    "format": "gguf",
+    "family": "fake",
+    "families": ["fake"],
+    "parameter_size": "1.2B",
+    "quantization_level": "Q4_K_M",
+}
+Handler: TypeAlias = Callable[[RequestRecord], Reply]
+
+
+class _Refused(Exception):  # noqa: N818 -- the request is at fault, and the answer says so
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.reply = Reply.error(status, message)
+
+
+class Ollama:
+    """Answers the requests that no script answers. Lives on the server's thread only."""
+
+    def __init__(self, models: Sequence[str], interval: float) -> None:
+        self._models = dict.fromkeys(map(_full, models))
+        self._loaded: dict[str, None] = {}
+        self._blobs: set[str] = set()
+        self._interval = interval
+        running: Handler = lambda _: _text(200, "Ollama is running")  # noqa: E731
+        version: Handler = lambda _: Reply.json({"version": "0.0.0-fake"})  # noqa: E731
+        self._routes: dict[str, dict[str, Handler]] = {
+            "/": {"GET": running, "HEAD": running},
+            "/api/version": {"GET": version, "HEAD": version},
+            "/api/tags": {"GET": self._tags, "HEAD": self._tags},
+            "/api/ps": {"GET": self._ps},
+            "/api/show": {"POST": self._show},
+            "/api/chat": {"POST": self._chat},
+            "/api/generate": {"POST": self._generate},
+            "/api/embed": {"POST": self._embed},
+            "/api/create": {"POST": self._create},
+            "/api/copy": {"POST": self._copy},
+            "/api/delete": {"DELETE": self._delete},
+        }
+
+    def answer(self, request: RequestRecord) -> Reply:
+        """Answer one request."""
+        if request.route.startswith("/api/blobs/"):
+            methods: dict[str, Handler] = {"HEAD": self._find_blob, "POST": self._store_blob}
+        else:
+            methods = self._routes.get(request.route, {})
+        if not methods:
+            return _text(404, "404 page not found")
+        handler = methods.get(request.method)
+        if handler is None:
+            return _text(405, "405 method not allowed")
+        try:
+            return handler(request)
+        except _Refused as refused:
+            return refused.reply
+
+    # Models.
+
+    def _tags(self, _: RequestRecord) -> Reply:
+        return Reply.json({"models": [_card(name) | {"modified_at": stamp(0)} for name in self._models]})
+
+    def _ps(self, _: RequestRecord) -> Reply:
+        expires = (datetime.now(UTC) + timedelta(minutes=5)).strftime("%Y-%m-%dT%H:%M:%S.%f000Z")
+        running = {"expires_at": expires, "size_vram": _SIZE, "context_length": 4096}
+        return Reply.json({"models": [_card(name) | running for name in self._loaded]})
+
+    def _show(self, request: RequestRecord) -> Reply:
+        name = self._known(_body(request))
+        return Reply.json(
+            {
+                "modelfile": f"FROM {name}\n",
+                "parameters": "num_ctx                        4096",
+                "template": "{{ .Prompt }}",
+                "details": _DETAILS,
+                "model_info": {"general.architecture": "fake", "fake.context_length": 4096},
+                "capabilities": ["completion", "tools", "embedding"],
+                "modified_at": stamp(0),
+            }
+        )
+
+    def _create(self, request: RequestRecord) -> Reply:
+        body = _body(request)
+        name = _full(_name(body))
+        if body.get("from"):
+            self._known({"model": body["from"]})
+        self._models[name] = None
+        digest = _digest(name)
+        told = [f"creating new layer {digest}", "writing manifest", "success"]
+        frames: list[Frame] = [{"status": status} for status in told]
+        if body.get("stream") is False:
+            return Reply.json(frames[-1])
+        return Reply(spaced(frames, self._interval))
+
+    def _copy(self, request: RequestRecord) -> Reply:
+        body = _body(request)
+        self._known({"model": body.get("source")})
+        self._models[_full(_name({"model": body.get("destination")}))] = None
+        return Reply(framing="length")
+
+    def _delete(self, request: RequestRecord) -> Reply:
+        name = self._known(_body(request))
+        del self._models[name]
+        self._loaded.pop(name, None)
+        return Reply(framing="length")
+
+    def _known(self, body: Frame) -> str:
+        name = _name(body)
+        if _full(name) not in self._models:
+            raise _Refused(404, f"model '{name}' not found")
+        return _full(name)
+
+    # Generation.
+
+    def _chat(self, request: RequestRecord) -> Reply:
+        body = _body(request)
+        name = _name(body)
+
+        def frame(n: int, text: str) -> Frame:
+            return chat_frame(n, name, content=text)
+
+        return self._run(body, frame, idle=not body.get("messages"))
+
+    def _generate(self, request: RequestRecord) -> Reply:
+        body = _body(request)
+        name = _name(body)
+
+        def frame(n: int, text: str) -> Frame:
+            return generate_frame(n, name, response=text)
+
+        return self._run(body, frame, idle=not body.get("prompt"))
+
+    def _run(self, body: Frame, frame: Callable[[int, str], Frame], *, idle: bool) -> Reply:
+        model = self._known(body)
+        self._loaded[model] = None
+        if body.get("keep_alive") in (0, "0", "0s"):
+            del self._loaded[model]
+        if idle:
+            reason = "load" if model in self._loaded else "unload"
+            return Reply.json(frame(0, "") | {"done": True, "done_reason": reason})
+        limit = _limit(body)
+        count = _TOKENS if limit is None else limit
+        if body.get("stream") is False:
+            return self._whole(frame, count, limit)
+        # Like the real one, which sends the head with the first token.
+        first = (Pause(self._interval),)
+        if count < 0:
+            return Reply([Endless(lambda n: frame(n, word(n)), self._interval)], before_head=first)
+        frames = [frame(n, word(n)) for n in range(count)]
+        last = frame(count, "") | ending(count, _reason(limit))
+        return Reply([*spaced(frames, self._interval), last], before_head=first)
+
+    def _whole(self, frame: Callable[[int, str], Frame], count: int, limit: int | None) -> Reply:
+        if count < 0:
+            return Reply(before_head=[Stall()])
+        text = "".join(map(word, range(count)))
+        answer = encode(frame(count, text) | ending(count, _reason(limit))).rstrip(b"\n")
+        return Reply(
+            [answer],
+            before_head=[Pause(count * self._interval)],
+            headers={"Content-Type": "application/json; charset=utf-8"},
+            framing="length",
+        )
+
+    def _embed(self, request: RequestRecord) -> Reply:
+        body = _body(request)
+        name = self._known(body)
+        self._loaded[name] = None
+        texts = _texts(body)
+        size = _integer(body, "dimensions") or _DIMENSIONS
+        return Reply.json(
+            {
+                "model": body["model"],
+                "embeddings": [_unit_vector(text, size) for text in texts],
+                "total_duration": 14_000_000,
+                "load_duration": 1_000_000,
+                "prompt_eval_count": sum(len(text.split()) for text in texts),
+            }
+        )
+
+    # Blobs: only their digests are kept.
+
+    def _find_blob(self, request: RequestRecord) -> Reply:
+        digest = _blob_digest(request)
+        return Reply(framing="length", status=200 if digest in self._blobs else 404)
+
+    def _store_blob(self, request: RequestRecord) -> Reply:
+        digest = _blob_digest(request)
+        if digest in self._blobs:
+            return Reply(framing="length")
+        got = "sha256:" + hashlib.sha256(request.body).hexdigest()
+        if got != digest:
+            raise _Refused(400, f'digest mismatch, expected "{digest}", got "{got}"')
+        self._blobs.add(digest)
+        return Reply(framing="length", status=201)
+
+
+def _text(status: int, text: str) -> Reply:
+    headers = {"Content-Type": "text/plain; charset=utf-8"}
+    return Reply([text.encode()], status=status, headers=headers, framing="length")
+
+
+def _body(request: RequestRecord) -> Frame:
+    data = request.body
+    if not data:
+        raise _Refused(400, "missing request body")
+    try:
+        body: Any = json.loads(data)
+    except json.JSONDecodeError as exc:
+        rest = exc.doc[exc.pos :]
+        message = f"invalid character {rest[0]!r} looking for beginning of value" if rest else "unexpected EOF"
+        raise _Refused(400, message) from exc
+    except UnicodeDecodeError as exc:
+        raise _Refused(400, "invalid character in string literal") from exc
+    if not isinstance(body, dict):
+        raise _Refused(400, f"json: cannot unmarshal {type(body).__name__} into Go value")
+    return cast("Frame", body)
+
+
+def _name(body: Frame) -> str:
+    name = body.get("model") or body.get("name")
+    if not isinstance(name, str):
+        raise _Refused(400, "model is required")
+    return name
+
+
+def _full(name: str) -> str:
+    return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
+
+
+def _limit(body: Frame) -> int | None:
+    options: Any = body.get("options", {})
+    if options is None:
+        return None
+    if not isinstance(options, dict):
+        raise _Refused(400, "json: cannot unmarshal options into Go value")
+    try:
+        return _integer(cast("Frame", options), "num_predict")
+    except _Refused:
+        raise _Refused(500, 'option "num_predict" must be of type integer') from None
+
+
+def _integer(body: Frame, key: str) -> int | None:
+    value = body.get(key)
+    if value is not None and not isinstance(value, int):
+        raise _Refused(400, f"json: cannot unmarshal {key} into Go value of type int")
+    return value
+
+
+def _texts(body: Frame) -> list[str]:
+    given = body.get("input")
+    if not given:
+        return []
+    texts: list[Any] = body["input"] if isinstance(given, list) else [given]
+    if not all(isinstance(text, str) for text in texts):
+        raise _Refused(400, "invalid input type")
+    return texts
+
+
+def _reason(limit: int | None) -> str:
+    return "stop" if limit is None else "length"
+
+
+def _digest(name: str) -> str:
+    return "sha256:" + hashlib.sha256(name.encode()).hexdigest()
+
+
+def _card(name: str) -> Frame:
+    return {
+        "name": name,
+        "model": name,
+        "size": _SIZE,
+        "digest": _digest(name).removeprefix("sha256:"),
+        "details": _DETAILS,
+    }
+
+
+def _blob_digest(request: RequestRecord) -> str:
+    digest = request.route.removeprefix("/api/blobs/")
+    if not re.fullmatch("sha256[:-][0-9a-fA-F]{64}", digest):
+        raise _Refused(400, "invalid digest format")
+    return digest.replace("-", ":").lower()
+
+
+def _unit_vector(text: str, size: int) -> list[float]:
+    seed = text.encode()
+    raw = [hashlib.sha256(b"%d:%b" % (n, seed)).digest()[0] - 127.5 for n in range(size)]
+    norm = math.sqrt(math.fsum(value * value for value in raw))
+    return [value / norm for value in raw]

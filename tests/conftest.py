@@ -1,0 +1,39 @@
+import asyncio
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import uvloop
+from real.needs import needs, pytest_terminal_summary
+from real.ollama_server import RealOllama, find_server
+
+__all__ = ["pytest_terminal_summary"]  # pytest takes its hooks from here
+
+ON_BOTH_LOOPS = ("teardown", "test_transport.py", "test_real_stops.py")
+
+
+def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, Callable[[], Any]]:
+    """Run what is about sockets on uvloop as well."""
+    factories: dict[str, Callable[[], Any]] = {"asyncio": asyncio.new_event_loop}
+    if any(part in ON_BOTH_LOOPS for part in item.path.parts):
+        factories["uvloop"] = uvloop.new_event_loop
+    return factories
+
+
+pytest_plugins = ("ollama_async.testing.pytest_plugin", "pytester")
+
+
+@pytest.fixture(scope="session")
+def _ollama_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealOllama]:
+    binary = find_server()
+    if binary is None:
+        needs("an Ollama server", how="run .ci/install-ollama (it needs Go), or set OLLAMA_ASYNC_TEST_SERVER")
+    with RealOllama(binary, tmp_path_factory.mktemp("ollama")) as server:
+        yield server
+
+
+@pytest.fixture
+def real_ollama(_ollama_server: RealOllama) -> RealOllama:
+    """The session's real Ollama server, with its model loaded and slots free."""
+    _ollama_server.make_ready()
+    return _ollama_server

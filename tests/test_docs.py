@@ -1,0 +1,150 @@
+"""The documentation: its programs and the examples run, and what it names exists.
+
+Each Python block and each example is run in a process of its own against a fake server, with warnings as errors. What a
+comment ``# prints: text`` says has to be in the output. CONTRIBUTING.md tells how a block says what it needs.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ollama_async.testing import FakeOllama, Reply, Stall
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+TIMEOUT = 60.0
+
+SERVERS: dict[str, Callable[[FakeOllama], None]] = {
+    "endless": lambda server: server.script("/api/chat", Reply.endless_chat(0.01), always=True),
+    "silent": lambda server: server.script("/api/chat", Reply(before_head=[Stall()]), always=True),
+    "truncated": lambda server: server.script("/api/chat", Reply.chat("Because", done=False), always=True),
+    "race": lambda server: server.script("/api/chat", Reply.chat("Because."), Reply.endless_chat(0.01)),
+}
+EXAMPLES = {
+    "await_answer": ([], "This answer comes from a fake Ollama server"),
+    "stream_answer": ([], "[done: 41 chunks in "),
+    "abort": (["endless"], "[the user pressed Stop; kept "),
+    "timeout": (["endless"], "[time is up; kept "),
+    "race": (["race"], " won: Because."),
+}
+
+FENCE = re.compile(r"^(?:<!-- ([^\n]*) -->\n)?```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks() -> list[object]:
+    found: list[object] = []
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        for match in FENCE.finditer(text):
+            line = text.count("\n", 0, match.start(3))
+            found.append(pytest.param(*match.groups(), id=f"{page.name}:{line}"))
+    return found
+
+
+def run(*command: str, cwd: Path, host: str) -> str:
+    path = [] if os.environ.get("PYTHONSAFEPATH") else [str(ROOT)]  # with a safe path the installed package is tested
+    path += filter(None, [os.environ.get("PYTHONPATH")])
+    process = subprocess.run(
+        [sys.executable, *command],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONWARNINGS": "error", "OLLAMA_HOST": host},
+        cwd=cwd,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert (process.returncode, process.stderr) == (0, ""), process.stdout + process.stderr
+    return process.stdout
+
+
+@pytest.mark.parametrize(("needs", "language", "code"), blocks())
+def test_block(needs: str | None, language: str, code: str, tmp_path: Path) -> None:
+    assert language in {"python", "sh", "text"}
+    if language != "python":
+        return
+    kind, _, which = (needs or "").partition(": ")
+    with FakeOllama(models=["llama3.2"], interval=0.01) as server:
+        if kind == "pytest":
+            (tmp_path / "test_block.py").write_text(code, "utf-8")
+            # The plugin by its module, as in tests/conftest.py: the installed package may be another one.
+            plugins = ["-p", "no:ollama_async", "-p", "ollama_async.testing.pytest_plugin"]
+            options = ["-q", "-o", "asyncio_default_fixture_loop_scope=function", *plugins]
+            output = run("-m", "pytest", *options, "test_block.py", cwd=tmp_path, host=server.url)
+            assert f"{code.count('def test_')} passed" in output
+            return
+        if kind:
+            assert kind == "server"
+            SERVERS[which](server)
+        (tmp_path / "block.py").write_text(code, "utf-8")
+        output = run("block.py", cwd=tmp_path, host=server.url)
+    for text in re.findall(r"# prints: (.*)", code):
+        assert text in output
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_example(example: Path, tmp_path: Path) -> None:
+    needs, expected = EXAMPLES[example.stem]
+    with FakeOllama(models=["llama3.2", "qwen3"], interval=0.01) as server:
+        for which in needs:
+            SERVERS[which](server)
+        assert expected in run(str(example), cwd=tmp_path, host=server.url)
+        for request in server.requests:
+            assert request.connection.wait_left()
+
+
+def test_the_loser_of_the_race_is_aborted(tmp_path: Path) -> None:
+    with FakeOllama(models=["a", "b"]) as server:
+        SERVERS["race"](server)
+        output = run(str(ROOT / "examples" / "race.py"), "a", "b", cwd=tmp_path, host=server.url)
+        first, second = [request.json()["model"] for request in server.requests]
+    assert output.startswith(f"{second} lost: {first} was faster; it had written ")
+
+
+def test_what_the_documentation_names_exists() -> None:
+    names = set(re.findall(r"def (test_\w+)", "".join(file.read_text("utf-8") for file in ROOT.glob("tests/**/*.py"))))
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        for name in re.findall(r"`(test_\w+?)`", text):
+            assert name in names, f"{page.name}: {name}"
+        for path in re.findall(r"`((?:tests|docs|examples|ollama_async)/[\w/.-]*)`", text):
+            assert (ROOT / path).exists(), f"{page.name}: {path}"
+
+
+def test_each_scenario_of_the_contract_has_a_test() -> None:
+    tested = {
+        int(number)
+        for file in ROOT.glob("tests/**/*.py")
+        for number in re.findall(r"def test_s(\d+)_", file.read_text("utf-8"))
+    }
+    named: set[int] = set()
+    for first, last in re.findall(r"\bS(\d+)(?: to S(\d+))?", (ROOT / "docs" / "contract.md").read_text("utf-8")):
+        named |= set(range(int(first), int(last or first) + 1))
+    assert named - tested == set()
+    assert len(named) > 40
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text("utf-8"))):
+            if target.startswith("https://"):
+                continue
+            path, _, anchor = target.partition("#")
+            linked = page.parent / path if path else page
+            assert linked.exists(), f"{page.name}: {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", linked.read_text("utf-8"), re.MULTILINE)
+                slugs = [re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings]
+                assert anchor in slugs, f"{page.name}: {target}"
+
+
+def test_the_extras_that_are_named_exist() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    for page in PAGES:
+        for named in re.findall(r'"(?:ollama-async|\.)\[([\w,]+)\]"', page.read_text("utf-8")):
+            assert set(named.split(",")) <= set(extras), f"{page.name}: {named}"

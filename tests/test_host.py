@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import pytest
+
+from ollama_async import AsyncClient, HostError
+from ollama_async._host import env_api_key, env_proxy, parse_host
+
+V6 = "[0001:002:003:0004::1]"
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [
+        (None, "http://127.0.0.1:11434"),
+        ("", "http://127.0.0.1:11434"),
+        ("  ", "http://127.0.0.1:11434"),
+        ('"1.2.3.4"', "http://1.2.3.4:11434"),
+        ("1.2.3.4", "http://1.2.3.4:11434"),
+        (":56789", "http://127.0.0.1:56789"),
+        ("1.2.3.4:56789", "http://1.2.3.4:56789"),
+        ("http://1.2.3.4", "http://1.2.3.4:80"),
+        ("https://1.2.3.4", "https://1.2.3.4:443"),
+        ("HTTPS://example.com", "https://example.com:443"),
+        ("example.com", "http://example.com:11434"),
+        ("example.com/", "http://example.com:11434"),
+        ("example.com:56789/path/", "http://example.com:56789/path"),
+        ("https://example.com:56789/a/b", "https://example.com:56789/a/b"),
+        (V6, f"http://{V6}:11434"),
+        (f"{V6}:56789/path", f"http://{V6}:56789/path"),
+        (f"https://{V6}", f"https://{V6}:443"),
+        ("::1", "http://[::1]:11434"),
+        ("0.0.0.0", "http://127.0.0.1:11434"),
+        ("http://0.0.0.0:8080", "http://127.0.0.1:8080"),
+        ("::", "http://[::1]:11434"),
+        ("[::]:8080", "http://[::1]:8080"),
+        ("ollama.com", "https://ollama.com:443"),
+        ("http://ollama.com", "http://ollama.com:80"),
+        ("bücher.example", "http://xn--bcher-kva.example:11434"),
+    ],
+)
+def test_an_address_is_read_as_the_server_reads_it(given: str | None, url: str) -> None:
+    assert parse_host(given).url == url
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("ftp://example.com", "scheme 'ftp'"),
+        ("example.com:port", "port 'port'"),
+        ("example.com:0", "port '0'"),
+        ("example.com:65536", "port '65536'"),
+        ("example.com:-1", "port '-1'"),
+        ("example.com:\u0661", "port"),
+        ("exa mple.com", "no host name"),
+        ("-a-", "no host name"),
+        ("[::1", "IPv6"),
+        ("[::1]x", "IPv6"),
+        ("1:2:zz", "IPv6"),
+        ("example.com/a b", "path"),
+        ("example.com/a?b=c", "path"),
+    ],
+)
+def test_what_is_no_address_is_refused_with_the_reason(given: str, said: str) -> None:
+    with pytest.raises(HostError, match=said):
+        AsyncClient(given)
+
+
+def test_credentials_become_a_header_and_are_never_shown() -> None:
+    host = parse_host("https://user:se%20cret@example.com/path")
+    assert host.url == "https://example.com:443/path"
+    assert host.credentials == "Basic dXNlcjpzZSBjcmV0"
+    client = AsyncClient("https://user:secret@example.com")
+    assert "secret" not in repr(client)
+    with pytest.raises(HostError) as caught:
+        AsyncClient("https://user:secret@example.com:port")
+    assert "secret" not in str(caught.value)
+
+
+def test_the_environment_names_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OLLAMA_HOST", "example.com:1234")
+    assert repr(AsyncClient()) == "<AsyncClient http://example.com:1234>"
+    assert repr(AsyncClient("127.0.0.1")) == "<AsyncClient http://127.0.0.1:11434>"
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1", "localhost", "[::1]", "127.8.9.1", "0.0.0.0", "ollama.localhost"])
+def test_this_machine_is_never_reached_through_a_proxy(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy.example:3128")
+    monkeypatch.setenv("ALL_PROXY", "socks5h://proxy.example:1080")
+    assert env_proxy(parse_host(name)) is None
+
+
+def test_other_hosts_are_reached_through_the_proxy_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("HTTPS_PROXY", "proxy.example:3128")
+    monkeypatch.setenv("NO_PROXY", "internal.example")
+    assert env_proxy(parse_host("https://example.com")) == "http://proxy.example:3128"
+    assert env_proxy(parse_host("http://example.com")) is None
+    assert env_proxy(parse_host("https://internal.example")) is None
+
+
+@pytest.mark.parametrize(
+    ("host", "sent"),
+    [
+        ("https://ollama.com", True),
+        ("ollama.com", True),
+        ("http://ollama.com", False),
+        ("https://ollama.com.evil.example", False),
+        ("https://notollama.com", False),
+        ("127.0.0.1", False),
+    ],
+)
+def test_the_key_of_the_environment_goes_to_ollama_over_tls_only(
+    monkeypatch: pytest.MonkeyPatch, host: str, sent: bool
+) -> None:
+    monkeypatch.setenv("OLLAMA_API_KEY", "key")
+    assert (env_api_key(parse_host(host)) == "key") is sent
