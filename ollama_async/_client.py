@@ -4,22 +4,49 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Unpack, overload
 
+from pydantic import ValidationError
+
 from ._errors import RequestError
-from ._input import encode_images, encode_messages, encode_options, encode_tools, model_name
+from ._input import (
+    Image,
+    checked,
+    checked_stream,
+    encode_context,
+    encode_format,
+    encode_images,
+    encode_input,
+    encode_keep_alive,
+    encode_messages,
+    encode_options,
+    encode_think,
+    encode_tools,
+    first_error,
+    format_model,
+    model_name,
+)
 from ._manage import ModelManagement
 from ._merge import ChatMerge, GenerateMerge
 from ._session import CallOptions
+from ._systemone import SystemOneRequest, SystemOneResponse
 from ._types import ChatResponse, EmbeddingsResponse, EmbedResponse, GenerateResponse, Message
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Coroutine, Mapping, Sequence
+    from datetime import timedelta
+    from typing import BinaryIO
 
     from pydantic import BaseModel
 
+    from ._options import Options
     from ._stream import Stream
+    from ._systemone import SystemOneContent, SystemOneQuestion
 
     Messages: TypeAlias = str | Sequence[Mapping[str, Any] | Message] | None
-    Options: TypeAlias = Mapping[str, Any] | BaseModel | None
+    OptionsLike: TypeAlias = Mapping[str, Any] | Options | None
+    Format: TypeAlias = str | Mapping[str, Any] | type[BaseModel] | None
+    KeepAlive: TypeAlias = float | str | timedelta | None
+    ImageLike: TypeAlias = str | bytes | os.PathLike[str] | BinaryIO | Image
 
 __all__ = ["AsyncClient"]
 
@@ -30,9 +57,12 @@ class _AnswerOptions(CallOptions, total=False):
     think: bool | str | None
     logprobs: bool | None
     top_logprobs: int | None
-    format: str | dict[str, Any] | None
-    options: Options
-    keep_alive: float | str | None
+    format: Format
+    options: OptionsLike
+    keep_alive: KeepAlive
+    truncate: bool | None
+    shift: bool | None
+    debug_render_only: bool | None
 
 
 class _ChatOptions(_AnswerOptions, total=False):
@@ -44,7 +74,10 @@ class _GenerateOptions(_AnswerOptions, total=False):
     template: str | None
     context: Sequence[int] | None
     raw: bool | None
-    images: Sequence[str | bytes] | None
+    images: Sequence[ImageLike] | None
+    width: int | None
+    height: int | None
+    steps: int | None
 
 
 class AsyncClient(ModelManagement):
@@ -63,6 +96,8 @@ class AsyncClient(ModelManagement):
         headers: Headers for every request; they go before the client's own.
         timeout: Default for every call.
         token: A token that every call is under, besides its own.
+        compat: Whether to do as ollama-python where this library is safer or better by default; the migration guide
+            lists what that is.
         strict: Whether a stream that ends without its last chunk raises ``StreamTruncated``.
         max_line_bytes: How long one line of a stream may be.
         transport: An httpx transport to use in place of ``DirectTransport``.
@@ -113,9 +148,12 @@ class AsyncClient(ModelManagement):
         think: bool | str | None = None,
         logprobs: bool | None = None,
         top_logprobs: int | None = None,
-        format: str | dict[str, Any] | None = None,
-        options: Options = None,
-        keep_alive: float | str | None = None,
+        format: Format = None,
+        options: OptionsLike = None,
+        keep_alive: KeepAlive = None,
+        truncate: bool | None = None,
+        shift: bool | None = None,
+        debug_render_only: bool | None = None,
         until: Callable[[ChatResponse], object] | None = None,
         **call: Unpack[CallOptions],
     ) -> Coroutine[Any, Any, ChatResponse] | Stream[ChatResponse]:
@@ -129,9 +167,14 @@ class AsyncClient(ModelManagement):
             think: Whether, or how hard (``"low"``, ``"medium"``, ``"high"``), to think before answering.
             logprobs: Whether to return log probabilities.
             top_logprobs: Number of most likely tokens to return for each token, 0 to 20.
-            format: ``"json"``, or a JSON schema that the answer must follow.
-            options: Options of the model, such as ``{"temperature": 0}``.
-            keep_alive: How long the model stays loaded: seconds, or a text such as ``"5m"``; 0 unloads it after this.
+            format: ``"json"``, or what the answer must be: a JSON schema, or a pydantic model class, an instance of
+                which is then ``parsed`` of the answer.
+            options: Options of the model: ``Options`` or a dict such as ``{"temperature": 0}``.
+            keep_alive: How long the model stays loaded: seconds, a timedelta, or a text such as ``"5m"``; negative is
+                for ever, 0 unloads it after this.
+            truncate: Whether a prompt that is too long is cut (the server's default) or refused.
+            shift: Whether old tokens make room when the context is full (the server's default), or the answer ends.
+            debug_render_only: Whether to return, in ``debug_info``, what the model would read, and not run it.
             **call: ``token=``, ``timeout=``, ``headers=`` of this call.
             until: With ``stream=True``: called with the merged answer after each chunk; when it returns something
                 true, the answer is aborted and the stream ends normally, with the outcome ``"until"``.
@@ -148,20 +191,22 @@ class AsyncClient(ModelManagement):
         """
         body = {
             "model": model_name(model),
-            "stream": stream,
+            "stream": checked_stream(stream),
             "messages": encode_messages(messages),
             "tools": encode_tools(tools),
-            "think": think,
-            "logprobs": logprobs,
-            "top_logprobs": top_logprobs,
-            "format": format,
+            "think": encode_think(think),
+            "format": encode_format(format),
             "options": encode_options(options),
-            "keep_alive": keep_alive,
+            "keep_alive": encode_keep_alive(keep_alive),
+            "_debug_render_only": debug_render_only,
+            **checked("flag", logprobs=logprobs, truncate=truncate, shift=shift),
+            **checked("number", top_logprobs=top_logprobs),
         }
+        form = format_model(format)
         if stream:
-            return self._stream(ChatMerge(), "/api/chat", body, call, until)
+            return self._stream(ChatMerge(), "/api/chat", body, call, until, form=form)
         _only_for_streams(until)
-        return self._request(ChatResponse, "POST", "/api/chat", body, call)
+        return self._request(ChatResponse, "POST", "/api/chat", body, call, form=form)
 
     @overload
     def generate(
@@ -200,10 +245,16 @@ class AsyncClient(ModelManagement):
         logprobs: bool | None = None,
         top_logprobs: int | None = None,
         raw: bool | None = None,
-        format: str | dict[str, Any] | None = None,
-        images: Sequence[str | bytes] | None = None,
-        options: Options = None,
-        keep_alive: float | str | None = None,
+        format: Format = None,
+        images: Sequence[ImageLike] | None = None,
+        options: OptionsLike = None,
+        keep_alive: KeepAlive = None,
+        width: int | None = None,
+        height: int | None = None,
+        steps: int | None = None,
+        truncate: bool | None = None,
+        shift: bool | None = None,
+        debug_render_only: bool | None = None,
         until: Callable[[GenerateResponse], object] | None = None,
         **call: Unpack[CallOptions],
     ) -> Coroutine[Any, Any, GenerateResponse] | Stream[GenerateResponse]:
@@ -221,10 +272,18 @@ class AsyncClient(ModelManagement):
             logprobs: Whether to return log probabilities.
             top_logprobs: Number of most likely tokens to return for each token, 0 to 20.
             raw: Whether the prompt is used as it is, without a template.
-            format: ``"json"``, or a JSON schema that the answer must follow.
-            images: Images, as bytes or base64.
-            options: Options of the model, such as ``{"temperature": 0}``.
-            keep_alive: How long the model stays loaded: seconds, or a text such as ``"5m"``; 0 unloads it after this.
+            format: ``"json"``, or what the answer must be: a JSON schema, or a pydantic model class, an instance of
+                which is then ``parsed`` of the answer.
+            images: Images: each a path, bytes, base64, or an open file; files are read in a worker thread.
+            options: Options of the model: ``Options`` or a dict such as ``{"temperature": 0}``.
+            keep_alive: How long the model stays loaded: seconds, a timedelta, or a text such as ``"5m"``; negative is
+                for ever, 0 unloads it after this.
+            width: Width of the image to make, in pixels (image models; experimental).
+            height: Height of the image to make, in pixels.
+            steps: Steps of making the image.
+            truncate: Whether a prompt that is too long is cut (the server's default) or refused.
+            shift: Whether old tokens make room when the context is full (the server's default), or the answer ends.
+            debug_render_only: Whether to return, in ``debug_info``, what the model would read, and not run it.
             **call: ``token=``, ``timeout=``, ``headers=`` of this call.
             until: As in ``chat``.
 
@@ -240,33 +299,31 @@ class AsyncClient(ModelManagement):
         """
         body = {
             "model": model_name(model),
-            "stream": stream,
-            "prompt": prompt,
-            "suffix": suffix,
-            "system": system,
-            "template": template,
-            "context": context,
-            "think": think,
-            "logprobs": logprobs,
-            "top_logprobs": top_logprobs,
-            "raw": raw,
-            "format": format,
+            "stream": checked_stream(stream),
+            **checked("text", prompt=prompt, suffix=suffix, system=system, template=template),
+            "context": encode_context(context),
+            "think": encode_think(think),
+            "format": encode_format(format),
             "images": encode_images(images),
             "options": encode_options(options),
-            "keep_alive": keep_alive,
+            "keep_alive": encode_keep_alive(keep_alive),
+            "_debug_render_only": debug_render_only,
+            **checked("flag", logprobs=logprobs, raw=raw, truncate=truncate, shift=shift),
+            **checked("number", top_logprobs=top_logprobs, width=width, height=height, steps=steps),
         }
+        form = format_model(format)
         if stream:
-            return self._stream(GenerateMerge(), "/api/generate", body, call, until)
+            return self._stream(GenerateMerge(), "/api/generate", body, call, until, form=form)
         _only_for_streams(until)
-        return self._request(GenerateResponse, "POST", "/api/generate", body, call)
+        return self._request(GenerateResponse, "POST", "/api/generate", body, call, form=form)
 
     async def embed(
         self,
         model: str = "",
         input: str | Sequence[str] = "",
         truncate: bool | None = None,
-        options: Options = None,
-        keep_alive: float | str | None = None,
+        options: OptionsLike = None,
+        keep_alive: KeepAlive = None,
         dimensions: int | None = None,
         **call: Unpack[CallOptions],
     ) -> EmbedResponse:
@@ -290,11 +347,11 @@ class AsyncClient(ModelManagement):
         """
         body = {
             "model": model_name(model),
-            "input": input,
-            "truncate": truncate,
+            "input": encode_input(input),
             "options": encode_options(options),
-            "keep_alive": keep_alive,
-            "dimensions": dimensions,
+            "keep_alive": encode_keep_alive(keep_alive),
+            **checked("flag", truncate=truncate),
+            **checked("number", dimensions=dimensions),
         }
         return await self._request(EmbedResponse, "POST", "/api/embed", body, call)
 
@@ -302,8 +359,8 @@ class AsyncClient(ModelManagement):
         self,
         model: str = "",
         prompt: str | None = None,
-        options: Options = None,
-        keep_alive: float | str | None = None,
+        options: OptionsLike = None,
+        keep_alive: KeepAlive = None,
         **call: Unpack[CallOptions],
     ) -> EmbeddingsResponse:
         """Turn one text into a vector that is not normalised; the server has replaced this by ``embed``.
@@ -324,20 +381,18 @@ class AsyncClient(ModelManagement):
         """
         body = {
             "model": model_name(model),
-            "prompt": prompt,
             "options": encode_options(options),
-            "keep_alive": keep_alive,
+            "keep_alive": encode_keep_alive(keep_alive),
+            **checked("text", prompt=prompt),
         }
         return await self._request(EmbeddingsResponse, "POST", "/api/embeddings", body, call)
 
-    async def load(
-        self, model: str, keep_alive: float | str | None = None, **call: Unpack[CallOptions]
-    ) -> GenerateResponse:
+    async def load(self, model: str, keep_alive: KeepAlive = None, **call: Unpack[CallOptions]) -> GenerateResponse:
         """Load a model, so that the next answer does not wait for that.
 
         Args:
             model: Name of the model.
-            keep_alive: How long it stays loaded: seconds, or a text such as ``"5m"``; negative for ever.
+            keep_alive: How long it stays loaded, as in ``chat``.
             **call: ``token=``, ``timeout=``, ``headers=`` of this call.
 
         Raises:
@@ -347,7 +402,7 @@ class AsyncClient(ModelManagement):
 
         Server: ``POST /api/generate`` without a prompt
         """
-        body = {"model": model_name(model), "stream": False, "keep_alive": keep_alive}
+        body = {"model": model_name(model), "stream": False, "keep_alive": encode_keep_alive(keep_alive)}
         return await self._request(GenerateResponse, "POST", "/api/generate", body, call)
 
     async def unload(self, model: str, **call: Unpack[CallOptions]) -> GenerateResponse:
@@ -365,6 +420,39 @@ class AsyncClient(ModelManagement):
         Server: ``POST /api/generate`` without a prompt, with ``keep_alive`` 0
         """
         return await self.load(model, 0, **call)
+
+    async def systemone(
+        self,
+        model: str,
+        state: SystemOneContent,
+        questions: Mapping[str, SystemOneQuestion | Mapping[str, Any]],
+        keep_alive: KeepAlive = None,
+        **call: Unpack[CallOptions],
+    ) -> SystemOneResponse:
+        """Have a System One model answer questions by a choice, a yes or no, or a score.
+
+        Args:
+            model: Name of the model.
+            state: What the questions are about: a text, or JSON.
+            questions: The questions by names of your own, as dicts or as ``SystemOneChoiceQuestion`` and its sisters.
+            keep_alive: As in ``chat``.
+            **call: ``token=``, ``timeout=``, ``headers=`` of this call.
+
+        Raises:
+            OllamaError: See the tree in the reference.
+
+        Cancellation: closes the connection at once.
+
+        Server: ``POST /v1/systemone`` (from 0.35 on)
+        """
+        given = {"model": model_name(model), "state": state, "questions": questions}
+        try:
+            request = SystemOneRequest.model_validate({**given, "keep_alive": encode_keep_alive(keep_alive)})
+        except ValidationError as exc:
+            raise RequestError(f"systemone: {first_error(exc)}") from exc
+        # Of a choice without a description the null says that its name describes it.
+        body = request.model_dump(exclude_none=True)
+        return await self._request(SystemOneResponse, "POST", "/v1/systemone", body, call)
 
 
 def _only_for_streams(until: object) -> None:

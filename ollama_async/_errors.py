@@ -19,6 +19,7 @@
     │   ├── ServerError               5xx
     │   │   └── ServerBusyError       503
     │   └── StreamError               an error frame inside a stream that had begun
+    ├── ParseError            the answer is not what ``format=`` asked for (also a ValueError)
     ├── StreamTruncated       the stream ended without ``done`` (only with ``strict=True``)
     ├── StreamClosed          a stream or client was used after it was closed (also a RuntimeError)
     └── StreamBusy            a second task read a stream that another one is reading (also a RuntimeError)
@@ -39,6 +40,7 @@ __all__ = [
     "HostError",
     "NotFoundError",
     "OllamaError",
+    "ParseError",
     "PermissionDeniedError",
     "PhaseTimeout",
     "ProtocolError",
@@ -210,6 +212,19 @@ class StreamError(ResponseError):
 
     ``status_code`` is the one in the frame when there is one, else the HTTP status of the answer.
     """
+
+
+class ParseError(OllamaError, ValueError):
+    """The text of an answer is not an instance of the pydantic model that was given as ``format=``.
+
+    Attributes:
+        text: The text as it came.
+    """
+
+    def __init__(self, name: str, text: str, partial: Any = None) -> None:
+        super().__init__(f"the answer is no {name}: {text[:200]!r}{'...' if len(text) > 200 else ''}")
+        self.text = text
+        self.partial = partial
 
 
 class StreamTruncated(OllamaError):

@@ -19,9 +19,12 @@ from ._channel import Channel, End, Ended, Kind, settled
 from ._errors import AbortError, PhaseTimeout, ProtocolError, StreamClosed
 from ._failures import json_object, status_error, stream_error, translate
 from ._transport import CHANNEL
+from ._types import Origin
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from pydantic import BaseModel
 
     from ._cancel import CancelToken, Registration
     from ._timeouts import Timeouts
@@ -171,6 +174,10 @@ class Exchange(Channel):
             if frame.get("error") is not None:
                 raise stream_error(frame, self)
         return body
+
+    def origin(self, form: type[BaseModel] | None = None) -> Origin:
+        """Return what an answer made of this shall know of where it comes from."""
+        return Origin(self.status, httpx.Headers(list(self.headers)), form)
 
     def settle(self) -> bool:
         """The reader has all it wanted: from now on nothing can end this any more.

@@ -146,9 +146,9 @@ def is_loopback(name: str) -> bool:
         return False
 
 
-def env_proxy(host: Host) -> str | None:
-    """Return the proxy that the environment names for a host: never one for this machine."""
-    if is_loopback(host.name):
+def env_proxy(host: Host, *, even_local: bool = False) -> str | None:
+    """Return the proxy that the environment names for a host: never one for this machine, unless wanted."""
+    if is_loopback(host.name) and not even_local:
         return None
     scheme = host.url.partition(":")[0]
     proxies = urllib.request.getproxies_environment()
@@ -163,8 +163,13 @@ def _bypassed(name: str, proxies: dict[str, str]) -> bool:
     return bool(urllib.request.proxy_bypass_environment(name, proxies))  # type: ignore[attr-defined]
 
 
-def env_api_key(host: Host) -> str | None:
-    """Return ``OLLAMA_API_KEY`` if the host is ollama.com over TLS: it is sent nowhere else unless given explicitly."""
-    if not host.url.startswith("https://") or not (host.name == "ollama.com" or host.name.endswith(".ollama.com")):
+def env_api_key(host: Host, *, anywhere: bool = False) -> str | None:
+    """Return ``OLLAMA_API_KEY`` if the host is ollama.com over TLS: it is sent nowhere else, unless wanted."""
+    if not anywhere and not is_ollama_com(host):
         return None
     return os.environ.get("OLLAMA_API_KEY", "").strip() or None
+
+
+def is_ollama_com(host: Host) -> bool:
+    """Whether a host is ollama.com over TLS."""
+    return host.url.startswith("https://") and (host.name == "ollama.com" or host.name.endswith(".ollama.com"))

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
+import os
 import re
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import anyio.to_thread
 import httpx
 import pydantic_core
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, PydanticUserError, ValidationError, field_validator, model_serializer
 
 from ._errors import RequestError
+from ._options import Options
 from ._types import Message
 
 if TYPE_CHECKING:
@@ -23,15 +27,27 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FileBody",
+    "Image",
+    "JsonBody",
     "blob_digest",
+    "checked",
+    "checked_stream",
+    "encode_context",
+    "encode_format",
     "encode_images",
+    "encode_input",
     "encode_json",
+    "encode_keep_alive",
     "encode_messages",
     "encode_options",
+    "encode_think",
     "encode_tools",
+    "first_error",
+    "format_model",
     "hash_file",
     "model_name",
     "open_file",
+    "sequence",
 ]
 
 _DIGEST = re.compile("sha256[:-][0-9a-fA-F]{64}")
@@ -54,17 +70,166 @@ def blob_digest(value: object) -> str:
     return value
 
 
-def encode_json(body: Mapping[str, Any]) -> bytes:
+def encode_json(body: Mapping[str, Any]) -> bytes | JsonBody:
     """Encode the body of a request, without the parameters that are None."""
+    given = {name: value for name, value in body.items() if value is not None}
+    if _has_images(given):
+        return JsonBody(given)
+    return _to_json(given)
+
+
+def _to_json(body: Mapping[str, Any]) -> bytes:
     try:
-        return pydantic_core.to_json({name: value for name, value in body.items() if value is not None})
+        return pydantic_core.to_json(body, inf_nan_mode="constants")
     except (ValueError, TypeError, pydantic_core.PydanticSerializationError) as exc:
         raise RequestError(f"the request cannot be written as JSON: {exc}") from exc
 
 
-def encode_model(value: Any) -> Any:
-    """Turn a pydantic model into a dict, without the fields that are None; leave everything else as it is."""
-    return value.model_dump(exclude_none=True) if isinstance(value, BaseModel) else value
+def _has_images(body: Mapping[str, Any]) -> bool:
+    messages = body.get("messages") or ()
+    lists = [body.get("images") or (), *(message.get("images") or () for message in messages)]
+    return any(isinstance(image, Image) for images in lists for image in images)
+
+
+class JsonBody(httpx.AsyncByteStream):
+    """The body of a request with images that have to be read and encoded, which is done in a worker thread."""
+
+    def __init__(self, body: Mapping[str, Any]) -> None:
+        self._body = body
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield await anyio.to_thread.run_sync(_to_json, self._body, abandon_on_cancel=True)
+
+
+# -- plain parameters --
+
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "flag": ((bool,), "True or False"),
+    "text": ((str,), "a str"),
+    "number": ((int,), "an int"),
+    "mapping": ((Mapping,), "a dict"),
+}
+
+
+def checked(kind: str, **given: Any) -> dict[str, Any]:
+    """Check parameters that go over the wire as they are, all of one kind; ``None`` is always allowed.
+
+    Args:
+        kind: ``"flag"``, ``"text"``, ``"number"`` or ``"mapping"``.
+        **given: The parameters by name.
+
+    Returns:
+        The parameters.
+    """
+    types, wanted = _KINDS[kind]
+    for name, value in given.items():
+        # True is an int for Python, not for the server.
+        if value is not None and (not isinstance(value, types) or (kind == "number" and isinstance(value, bool))):
+            raise RequestError(f"{name}={type(value).__name__}: give {wanted}")
+    return given
+
+
+def checked_stream(value: object) -> bool:
+    """Check ``stream``: it decides what a call returns."""
+    if not isinstance(value, bool):
+        raise RequestError(f"stream={value!r}: give True or False")
+    return value
+
+
+def encode_think(value: object) -> bool | str | None:
+    """Check ``think``; any text is allowed, since servers learn new levels."""
+    if value is not None and not isinstance(value, bool | str):
+        raise RequestError(f"think={type(value).__name__}: give True, False, or a level such as 'high'")
+    return value
+
+
+_GO_DURATION = re.compile(r"[-+]?((\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h))+|[-+]?0")
+
+
+def encode_keep_alive(value: object) -> float | str | None:
+    """Turn ``keep_alive`` into seconds, or leave it a duration such as ``"1h30m"``."""
+    if value is None:
+        return None
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    if isinstance(value, str) and _GO_DURATION.fullmatch(value):
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return value
+    raise RequestError(f"keep_alive={value!r}: give seconds, a timedelta, or a text such as '5m' or '1h30m'")
+
+
+def encode_format(value: object) -> str | dict[str, Any] | None:
+    """Turn ``format`` into ``"json"`` or a JSON schema."""
+    if value is None or (isinstance(value, str) and value in ("", "json")):
+        return value
+    if isinstance(value, Mapping):
+        return dict(cast("Mapping[str, Any]", value))
+    form = format_model(value)
+    if form is None:
+        raise RequestError(f"format={value!r}: give 'json', a JSON schema as a dict, or a pydantic model class")
+    try:
+        return form.model_json_schema()
+    except PydanticUserError as exc:
+        raise RequestError(f"format={form.__name__}: it has no JSON schema: {exc.message}") from exc
+
+
+def format_model(value: object) -> type[BaseModel] | None:
+    """Return the pydantic model class that was given as ``format``, ``None`` if it is something else."""
+    return value if isinstance(value, type) and issubclass(value, BaseModel) else None
+
+
+def encode_options(given: Any, parameter: str = "options") -> dict[str, Any] | None:
+    """Check the options of a model against those that are known; others are passed on."""
+    if given is None:
+        return None
+    if isinstance(given, BaseModel):
+        # Of a model what is None was not given; in a dict it is there because somebody put it there.
+        given = given.model_dump(exclude_none=True)
+    if not isinstance(given, Mapping):
+        raise RequestError(f"{parameter}={type(given).__name__}: give a dict or Options")
+    try:
+        return Options.model_validate(given).model_dump(exclude_unset=True)
+    except ValidationError as exc:
+        raise RequestError(f"{parameter}: {first_error(exc)}") from exc
+
+
+def first_error(exc: ValidationError) -> str:
+    """Say the first thing that is wrong."""
+    first = exc.errors(include_url=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"{where}: {first['msg']}" if where else first["msg"]
+
+
+def encode_input(given: Any) -> str | list[str]:
+    """Check the texts to embed."""
+    if isinstance(given, str):
+        return given
+    texts = list(sequence(given, "input"))
+    for place, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise RequestError(f"input[{place}]={type(text).__name__}: give a str")
+    return texts
+
+
+def encode_context(given: Any) -> list[int] | None:
+    """Check the tokens of an earlier answer."""
+    if given is None:
+        return None
+    tokens = list(sequence(given, "context"))
+    if not all(isinstance(token, int) for token in tokens):
+        raise RequestError("context: give the list of int that an earlier answer had")
+    return tokens
+
+
+def sequence(given: Any, parameter: str) -> Sequence[Any]:
+    """Check that it is a list or something like it."""
+    if not isinstance(given, Sequence) or isinstance(given, (str, bytes, bytearray)):
+        raise RequestError(f"{parameter}={type(given).__name__}: give a list")
+    return given  # pyright: ignore[reportUnknownVariableType]
+
+
+# -- messages and images --
 
 
 def encode_messages(given: Any) -> list[dict[str, Any]]:
@@ -73,13 +238,7 @@ def encode_messages(given: Any) -> list[dict[str, Any]]:
         return []
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
-    return [_encode_message(message, place) for place, message in enumerate(_sequence(given, "messages"))]
-
-
-def _sequence(given: Any, parameter: str) -> Sequence[Any]:
-    if not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
-        raise RequestError(f"{parameter}={type(given).__name__}: give a list")
-    return given  # pyright: ignore[reportUnknownVariableType]
+    return [_encode_message(message, place) for place, message in enumerate(sequence(given, "messages"))]
 
 
 def _encode_message(message: Any, place: int) -> dict[str, Any]:
@@ -87,48 +246,108 @@ def _encode_message(message: Any, place: int) -> dict[str, Any]:
         try:
             message = Message.model_validate(message)
         except ValidationError as exc:
-            first = exc.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"]))
-            raise RequestError(f"messages[{place}] is no message: {where}: {first['msg']}") from exc
-    encoded: dict[str, Any] = message.model_dump(exclude_none=True)
-    if "images" in encoded:
-        encoded["images"] = [encode_image(image) for image in encoded["images"]]
+            raise RequestError(f"messages[{place}] is no message: {first_error(exc)}") from exc
+    # Dumping an image reads its file.
+    encoded: dict[str, Any] = message.model_dump(exclude_none=True, exclude={"images"})
+    if message.images is not None:
+        encoded["images"] = encode_images(message.images)
     return encoded
+
+
+class Image(BaseModel):
+    """An image to send: a path, bytes, base64 text, or a file that is open for reading bytes.
+
+    A text is a path if there is such a file, else base64. Dumping it reads the file.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    value: Any
+    """What was given."""
+
+    @field_validator("value")
+    @classmethod
+    def _check(cls, value: Any) -> Any:
+        if isinstance(value, bytearray):
+            return bytes(value)
+        if isinstance(value, str):
+            return _text_or_path(value)
+        if isinstance(value, os.PathLike):
+            path = Path(cast("os.PathLike[str]", value))
+            if not path.is_file():
+                raise ValueError(f"the file {str(path)!r} does not exist")
+            return path
+        if isinstance(value, bytes) or callable(getattr(value, "read", None)):
+            return value
+        raise ValueError(f"an image is {type(value).__name__}: give a path, bytes, base64, or an open file")
+
+    @model_serializer
+    def _encode(self) -> str:
+        value = self.value
+        if isinstance(value, str):
+            return value
+        if isinstance(value, Path):
+            try:
+                value = value.read_bytes()
+            except OSError as exc:
+                raise ValueError(f"the image cannot be read: {exc}") from exc
+        elif not isinstance(value, bytes):
+            # It can be read once, and may be wanted again.
+            value = self.value = _read(value)
+        return base64.b64encode(value).decode("ascii")
+
+
+_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+# Longer than any path that a system takes.
+_MAX_PATH = 4096
+
+
+def _text_or_path(value: str) -> str | Path:
+    if 0 < len(value) <= _MAX_PATH and "\0" not in value and os.path.isfile(value):
+        return Path(value)
+    if value.lower().endswith(_IMAGE_SUFFIXES):
+        raise ValueError(f"the file {value!r} does not exist")
+    try:
+        base64.b64decode(value, validate=True)
+    except ValueError:
+        raise ValueError("an image given as str is neither base64 nor a file that exists") from None
+    return value
+
+
+def _read(file: Any) -> bytes:
+    data = file.read()
+    if not isinstance(data, bytes):
+        raise ValueError(f"the image's read() returned {type(data).__name__}, not bytes; open it with 'rb'")  # noqa: TRY004  (pydantic takes a ValueError for a finding)
+    return data
+
+
+def encode_images(given: Any) -> list[str | Image] | None:
+    """Check images; base64 goes as it is, the others are read and encoded when the request goes out."""
+    if given is None:
+        return None
+    images = [_encode_image(image) for image in sequence(given, "images")]
+    return [image.value if isinstance(image.value, str) else image for image in images]
 
 
 def encode_tools(given: Any) -> list[Any]:
     """Turn the tools of a chat into dicts."""
     if given is None:
         return []
-    return [encode_model(tool) for tool in _sequence(given, "tools")]
+    return [
+        tool.model_dump(exclude_none=True) if isinstance(tool, BaseModel) else tool for tool in sequence(given, "tools")
+    ]
 
 
-def encode_options(given: Any, parameter: str = "options") -> Any:
-    """Check the options of a model."""
-    if given is not None and not isinstance(given, (Mapping, BaseModel)):
-        raise RequestError(f"{parameter}={type(given).__name__}: give a dict")
-    return encode_model(given)
-
-
-def encode_images(given: Any) -> list[str] | None:
-    """Turn images into base64."""
-    if given is None:
-        return None
-    return [encode_image(image) for image in _sequence(given, "images")]
-
-
-def encode_image(image: Any) -> str:
-    """Turn an image into base64; a ``str`` is base64 already."""
-    if isinstance(image, bytes):
-        return base64.b64encode(image).decode("ascii")
-    if not isinstance(image, str):
-        raise RequestError(f"an image is {type(image).__name__}: give bytes, or base64 as str")
+def _encode_image(image: Any) -> Image:
+    if isinstance(image, Image):
+        return image
     try:
-        base64.b64decode(image, validate=True)
-    except ValueError:
-        # Such as the name of a file, which no server would take for one.
-        raise RequestError("an image given as str is not base64; to send a file, give its bytes") from None
-    return image
+        return Image(value=image)
+    except ValidationError as exc:
+        raise RequestError(exc.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")) from exc
+
+
+# -- files --
 
 
 def open_file(path: str | Path) -> BinaryIO:
@@ -163,5 +382,7 @@ class FileBody(httpx.AsyncByteStream):
         self._file = file
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
+        # From its beginning each time that the body is sent.
+        await anyio.to_thread.run_sync(self._file.seek, 0)
         while block := await anyio.to_thread.run_sync(self._file.read, _FILE_BLOCK):
             yield block

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, overload
 
-from ._errors import NotFoundError
+from ._errors import NotFoundError, RequestError
 from ._input import (
     FileBody,
     blob_digest,
-    encode_json,
+    checked,
+    checked_stream,
     encode_messages,
     encode_options,
     hash_file,
     model_name,
     open_file,
+    sequence,
 )
 from ._merge import ProgressMerge
+from ._progress import ProgressResponse
 from ._session import CallOptions, Session
 from ._types import (
+    CloudStatusResponse,
     ListResponse,
     Message,
     ProcessResponse,
-    ProgressResponse,
+    RecommendationsResponse,
     ShowResponse,
     StatusResponse,
+    UserResponse,
     VersionResponse,
+    WebFetchResponse,
+    WebSearchResponse,
 )
 
 if TYPE_CHECKING:
@@ -37,6 +44,20 @@ if TYPE_CHECKING:
     from ._stream import Stream
 
 __all__ = ["ModelManagement"]
+
+WebT = TypeVar("WebT", WebSearchResponse, WebFetchResponse)
+
+
+class _CreateOptions(CallOptions, total=False):
+    """What ``create`` takes besides what ollama-python's takes; described there."""
+
+    renderer: str | None
+    parser: str | None
+    requires: str | None
+    info: Mapping[str, Any] | None
+    remote_host: str | None
+    draft_files: Mapping[str, str] | None
+    draft_quantize: str | None
 
 
 class ModelManagement(Session):
@@ -78,12 +99,75 @@ class ModelManagement(Session):
         """
         return await self._request(VersionResponse, "GET", "/api/version", None, call)
 
-    async def show(self, model: str, *, verbose: bool | None = None, **call: Unpack[CallOptions]) -> ShowResponse:
+    async def status(self, **call: Unpack[CallOptions]) -> CloudStatusResponse:
+        """Return whether the server uses models in the cloud.
+
+        Raises:
+            OllamaError: See the tree in the reference.
+
+        Cancellation: closes the connection at once.
+
+        Server: ``GET /api/status``
+        """
+        return await self._request(CloudStatusResponse, "GET", "/api/status", None, call)
+
+    async def recommendations(self, **call: Unpack[CallOptions]) -> RecommendationsResponse:
+        """Return the models that the server recommends.
+
+        Raises:
+            OllamaError: See the tree in the reference.
+
+        Cancellation: closes the connection at once.
+
+        Server: ``GET /api/experimental/model-recommendations``
+        """
+        path = "/api/experimental/model-recommendations"
+        return await self._request(RecommendationsResponse, "GET", path, None, call)
+
+    async def whoami(self, **call: Unpack[CallOptions]) -> UserResponse:
+        """Return the account at ollama.com that the server is signed in to.
+
+        Raises:
+            AuthenticationError: To none; ``signin_url`` says where to sign in.
+            OllamaError: See the tree in the reference.
+
+        Cancellation: closes the connection at once.
+
+        Server: ``POST /api/me``
+        """
+        return await self._request(UserResponse, "POST", "/api/me", None, call)
+
+    async def signout(self, **call: Unpack[CallOptions]) -> StatusResponse:
+        """Sign the server out of its account at ollama.com.
+
+        Raises:
+            AuthenticationError: It is not signed in.
+            OllamaError: See the tree in the reference.
+
+        Cancellation: closes the connection at once.
+
+        Server: ``POST /api/signout``
+        """
+        return await self._command("POST", "/api/signout", None, call)
+
+    async def show(
+        self,
+        model: str,
+        *,
+        verbose: bool | None = None,
+        system: str | None = None,
+        template: str | None = None,
+        options: Mapping[str, Any] | BaseModel | None = None,
+        **call: Unpack[CallOptions],
+    ) -> ShowResponse:
         """Return what the server knows of a model.
 
         Args:
             model: Name of the model.
             verbose: Whether to include the tensors and the long fields of the metadata.
+            system: System prompt to show in place of the model's.
+            template: Prompt template to show in place of the model's (deprecated by the server).
+            options: Options to show besides the model's.
             **call: ``token=``, ``timeout=``, ``headers=`` of this call.
 
         Raises:
@@ -93,7 +177,12 @@ class ModelManagement(Session):
 
         Server: ``POST /api/show``
         """
-        body = {"model": model_name(model), "verbose": verbose}
+        body = {
+            "model": model_name(model),
+            "options": encode_options(options),
+            **checked("flag", verbose=verbose),
+            **checked("text", system=system, template=template),
+        }
         return await self._request(ShowResponse, "POST", "/api/show", body, call)
 
     async def copy(self, source: str, destination: str, **call: Unpack[CallOptions]) -> StatusResponse:
@@ -107,8 +196,7 @@ class ModelManagement(Session):
         Server: ``POST /api/copy``
         """
         body = {"source": model_name(source, "source"), "destination": model_name(destination, "destination")}
-        await self._send(self._build("POST", "/api/copy", encode_json(body), call.get("headers")), call)
-        return StatusResponse(status="success")
+        return await self._command("POST", "/api/copy", body, call)
 
     async def delete(self, model: str, **call: Unpack[CallOptions]) -> StatusResponse:
         """Delete a model.
@@ -120,9 +208,7 @@ class ModelManagement(Session):
 
         Server: ``DELETE /api/delete``
         """
-        body = {"model": model_name(model)}
-        await self._send(self._build("DELETE", "/api/delete", encode_json(body), call.get("headers")), call)
-        return StatusResponse(status="success")
+        return await self._command("DELETE", "/api/delete", {"model": model_name(model)}, call)
 
     @overload
     def create(
@@ -139,7 +225,7 @@ class ModelManagement(Session):
         messages: Sequence[Mapping[str, Any] | Message] | None = None,
         *,
         stream: Literal[True],
-        **call: Unpack[CallOptions],
+        **options: Unpack[_CreateOptions],
     ) -> Stream[ProgressResponse]: ...
 
     @overload
@@ -157,7 +243,7 @@ class ModelManagement(Session):
         messages: Sequence[Mapping[str, Any] | Message] | None = None,
         *,
         stream: Literal[False] = False,
-        **call: Unpack[CallOptions],
+        **options: Unpack[_CreateOptions],
     ) -> Coroutine[Any, Any, ProgressResponse]: ...
 
     def create(
@@ -174,6 +260,13 @@ class ModelManagement(Session):
         messages: Sequence[Mapping[str, Any] | Message] | None = None,
         *,
         stream: bool = False,
+        renderer: str | None = None,
+        parser: str | None = None,
+        requires: str | None = None,
+        info: Mapping[str, Any] | None = None,
+        remote_host: str | None = None,
+        draft_files: Mapping[str, str] | None = None,
+        draft_quantize: str | None = None,
         **call: Unpack[CallOptions],
     ) -> Coroutine[Any, Any, ProgressResponse] | Stream[ProgressResponse]:
         """Make a model out of another one, or out of files that were uploaded with ``create_blob``.
@@ -190,6 +283,13 @@ class ModelManagement(Session):
             parameters: Default options of the model.
             messages: Messages that each chat begins with.
             stream: Whether to return the progress as a ``Stream``.
+            renderer: Name of the built-in renderer of prompts.
+            parser: Name of the built-in parser of answers.
+            requires: The server version that the model needs.
+            info: Metadata of the model.
+            remote_host: The server that ``from_`` is a model of.
+            draft_files: Digests of the files of a draft model by file name (servers newer than 0.24).
+            draft_quantize: Quantization of the draft model.
             **call: ``token=``, ``timeout=``, ``headers=`` of this call.
 
         Returns:
@@ -204,16 +304,14 @@ class ModelManagement(Session):
         """
         body = {
             "model": model_name(model),
-            "stream": stream,
-            "quantize": quantize,
-            "from": from_,
-            "files": files,
-            "adapters": adapters,
-            "template": template,
-            "license": license,
-            "system": system,
+            "stream": checked_stream(stream),
+            "from": from_ if from_ is None else model_name(from_, "from_"),
+            "license": _licenses(license),
             "parameters": encode_options(parameters, "parameters"),
             "messages": None if messages is None else encode_messages(messages),
+            **checked("text", quantize=quantize, template=template, system=system, renderer=renderer, parser=parser),
+            **checked("text", requires=requires, remote_host=remote_host, draft_quantize=draft_quantize),
+            **checked("mapping", files=files, adapters=adapters, info=info, draft_files=draft_files),
         }
         return self._progress("/api/create", body, call)
 
@@ -238,7 +336,6 @@ class ModelManagement(Session):
         with open_file(path) as file:
             with self._scope(call):
                 digest = f"sha256:{await hash_file(file)}"
-            file.seek(0)
             headers = {"Content-Length": str(os.fstat(file.fileno()).st_size), **(call.get("headers") or {})}
             await self._send(self._build("POST", f"/api/blobs/{digest}", FileBody(file), headers), call)
         return digest
@@ -298,7 +395,7 @@ class ModelManagement(Session):
 
         Server: ``POST /api/pull``
         """
-        body = {"model": model_name(model), "stream": stream, "insecure": insecure}
+        body = {"model": model_name(model), "stream": checked_stream(stream), **checked("flag", insecure=insecure)}
         return self._progress("/api/pull", body, call)
 
     @overload
@@ -332,8 +429,65 @@ class ModelManagement(Session):
 
         Server: ``POST /api/push``
         """
-        body = {"model": model_name(model), "stream": stream, "insecure": insecure}
+        body = {"model": model_name(model), "stream": checked_stream(stream), **checked("flag", insecure=insecure)}
         return self._progress("/api/push", body, call)
+
+    async def web_search(
+        self, query: str, max_results: int = 3, *, via_server: bool = False, **call: Unpack[CallOptions]
+    ) -> WebSearchResponse:
+        """Search the web with ollama.com.
+
+        Args:
+            query: What to look for.
+            max_results: Most pages to return, 1 to 10.
+            via_server: Whether to ask through the server, with the account that it is signed in to; else ollama.com is
+                asked with your key (see ``web_fetch``).
+            **call: ``token=``, ``timeout=``, ``headers=`` of this call.
+
+        Raises:
+            RequestError: There is no key.
+            OllamaError: See the tree in the reference.
+
+        Cancellation: closes the connection at once.
+
+        Server: ``POST https://ollama.com/api/web_search``, ``POST /api/experimental/web_search``
+        """
+        body = {**checked("text", query=query), **checked("number", max_results=max_results)}
+        return await self._web(WebSearchResponse, "search", body, call, via_server=via_server)
+
+    async def web_fetch(self, url: str, *, via_server: bool = False, **call: Unpack[CallOptions]) -> WebFetchResponse:
+        """Read a web page with ollama.com.
+
+        The key is the ``Authorization`` of the call's headers, else ``OLLAMA_API_KEY``, else the ``Authorization`` of
+        the client's headers; but one that is meant for another host than this machine or ollama.com is not sent there,
+        unless with ``compat=True``.
+
+        Args:
+            url: Address of the page.
+            via_server: As in ``web_search``.
+            **call: ``token=``, ``timeout=``, ``headers=`` of this call.
+
+        Raises:
+            RequestError: There is no key.
+            OllamaError: See the tree in the reference.
+
+        Cancellation: closes the connection at once.
+
+        Server: ``POST https://ollama.com/api/web_fetch``, ``POST /api/experimental/web_fetch``
+        """
+        return await self._web(WebFetchResponse, "fetch", checked("text", url=url), call, via_server=via_server)
+
+    async def _web(
+        self, model: type[WebT], what: str, body: dict[str, Any], call: CallOptions, *, via_server: bool
+    ) -> WebT:
+        if via_server:
+            return await self._request(model, "POST", f"/api/experimental/web_{what}", body, call)
+        headers = self._web_headers(call.get("headers"))
+        if not headers.get("Authorization", "").startswith("Bearer "):
+            # Word for word what ollama-python says.
+            raise RequestError(f"Authorization header with Bearer token is required for web {what}")
+        outside: CallOptions = {**call, "headers": headers}
+        return await self._request(model, "POST", f"https://ollama.com/api/web_{what}", body, outside)
 
     def _progress(
         self, path: str, body: dict[str, Any], call: CallOptions
@@ -342,3 +496,12 @@ class ModelManagement(Session):
         if body["stream"]:
             return self._stream(ProgressMerge(), path, body, call)
         return self._request(ProgressResponse, "POST", path, body, call)
+
+
+def _licenses(value: object) -> object:
+    if isinstance(value, str | None):
+        return value
+    licenses = list(sequence(value, "license"))
+    if not all(isinstance(text, str) for text in licenses):
+        raise RequestError("license: give a str, or a list of str")
+    return licenses

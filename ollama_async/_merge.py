@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol, TypeVar
 
-from ._types import ChatResponse, GenerateResponse, Model, ProgressResponse
+from ._progress import Meter, ProgressResponse
+from ._types import ChatResponse, GenerateResponse, Model
 
 __all__ = ["ChatMerge", "Chunk", "GenerateMerge", "Merge", "ProgressMerge"]
 
@@ -132,9 +133,11 @@ class ProgressMerge:
 
     def __init__(self) -> None:
         self._last: ProgressResponse | None = None
+        self._meter = Meter()
 
     def add(self, chunk: ProgressResponse) -> None:
-        """Add the next step."""
+        """Add the next step, and note on it how far the whole is."""
+        self._meter.add(chunk)
         self._last = chunk
 
     def text(self) -> str:

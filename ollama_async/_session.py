@@ -15,24 +15,27 @@ from ._cancel import CancelToken, drained
 from ._channel import Ended
 from ._errors import AbortError, ProtocolError, RequestError, StreamClosed
 from ._exchange import Exchange
-from ._host import env_api_key, env_proxy, parse_host
+from ._host import env_api_key, env_proxy, is_loopback, is_ollama_com, parse_host
 from ._input import encode_json
 from ._ndjson import MAX_LINE_BYTES
 from ._stream import Stream
 from ._timeouts import DEFAULT_TIMEOUTS, Timeouts
 from ._transport import DirectTransport
-from ._types import Model
+from ._types import StatusResponse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping
     from types import TracebackType
     from typing import Self
 
+    from pydantic import BaseModel
+
     from ._merge import ChunkT, Merge
+    from ._types import Model
 
 __all__ = ["CallOptions", "Session"]
 
-ModelT = TypeVar("ModelT", bound=Model)
+ModelT = TypeVar("ModelT", bound="Model")
 
 
 class _Default:
@@ -71,6 +74,7 @@ class Session:
         timeout: Timeouts | float | _Default | None = _DEFAULT,
         token: CancelToken | None = None,
         strict: bool = False,
+        compat: bool = False,
         max_line_bytes: int = MAX_LINE_BYTES,
         transport: httpx.AsyncBaseTransport | None = None,
         http_client: httpx.AsyncClient | None = None,
@@ -93,25 +97,28 @@ class Session:
         if uds is not None and (proxy is not None or transport is not None):
             raise RequestError("uds= goes with neither proxy= nor transport=")
         self._host = parse_host(os.environ.get("OLLAMA_HOST") if host is None else host)
-        self._timeouts = DEFAULT_TIMEOUTS if isinstance(timeout, _Default) else Timeouts.of(timeout)
+        default = Timeouts.of(None) if compat else DEFAULT_TIMEOUTS
+        self._timeouts = default if isinstance(timeout, _Default) else Timeouts.of(timeout)
+        self._compat = compat
+        self._trust_env = trust_env
         self._token = token
         self._strict = strict
         self._max_line_bytes = max_line_bytes
         self._owns_http = http_client is None
-        self._http: Any = http_client
+        self._client: Any = http_client
         self._direct = False
         self._closed = False
         self._headers = self._default_headers(headers, trust_env=trust_env)
         if http_client is None:
             if proxy is None and trust_env and transport is None and uds is None:
-                proxy = env_proxy(self._host)
+                proxy = env_proxy(self._host, even_local=compat)
             if transport is None and proxy is None:
                 transport = DirectTransport(verify=verify, cert=cert, trust_env=trust_env, uds=uds)
                 # Where somebody's code runs within the request, the request needs a task of its own.
                 self._direct = not any(map(options.get, ("auth", "event_hooks", "mounts")))
             elif transport is None:
                 transport = _through_proxy(proxy, verify=verify, cert=cert, trust_env=trust_env)
-            self._http = httpx.AsyncClient(
+            self._client = httpx.AsyncClient(
                 transport=transport, follow_redirects=follow_redirects, timeout=None, trust_env=False, **options
             )
         elif transport is not None or proxy is not None or uds is not None or options:
@@ -142,7 +149,7 @@ class Session:
         self._closed = True
         self._closing.abort("the client was closed")
         if self._owns_http:
-            await self._http.aclose()
+            await self._client.aclose()
 
     close = aclose
 
@@ -171,16 +178,25 @@ class Session:
                 "User-Agent": _USER_AGENT,
             }
         )
-        key = env_api_key(self._host) if trust_env else None
+        key = env_api_key(self._host, anywhere=self._compat) if trust_env else None
         authorization = self._host.credentials or (f"Bearer {key}" if key else None)
         if authorization is not None:
             headers["Authorization"] = authorization
         return _headers(headers, given) if given else headers
 
+    def _web_headers(self, given: Mapping[str, str] | None) -> httpx.Headers:
+        """Return the headers of a request that goes to ollama.com, whatever the server of this session is."""
+        theirs = self._compat or is_ollama_com(self._host) or is_loopback(self._host.name)
+        headers = httpx.Headers({"Authorization": self._headers.get("Authorization", "") if theirs else ""})
+        key = env_api_key(self._host, anywhere=True) if self._trust_env else None
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
+        return _headers(headers, given) if given else headers
+
     def _build(self, method: str, path: str, content: Any, headers: Mapping[str, str] | None = None) -> httpx.Request:
         merged = _headers(self._headers, headers) if headers else self._headers
-        url = self._host.url + path
-        request: httpx.Request = self._http.build_request(method, url, content=content, headers=merged)
+        url = path if path.startswith("https://") else self._host.url + path
+        request: httpx.Request = self._client.build_request(method, url, content=content, headers=merged)
         return request
 
     def _start(
@@ -189,7 +205,7 @@ class Session:
         if self._closed:
             raise StreamClosed("the client is closed")
         timeouts = Timeouts.of(call["timeout"]) if "timeout" in call else self._timeouts
-        exchange = Exchange(self._http, request, owned=self._direct, streaming=streaming, timeouts=timeouts)
+        exchange = Exchange(self._client, request, owned=self._direct, streaming=streaming, timeouts=timeouts)
         exchange.watch(self._closing, "closed")
         for watched in (self._current(), self._token, token):
             if watched is not None:
@@ -203,6 +219,8 @@ class Session:
         body: dict[str, Any],
         call: CallOptions,
         until: Callable[[ChunkT], object] | None = None,
+        *,
+        form: type[BaseModel] | None = None,
     ) -> Stream[ChunkT]:
         _check(call)
         if until is not None and not callable(until):
@@ -213,28 +231,46 @@ class Session:
             merge,
             token=call.get("token"),
             until=until,
+            form=form,
             strict=self._strict,
             max_line_bytes=self._max_line_bytes,
         )
 
     async def _request(
-        self, model: type[ModelT], method: str, path: str, body: dict[str, Any] | None, call: CallOptions
+        self,
+        model: type[ModelT],
+        method: str,
+        path: str,
+        body: dict[str, Any] | None,
+        call: CallOptions,
+        *,
+        form: type[BaseModel] | None = None,
     ) -> ModelT:
         content = None if body is None else encode_json(body)
-        answer = await self._send(self._build(method, path, content, call.get("headers")), call)
+        answer, exchange = await self._send(self._build(method, path, content, call.get("headers")), call)
         try:
-            return model.__pydantic_validator__.validate_json(answer)  # type: ignore[no-any-return]
+            reply: ModelT = model.__pydantic_validator__.validate_json(answer)
         except ValidationError as exc:
             shown = answer[:80].decode("utf-8", "replace")
             raise ProtocolError(f"the answer to {method} {path} is not what Ollama sends: {shown!r}") from exc
+        reply.set_origin(exchange.origin(form))
+        return reply
 
-    async def _send(self, request: httpx.Request, call: CallOptions) -> bytes:
+    async def _command(self, method: str, path: str, body: dict[str, Any] | None, call: CallOptions) -> StatusResponse:
+        """Send a request whose answer has nothing to say but its status."""
+        content = None if body is None else encode_json(body)
+        _, exchange = await self._send(self._build(method, path, content, call.get("headers")), call)
+        reply = StatusResponse(status="success")
+        reply.set_origin(exchange.origin())
+        return reply
+
+    async def _send(self, request: httpx.Request, call: CallOptions) -> tuple[bytes, Exchange]:
         _check(call)
         exchange = self._start(request, call, call.get("token"), streaming=False)
         with suppress(Ended):
             await exchange.open()
             await exchange.raise_for_status()
-            return exchange.no_error(await exchange.read())
+            return exchange.no_error(await exchange.read()), exchange
         raise exchange.error()
 
     def _current(self) -> CancelToken:

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from pydantic import BaseModel
+
     from ._exchange import Exchange
+    from ._types import Origin
 
 __all__ = ["Outcome", "Stream", "Timing"]
 
@@ -72,6 +75,7 @@ class Stream(Generic[ChunkT]):
         *,
         token: CancelToken | None = None,
         until: Callable[[ChunkT], object] | None = None,
+        form: type[BaseModel] | None = None,
         strict: bool = False,
         max_line_bytes: int,
     ) -> None:
@@ -80,6 +84,8 @@ class Stream(Generic[ChunkT]):
         self._validate: Callable[[bytes], ChunkT] = merge.model.__pydantic_validator__.validate_json
         self._token = token
         self._until = until
+        self._form = form
+        self._origin: Origin | None = None
         self._strict = strict
         self._splitter = LineSplitter(max_line_bytes)
         self._exchange: Exchange | None = None
@@ -219,7 +225,12 @@ class Stream(Generic[ChunkT]):
         After an early end it also has the chunks that had arrived and had not been read.
         """
         self._absorb()
-        return self._merge.result()
+        response = self._merge.result()
+        if response is not None and self._exchange is not None:
+            if self._origin is None:
+                self._origin = self._exchange.origin(self._form)
+            response.set_origin(self._origin)
+        return response
 
     @property
     def text(self) -> str:
@@ -397,7 +408,7 @@ class Stream(Generic[ChunkT]):
             raise ProtocolError(_explain_line(line, last=self._body_read)) from exc
 
     def _stop_if_enough(self, exchange: Exchange, until: Callable[[ChunkT], object]) -> None:
-        merged = self._merge.result()
+        merged = self.response
         assert merged is not None
         try:
             enough = until(merged)
@@ -418,7 +429,7 @@ class Stream(Generic[ChunkT]):
 
     def _truncation(self) -> StreamTruncated:
         text = "the stream ended without a last chunk that says that the answer is done"
-        return StreamTruncated(text, self._merge.result())
+        return StreamTruncated(text, self.response)
 
     def _settle(self, exchange: Exchange, outcome: Outcome) -> None:
         # From here on no abort can end it any more; one that came first (from another thread) has ended it.

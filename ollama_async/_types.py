@@ -9,10 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence  # noqa: TC003  (pydantic reads the annotations)
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+import httpx
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ._errors import ParseError
 
 __all__ = [
     "ChatResponse",
+    "CloudStatus",
+    "CloudStatusResponse",
+    "DebugInfo",
     "EmbedResponse",
     "EmbeddingsResponse",
     "GenerateResponse",
@@ -23,22 +29,63 @@ __all__ = [
     "Message",
     "Model",
     "ModelDetails",
+    "ModelRecommendation",
+    "Origin",
     "ProcessResponse",
-    "ProgressResponse",
+    "RecommendationsResponse",
     "ShowResponse",
     "StatusResponse",
+    "Tensor",
     "TokenLogprob",
     "ToolCall",
+    "UserResponse",
     "VersionResponse",
+    "WebFetchResponse",
+    "WebSearchResponse",
+    "WebSearchResult",
 ]
+
+
+class Origin:
+    """Where an answer comes from: what is known of it besides its body."""
+
+    __slots__ = ("form", "headers", "status_code")
+
+    def __init__(self, status_code: int, headers: httpx.Headers, form: type[BaseModel] | None = None) -> None:
+        self.status_code = status_code
+        self.headers = headers
+        self.form = form
 
 
 class Model(BaseModel):
     """Base of all models: unknown fields are kept, fields can be read like those of a dict."""
 
+    # Beside the fields: it is neither compared nor dumped, and a chunk, which has none, does not pay for it.
+    __slots__ = ("_origin",)
+
     model_config: ClassVar[ConfigDict] = ConfigDict(
         extra="allow", protected_namespaces=(), validate_by_name=True, validate_by_alias=True
     )
+
+    @property
+    def status_code(self) -> int | None:
+        """The HTTP status of the answer; ``None`` for a part of one."""
+        origin = self._answer_origin()
+        return None if origin is None else origin.status_code
+
+    @property
+    def headers(self) -> httpx.Headers:
+        """The headers of the answer; empty for a part of one."""
+        origin = self._answer_origin()
+        return httpx.Headers() if origin is None else origin.headers
+
+    def set_origin(self, origin: Origin) -> None:
+        """Note where the answer comes from."""
+        object.__setattr__(self, "_origin", origin)
+
+    def _answer_origin(self) -> Origin | None:
+        origin: Origin | None = getattr(self, "_origin", None)
+        return origin
 
     def __getitem__(self, key: str) -> Any:
         if key in self:
@@ -115,6 +162,15 @@ class Logprob(TokenLogprob):
     """The most likely tokens at this place."""
 
 
+class DebugInfo(Model):
+    """What a model would have read."""
+
+    rendered_template: str
+    """The prompt, rendered."""
+    image_count: int | None = None
+    """Number of images."""
+
+
 class _Answer(Model):
     """What answers of chat and generate have in common."""
 
@@ -144,6 +200,26 @@ class _Answer(Model):
     """Name of the model on the server that it really runs on."""
     remote_host: str | None = None
     """That server."""
+    debug_info: DebugInfo | None = Field(default=None, alias="_debug_info")
+    """What the model would have read, if that was asked for."""
+
+    def _text(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def parsed(self) -> Any:
+        """The answer as an instance of the pydantic model that was given as ``format=``; ``None`` if none was.
+
+        Raises:
+            ParseError: The text is no such thing; it may have been cut short (see ``done_reason``).
+        """
+        origin = self._answer_origin()
+        if origin is None or origin.form is None:
+            return None
+        try:
+            return origin.form.model_validate_json(self._text())
+        except ValidationError as exc:
+            raise ParseError(origin.form.__name__, self._text(), self) from exc
 
 
 class ChatResponse(_Answer):
@@ -151,6 +227,9 @@ class ChatResponse(_Answer):
 
     message: Message
     """The message; of a chunk, the part that is new."""
+
+    def _text(self) -> str:
+        return self.message.content or ""
 
 
 class GenerateResponse(_Answer):
@@ -164,6 +243,15 @@ class GenerateResponse(_Answer):
     """The conversation as tokens (deprecated by the server); on the last chunk."""
     tool_calls: Sequence[ToolCall] | None = None
     """The tools that the model wants called."""
+    image: str | None = None
+    """The image that was made, as base64 (image models); on the last chunk."""
+    completed: int | None = None
+    """Steps done of making an image."""
+    total: int | None = None
+    """Steps that making the image has."""
+
+    def _text(self) -> str:
+        return self.response
 
 
 class EmbedResponse(Model):
@@ -271,6 +359,17 @@ class ProcessResponse(Model):
     """The models."""
 
 
+class Tensor(Model):
+    """A tensor of a model."""
+
+    name: str
+    """Its name."""
+    type: str
+    """Its kind of numbers, such as ``"F32"``."""
+    shape: Sequence[int]
+    """Its dimensions."""
+
+
 class ShowResponse(Model):
     """An answer of ``show``."""
 
@@ -300,7 +399,7 @@ class ShowResponse(Model):
     """Metadata of the model file."""
     projector_info: dict[str, Any] | None = None
     """Metadata of the projector file of a vision model."""
-    tensors: Sequence[Any] | None = None
+    tensors: Sequence[Tensor] | None = None
     """Names, types and shapes of the tensors (verbose)."""
     capabilities: Sequence[str] | None = None
     """What it can do, such as ``"tools"``."""
@@ -324,19 +423,91 @@ class StatusResponse(Model):
     """``"success"``."""
 
 
-class ProgressResponse(Model):
-    """A step of ``create`` (``pull``, ``push``)."""
+class CloudStatus(Model):
+    """Whether the server uses models in the cloud."""
 
-    status: str | None = None
-    """What is being done; ``"success"`` at the end."""
-    digest: str | None = None
-    """Of what."""
-    total: int | None = None
-    """Bytes of it."""
-    completed: int | None = None
-    """Bytes done; left out by the server while it is 0."""
+    disabled: bool
+    """Whether that is switched off."""
+    source: str
+    """By what: ``"none"``, ``"env"``, ``"config"`` or ``"both"``."""
 
-    @property
-    def done(self) -> bool:
-        """Whether this is the last step."""
-        return self.status == "success"
+
+class CloudStatusResponse(Model):
+    """An answer of ``status``."""
+
+    cloud: CloudStatus
+    """Whether the server uses models in the cloud."""
+
+
+class UserResponse(Model):
+    """An answer of ``whoami``."""
+
+    id: str | None = None
+    """UUID of the account."""
+    email: str | None = None
+    """Its e-mail address."""
+    name: str | None = None
+    """Its name."""
+    bio: str | None = None
+    """What its owner says of themselves."""
+    avatarurl: str | None = None
+    """Where its picture is."""
+    firstname: str | None = None
+    """First name."""
+    lastname: str | None = None
+    """Last name."""
+    plan: str | None = None
+    """What is paid for, such as ``"free"``."""
+
+
+class ModelRecommendation(Model):
+    """A model that the server recommends."""
+
+    model: str
+    """Its name."""
+    description: str | None = None
+    """What it is good for."""
+    context_length: int | None = None
+    """Tokens of context."""
+    max_output_tokens: int | None = None
+    """Most tokens that it answers with."""
+    vram_bytes: int | None = None
+    """Bytes of memory that it needs."""
+    required_plan: str | None = None
+    """The plan that it needs, if it runs in the cloud."""
+
+
+class RecommendationsResponse(Model):
+    """An answer of ``recommendations``."""
+
+    recommendations: Sequence[ModelRecommendation]
+    """The models."""
+
+
+class WebSearchResult(Model):
+    """A page that was found."""
+
+    title: str | None = None
+    """Its title."""
+    url: str | None = None
+    """Its address."""
+    content: str | None = None
+    """What stands there, in short."""
+
+
+class WebSearchResponse(Model):
+    """An answer of ``web_search``."""
+
+    results: Sequence[WebSearchResult]
+    """The pages."""
+
+
+class WebFetchResponse(Model):
+    """An answer of ``web_fetch``."""
+
+    title: str | None = None
+    """The page's title."""
+    content: str | None = None
+    """Its text."""
+    links: Sequence[str] | None = None
+    """The addresses that it links to."""

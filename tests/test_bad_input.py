@@ -514,7 +514,7 @@ async def test_a_connection_that_is_cut(
 
 def client_has_read(client: AsyncClient) -> bool:
     """Whether a block of a body has arrived at the client's only connection."""
-    [pool] = client._http._transport._pools.values()
+    [pool] = client._client._transport._pools.values()
     [connection] = pool._all
     return bool(connection._channel.touched > connection._channel.sent)
 

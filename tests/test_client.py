@@ -178,7 +178,13 @@ async def test_generate(router: respx.MockRouter, client: AsyncClient, arguments
         (lambda c: c.ps(), "GET", "/api/ps", None, {"models": [{"name": "m", "context_length": 5}]}),
         (lambda c: c.version(), "GET", "/api/version", None, {"version": "1.2.3"}),
         (lambda c: c.show("m"), "POST", "/api/show", {"model": "m"}, {"capabilities": ["tools"]}),
-        (lambda c: c.show("m", verbose=True), "POST", "/api/show", {"model": "m", "verbose": True}, {"tensors": [1]}),
+        (
+            lambda c: c.show("m", verbose=True),
+            "POST",
+            "/api/show",
+            {"model": "m", "verbose": True},
+            {"tensors": [{"name": "t", "type": "F32", "shape": [1]}]},
+        ),
         (
             lambda c: c.create("m", from_="b", parameters={"stop": ["x"]}, messages=[{"role": "user", "content": "a"}]),
             "POST",

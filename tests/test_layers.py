@@ -16,7 +16,8 @@ PACKAGE = Path(ollama_async.__file__).parent
 LAYERS = [
     ["_errors"],
     ["_timeouts", "_types", "_ndjson", "_host", "_cancel"],
-    ["_channel", "_merge", "_input"],
+    ["_channel", "_options", "_progress", "_systemone"],
+    ["_merge", "_input"],
     ["_http"],
     ["_dial", "_upload", "_failures"],
     ["_transport"],

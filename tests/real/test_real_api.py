@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import AsyncIterator
+from datetime import timedelta
+from typing import Literal
 
 import pytest
 import pytest_asyncio
+from pydantic import BaseModel
 from real.ollama_server import RealOllama
 from real.tiny_model import TEMPLATE, write_tiny_model
 
-from ollama_async import AsyncClient, NotFoundError, ResponseError
+from ollama_async import AsyncClient, NotFoundError, Options, ParseError, ResponseError
 
 pytestmark = pytest.mark.real
 
@@ -103,5 +106,63 @@ async def test_errors(client: AsyncClient, real_ollama: RealOllama) -> None:
     assert caught.value.status_code == 404
     with pytest.raises(NotFoundError, match="absent"):
         await client.chat("absent", "hi", stream=True)
-    with pytest.raises(ResponseError):
-        await client.chat(real_ollama.model, "hi", options={"temperature": "warm"})
+    with pytest.raises(ResponseError, match="format"):
+        await client.chat(real_ollama.model, "hi", format={"type": "no type"})
+
+
+class Answer(BaseModel):
+    name: Literal["ant", "bee"]
+    big: bool
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_structured_output(client: AsyncClient, real_ollama: RealOllama, streaming: bool) -> None:
+    # The grammar that the server makes of the schema forces valid JSON even out of random weights.
+    options = {"num_predict": 200, "num_thread": 1, "temperature": 0}
+    if streaming:
+        chat = await client.chat(real_ollama.model, "hi", format=Answer, options=options, stream=True).collect()
+        generated = await client.generate(
+            real_ollama.model, "hi", format=Answer, options=options, stream=True
+        ).collect()
+    else:
+        chat = await client.chat(real_ollama.model, "hi", format=Answer, options=options)
+        generated = await client.generate(real_ollama.model, "hi", format=Answer, options=options)
+    assert isinstance(chat.parsed, Answer)
+    assert isinstance(generated.parsed, Answer)
+
+
+async def test_an_answer_cut_short_is_no_instance_of_its_format(client: AsyncClient, real_ollama: RealOllama) -> None:
+    reply = await client.chat(real_ollama.model, "hi", format=Answer, options={**SHORT, "num_predict": 2})
+    assert reply.done_reason == "length"
+    with pytest.raises(ParseError) as caught:
+        _ = reply.parsed
+    assert caught.value.text == reply.message.content
+
+
+async def test_what_the_model_would_read(client: AsyncClient, real_ollama: RealOllama) -> None:
+    reply = await client.chat(real_ollama.model, "why so?", debug_render_only=True)
+    assert reply.debug_info is not None
+    assert "why so?" in reply.debug_info.rendered_template
+    reply2 = await client.generate(real_ollama.model, "why so?", debug_render_only=True)
+    assert reply2.debug_info is not None
+    assert "why so?" in reply2.debug_info.rendered_template
+
+
+async def test_load_and_unload(client: AsyncClient, real_ollama: RealOllama) -> None:
+    assert (await client.load(real_ollama.model, timedelta(hours=2))).done_reason == "load"
+    [loaded] = (await client.ps()).models
+    assert loaded.name == f"{real_ollama.model}:latest"
+    assert (await client.unload(real_ollama.model)).done_reason == "unload"
+
+
+async def test_the_rest_of_the_server(client: AsyncClient) -> None:
+    assert (await client.status()).cloud.disabled in (True, False)
+    assert (await client.version()).status_code == 200
+    assert (await client.list()).headers["content-type"].startswith("application/json")
+
+
+async def test_options_reach_the_server(client: AsyncClient, real_ollama: RealOllama) -> None:
+    options = Options(num_predict=5, num_thread=1, temperature=0, stop=["never said"])
+    first, second = [await client.generate(real_ollama.model, "hi", options=options) for _ in range(2)]
+    assert first.eval_count == 5
+    assert first.response == second.response
