@@ -96,6 +96,8 @@ class AsyncClient(ModelManagement):
         headers: Headers for every request; they go before the client's own.
         timeout: Default for every call.
         token: A token that every call is under, besides its own.
+        retries: How often a call is sent again when it fails before the first byte of its answer: no connection, or the
+            statuses 429, 502, 503 and 504; with growing pauses, or after the time that the server asks for.
         compat: Whether to do as ollama-python where this library is safer or better by default; the migration guide
             lists what that is.
         strict: Whether a stream that ends without its last chunk raises ``StreamTruncated``.
@@ -175,7 +177,7 @@ class AsyncClient(ModelManagement):
             truncate: Whether a prompt that is too long is cut (the server's default) or refused.
             shift: Whether old tokens make room when the context is full (the server's default), or the answer ends.
             debug_render_only: Whether to return, in ``debug_info``, what the model would read, and not run it.
-            **call: ``token=``, ``timeout=``, ``headers=`` of this call.
+            **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
             until: With ``stream=True``: called with the merged answer after each chunk; when it returns something
                 true, the answer is aborted and the stream ends normally, with the outcome ``"until"``.
 
@@ -284,7 +286,7 @@ class AsyncClient(ModelManagement):
             truncate: Whether a prompt that is too long is cut (the server's default) or refused.
             shift: Whether old tokens make room when the context is full (the server's default), or the answer ends.
             debug_render_only: Whether to return, in ``debug_info``, what the model would read, and not run it.
-            **call: ``token=``, ``timeout=``, ``headers=`` of this call.
+            **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
             until: As in ``chat``.
 
         Returns:
@@ -336,7 +338,7 @@ class AsyncClient(ModelManagement):
             options: Options of the model.
             keep_alive: As in ``chat``.
             dimensions: Length of the vectors, if they shall be cut.
-            **call: ``token=``, ``timeout=``, ``headers=`` of this call.
+            **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
 
         Raises:
             OllamaError: See the tree in the reference.
@@ -370,7 +372,7 @@ class AsyncClient(ModelManagement):
             prompt: The text.
             options: Options of the model.
             keep_alive: As in ``chat``.
-            **call: ``token=``, ``timeout=``, ``headers=`` of this call.
+            **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
 
         Raises:
             OllamaError: See the tree in the reference.
@@ -393,7 +395,7 @@ class AsyncClient(ModelManagement):
         Args:
             model: Name of the model.
             keep_alive: How long it stays loaded, as in ``chat``.
-            **call: ``token=``, ``timeout=``, ``headers=`` of this call.
+            **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
 
         Raises:
             OllamaError: See the tree in the reference.
@@ -410,7 +412,7 @@ class AsyncClient(ModelManagement):
 
         Args:
             model: Name of the model.
-            **call: ``token=``, ``timeout=``, ``headers=`` of this call.
+            **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
 
         Raises:
             OllamaError: See the tree in the reference.
@@ -436,7 +438,7 @@ class AsyncClient(ModelManagement):
             state: What the questions are about: a text, or JSON.
             questions: The questions by names of your own, as dicts or as ``SystemOneChoiceQuestion`` and its sisters.
             keep_alive: As in ``chat``.
-            **call: ``token=``, ``timeout=``, ``headers=`` of this call.
+            **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
 
         Raises:
             OllamaError: See the tree in the reference.

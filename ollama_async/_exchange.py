@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from ._cancel import CancelToken, Registration
+    from ._retry import Attempts
     from ._timeouts import Timeouts
 
 __all__ = ["MAX_BODY_BYTES", "Exchange"]
@@ -50,10 +51,18 @@ class Exchange(Channel):
         owned: Whether to send in the caller's task, over a ``DirectTransport``.
         streaming: Whether the answer is settled when the reader has got to its end, not when it has arrived.
         timeouts: How long each phase may last.
+        attempts: How often the request may be sent again.
     """
 
     def __init__(
-        self, client: httpx.AsyncClient, request: httpx.Request, *, owned: bool, streaming: bool, timeouts: Timeouts
+        self,
+        client: httpx.AsyncClient,
+        request: httpx.Request,
+        *,
+        owned: bool,
+        streaming: bool,
+        timeouts: Timeouts,
+        attempts: Attempts,
     ) -> None:
         super().__init__(asyncio.get_running_loop())
         self._streaming = streaming
@@ -65,6 +74,10 @@ class Exchange(Channel):
         self._request = request
         self._owned = owned
         self._timeouts = timeouts
+        self._attempts = attempts
+        # Not before this time of the loop's clock is it sent.
+        self._due_at = 0.0
+        self._watched: list[tuple[CancelToken, Kind]] = []
         # The task that runs the request where somebody else's transport or code is on the way.
         self._task: asyncio.Task[None] | None = None
         self._registrations: list[Registration] = []
@@ -72,6 +85,7 @@ class Exchange(Channel):
 
     def watch(self, token: CancelToken, kind: Kind = "aborted") -> None:
         """End with the token."""
+        self._watched.append((token, kind))
         self._registrations.append(token.on_abort(lambda reason: self.finish(End(kind, reason))))
         if self.end is not None:
             self._unwatch()
@@ -86,6 +100,7 @@ class Exchange(Channel):
         """
         self.check()
         self._arm()
+        await self._wait_until_due()
         request = self._request
         connect = self._timeouts.connect
         limits = {"connect": connect, "pool": connect, "read": None, "write": None}
@@ -112,6 +127,50 @@ class Exchange(Channel):
         finally:
             # It holds this exchange, which holds it.
             request.extensions = {}
+
+    async def _wait_until_due(self) -> None:
+        while self.loop.time() < self._due_at:
+            timer = self.loop.call_at(self._due_at, self.wake)
+            try:
+                await self.pause()
+            finally:
+                timer.cancel()
+
+    def retry_delay(self, error: BaseException | None = None) -> float | None:
+        """Return after how many seconds the request is sent again, now that it has failed; ``None`` for not at all."""
+        if not self._attempts.left or (error is None and self.ended_early is None):
+            return None
+        return self._attempts.delay(error or self.error(), answered=self.status != 0)
+
+    def successor(self, error: BaseException | None = None) -> Exchange | None:
+        """Return the exchange that tries again what this one has failed to do, if that is allowed.
+
+        It is under the same tokens and the same limit for the whole call.
+
+        Args:
+            error: What the answer said, where that had arrived as a whole: then it has not ended early.
+        """
+        delay = self.retry_delay(error)
+        if delay is None:
+            return None
+        self._attempts.failed()
+        successor = Exchange(
+            self._client,
+            self._request,
+            owned=self._owned,
+            streaming=self._streaming,
+            timeouts=self._timeouts,
+            attempts=self._attempts,
+        )
+        successor.started = self.started
+        successor._due_at = self.loop.time() + delay
+        for token, kind in self._watched:
+            successor.watch(token, kind)
+        return successor
+
+    def got_on(self) -> None:
+        """What is being done has got on: earlier failures do not count any more."""
+        self._attempts.got_on()
 
     def _refuse_encoding(self) -> None:
         for name, value in self.headers:

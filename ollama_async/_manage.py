@@ -168,7 +168,7 @@ class ModelManagement(Session):
             system: System prompt to show in place of the model's.
             template: Prompt template to show in place of the model's (deprecated by the server).
             options: Options to show besides the model's.
-            **call: ``token=``, ``timeout=``, ``headers=`` of this call.
+            **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
 
         Raises:
             OllamaError: See the tree in the reference.
@@ -290,7 +290,7 @@ class ModelManagement(Session):
             remote_host: The server that ``from_`` is a model of.
             draft_files: Digests of the files of a draft model by file name (servers newer than 0.24).
             draft_quantize: Quantization of the draft model.
-            **call: ``token=``, ``timeout=``, ``headers=`` of this call.
+            **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
 
         Returns:
             The last step; with ``stream=True`` a stream of all steps.
@@ -320,7 +320,7 @@ class ModelManagement(Session):
 
         Args:
             path: The file. It is hashed and read in worker threads.
-            **call: ``token=``, ``timeout=``, ``headers=`` of this call.
+            **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
 
         Returns:
             The file's digest, ``"sha256:..."``.
@@ -345,7 +345,7 @@ class ModelManagement(Session):
 
         Args:
             digest: ``"sha256:"`` and 64 hexadecimal digits.
-            **call: ``token=``, ``timeout=``, ``headers=`` of this call.
+            **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
 
         Raises:
             RequestError: It is no digest.
@@ -364,16 +364,34 @@ class ModelManagement(Session):
 
     @overload
     def pull(
-        self, model: str, *, insecure: bool = False, stream: Literal[True], **call: Unpack[CallOptions]
+        self,
+        model: str,
+        *,
+        insecure: bool = False,
+        stream: Literal[True],
+        resume: bool = False,
+        **call: Unpack[CallOptions],
     ) -> Stream[ProgressResponse]: ...
 
     @overload
     def pull(
-        self, model: str, *, insecure: bool = False, stream: Literal[False] = False, **call: Unpack[CallOptions]
+        self,
+        model: str,
+        *,
+        insecure: bool = False,
+        stream: Literal[False] = False,
+        resume: bool = False,
+        **call: Unpack[CallOptions],
     ) -> Coroutine[Any, Any, ProgressResponse]: ...
 
     def pull(
-        self, model: str, *, insecure: bool = False, stream: bool = False, **call: Unpack[CallOptions]
+        self,
+        model: str,
+        *,
+        insecure: bool = False,
+        stream: bool = False,
+        resume: bool = False,
+        **call: Unpack[CallOptions],
     ) -> Coroutine[Any, Any, ProgressResponse] | Stream[ProgressResponse]:
         """Have the server download a model.
 
@@ -383,7 +401,9 @@ class ModelManagement(Session):
             model: Name of the model.
             insecure: Whether a registry without TLS is allowed.
             stream: Whether to return the progress as a ``Stream``.
-            **call: ``token=``, ``timeout=``, ``headers=`` of this call.
+            resume: Whether to go on by itself, with growing pauses, when the connection or the download breaks off; it
+                gives up after eight times in a row without a byte more.
+            **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
 
         Returns:
             The last step; with ``stream=True`` a stream of all steps.
@@ -396,7 +416,10 @@ class ModelManagement(Session):
         Server: ``POST /api/pull``
         """
         body = {"model": model_name(model), "stream": checked_stream(stream), **checked("flag", insecure=insecure)}
-        return self._progress("/api/pull", body, call)
+        if not checked("flag", resume=resume)["resume"]:
+            return self._progress("/api/pull", body, call)
+        steps = self._stream(ProgressMerge(), "/api/pull", {**body, "stream": True}, call, resume=True)
+        return steps if stream else steps.collect()
 
     @overload
     def push(
@@ -417,7 +440,7 @@ class ModelManagement(Session):
             model: Name of the model.
             insecure: Whether a registry without TLS is allowed.
             stream: Whether to return the progress as a ``Stream``.
-            **call: ``token=``, ``timeout=``, ``headers=`` of this call.
+            **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
 
         Returns:
             The last step; with ``stream=True`` a stream of all steps.
@@ -442,7 +465,7 @@ class ModelManagement(Session):
             max_results: Most pages to return, 1 to 10.
             via_server: Whether to ask through the server, with the account that it is signed in to; else ollama.com is
                 asked with your key (see ``web_fetch``).
-            **call: ``token=``, ``timeout=``, ``headers=`` of this call.
+            **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
 
         Raises:
             RequestError: There is no key.
@@ -465,7 +488,7 @@ class ModelManagement(Session):
         Args:
             url: Address of the page.
             via_server: As in ``web_search``.
-            **call: ``token=``, ``timeout=``, ``headers=`` of this call.
+            **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
 
         Raises:
             RequestError: There is no key.

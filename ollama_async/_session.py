@@ -13,11 +13,12 @@ from pydantic import ValidationError
 
 from ._cancel import CancelToken, drained
 from ._channel import Ended
-from ._errors import AbortError, ProtocolError, RequestError, StreamClosed
+from ._errors import AbortError, ProtocolError, RequestError, ResponseError, StreamClosed
 from ._exchange import Exchange
 from ._host import env_api_key, env_proxy, is_loopback, is_ollama_com, parse_host
 from ._input import encode_json
 from ._ndjson import MAX_LINE_BYTES
+from ._retry import Attempts
 from ._stream import Stream
 from ._timeouts import DEFAULT_TIMEOUTS, Timeouts
 from ._transport import DirectTransport
@@ -61,6 +62,8 @@ class CallOptions(TypedDict, total=False):
     """Limits of this call in place of the client's; a number is seconds for the whole call, ``None`` is no limit."""
     headers: Mapping[str, str] | None
     """Headers of this call; they go before the client's."""
+    retries: int | None
+    """How often this call is sent again, in place of the client's."""
 
 
 class Session:
@@ -73,6 +76,7 @@ class Session:
         headers: Mapping[str, str] | None = None,
         timeout: Timeouts | float | _Default | None = _DEFAULT,
         token: CancelToken | None = None,
+        retries: int = 0,
         strict: bool = False,
         compat: bool = False,
         max_line_bytes: int = MAX_LINE_BYTES,
@@ -99,6 +103,7 @@ class Session:
         self._host = parse_host(os.environ.get("OLLAMA_HOST") if host is None else host)
         default = Timeouts.of(None) if compat else DEFAULT_TIMEOUTS
         self._timeouts = default if isinstance(timeout, _Default) else Timeouts.of(timeout)
+        self._retries = _retries(retries)
         self._compat = compat
         self._trust_env = trust_env
         self._token = token
@@ -200,12 +205,22 @@ class Session:
         return request
 
     def _start(
-        self, request: httpx.Request, call: CallOptions, token: CancelToken | None, *, streaming: bool
+        self,
+        request: httpx.Request,
+        call: CallOptions,
+        token: CancelToken | None,
+        *,
+        streaming: bool,
+        resume: bool = False,
     ) -> Exchange:
         if self._closed:
             raise StreamClosed("the client is closed")
         timeouts = Timeouts.of(call["timeout"]) if "timeout" in call else self._timeouts
-        exchange = Exchange(self._client, request, owned=self._direct, streaming=streaming, timeouts=timeouts)
+        retries = call.get("retries")
+        attempts = Attempts(self._retries if retries is None else retries, resume=resume)
+        exchange = Exchange(
+            self._client, request, owned=self._direct, streaming=streaming, timeouts=timeouts, attempts=attempts
+        )
         exchange.watch(self._closing, "closed")
         for watched in (self._current(), self._token, token):
             if watched is not None:
@@ -221,13 +236,14 @@ class Session:
         until: Callable[[ChunkT], object] | None = None,
         *,
         form: type[BaseModel] | None = None,
+        resume: bool = False,
     ) -> Stream[ChunkT]:
         _check(call)
         if until is not None and not callable(until):
             raise RequestError(f"until={type(until).__name__}: give a function of the merged answer")
         request = self._build("POST", path, encode_json(body), call.get("headers"))
         return Stream(
-            partial(self._start, request, call, None, streaming=True),
+            partial(self._start, request, call, None, streaming=True, resume=resume),
             merge,
             token=call.get("token"),
             until=until,
@@ -267,11 +283,21 @@ class Session:
     async def _send(self, request: httpx.Request, call: CallOptions) -> tuple[bytes, Exchange]:
         _check(call)
         exchange = self._start(request, call, call.get("token"), streaming=False)
-        with suppress(Ended):
-            await exchange.open()
-            await exchange.raise_for_status()
-            return exchange.no_error(await exchange.read()), exchange
-        raise exchange.error()
+        while True:
+            try:
+                with suppress(Ended):
+                    await exchange.open()
+                    await exchange.raise_for_status()
+                    return exchange.no_error(await exchange.read()), exchange
+            except ResponseError as exc:
+                successor = exchange.successor(exc)
+                if successor is None:
+                    raise
+            else:
+                successor = exchange.successor()
+                if successor is None:
+                    raise exchange.error()
+            exchange = successor
 
     def _current(self) -> CancelToken:
         try:
@@ -324,11 +350,20 @@ def _check(call: CallOptions) -> None:
     _check_kind("token", call.get("token"), CancelToken)
     if "timeout" in call:
         Timeouts.of(call["timeout"])
+    retries = call.get("retries")
+    if retries is not None:
+        _retries(retries)
 
 
 def _check_kind(parameter: str, value: object, kind: type) -> None:
     if value is not None and not isinstance(value, kind):
         raise RequestError(f"{parameter}={type(value).__name__}: give {kind.__name__}")
+
+
+def _retries(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise RequestError(f"retries={value!r}: give how often to try again, 0 or more")
+    return value
 
 
 _CALL_OPTIONS = set(CallOptions.__optional_keys__)

@@ -18,6 +18,7 @@ from ._errors import ProtocolError, StreamBusy, StreamError, StreamTruncated
 from ._failures import json_object, stream_error
 from ._merge import ChunkT, Merge
 from ._ndjson import LineSplitter
+from ._progress import ProgressResponse
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Generator
@@ -99,6 +100,8 @@ class Stream(Generic[ChunkT]):
         self._body_read = False
         self._absorbed = False
         self._chunks = 0
+        # Bytes that were done when it was last resumed.
+        self._completed = 0
         self._last_at = 0.0
 
     # -- async for chunk in stream --
@@ -128,15 +131,20 @@ class Stream(Generic[ChunkT]):
 
         Cancellation: closes the stream at once; what had arrived stays in ``response``.
         """
-        if self._reading or not self._lines:
-            await self._fill()
-        exchange = self._exchange
-        assert exchange is not None
-        if exchange.ended_early is not None:
-            raise self._broken_off()
-        if not self._lines:
-            raise StopAsyncIteration
-        return self._deliver(exchange, self._lines.pop())
+        while True:
+            if self._reading or not self._lines:
+                await self._fill()
+            exchange = self._exchange
+            assert exchange is not None
+            if exchange.ended_early is not None:
+                raise self._broken_off()
+            if not self._lines:
+                raise StopAsyncIteration
+            try:
+                return self._deliver(exchange, self._lines.pop())
+            except StreamError:
+                if self._follow(exchange) is None:
+                    raise
 
     # -- await stream --
 
@@ -334,12 +342,36 @@ class Stream(Generic[ChunkT]):
             early = self._early.value
             if early is not None:
                 exchange.teardown(early)
-        with suppress(Ended):
-            await exchange.open()
-            await exchange.raise_for_status()
-            self._opened = True
-            return exchange
-        raise self._broken_off()
+        while True:
+            with suppress(Ended):
+                await exchange.open()
+                await exchange.raise_for_status()
+                self._opened = True
+                return exchange
+            successor = self._follow(exchange)
+            if successor is None:
+                raise self._broken_off()
+            exchange = successor
+
+    def _follow(self, failed: Exchange) -> Exchange | None:
+        """Put the exchange that tries again in the place of one that has failed, if that is allowed."""
+        last = self._merge.result()
+        if isinstance(last, ProgressResponse) and last.overall.completed > self._completed:
+            self._completed = last.overall.completed
+            failed.got_on()
+        successor = failed.successor()
+        if successor is None:
+            return None
+        self._exchange = successor
+        self._opened = self._body_read = self._absorbed = False
+        self._origin = None
+        self._lines = []
+        self._splitter.flush()
+        # Ended by somebody who found the one that had failed.
+        early = self._early.value
+        if early is not None:
+            successor.teardown(early)
+        return successor
 
     async def _fill(self) -> None:
         """Get lines, or get to the end."""
@@ -351,10 +383,14 @@ class Stream(Generic[ChunkT]):
             if self._outcome is not None:
                 await self._rest(exchange)
                 return
-            with suppress(Ended):
-                while not self._lines and not self._body_read:
-                    self._check_line(exchange)
-                    self._feed(exchange, await exchange.receive())
+            while True:
+                with suppress(Ended):
+                    while not self._lines and not self._body_read:
+                        self._check_line(exchange)
+                        self._feed(exchange, await exchange.receive())
+                if exchange.ended_early is None or self._follow(exchange) is None:
+                    break
+                exchange = await self._open()
         finally:
             self._reading = False
         if not self._lines and exchange.ended_early is None:
@@ -466,12 +502,16 @@ class Stream(Generic[ChunkT]):
         return end
 
     def _finish(self, end: End) -> bool:
-        if self._exchange is not None:
-            return self._exchange.finish(end)
+        failed = self._exchange
+        if failed is not None:
+            if failed.finish(end):
+                return True
+            if self._outcome is not None or failed.retry_delay() is None:
+                return False
         decided = self._early.decide(end)
         # Opened by its own loop in this very moment, while this is another thread.
         exchange = self._exchange
-        if decided and exchange is not None:
+        if decided and exchange is not None and exchange is not failed:
             exchange.finish(end)
         return decided
 

@@ -20,6 +20,7 @@ import pytest
 from ollama_async import AbortError, CancelToken, OllamaError, Timeouts, _cancel, _exchange
 from ollama_async._channel import End
 from ollama_async._errors import RequestError
+from ollama_async._retry import Attempts
 
 BOUND = 5.0
 
@@ -1084,7 +1085,8 @@ async def test_a_thread_that_aborts_may_meet_the_reader_anywhere(
             None,
             owned=True,
             streaming=True,
-            timeouts=Timeouts(),  # type: ignore[arg-type]
+            timeouts=Timeouts(),
+            attempts=Attempts(0),
         )
         for _ in range(3):
             exchange.watch(token)

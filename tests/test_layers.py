@@ -15,7 +15,7 @@ PACKAGE = Path(ollama_async.__file__).parent
 
 LAYERS = [
     ["_errors"],
-    ["_timeouts", "_types", "_ndjson", "_host", "_cancel"],
+    ["_retry", "_timeouts", "_types", "_ndjson", "_host", "_cancel"],
     ["_channel", "_options", "_progress", "_systemone"],
     ["_merge", "_input"],
     ["_http"],
