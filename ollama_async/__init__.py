@@ -44,6 +44,7 @@ from ._systemone import (
     SystemOneUsage,
 )
 from ._timeouts import Timeouts
+from ._tools import Tool, convert_function_to_tool, tool_schema
 from ._transport import DirectTransport
 from ._types import (
     ChatResponse,
@@ -139,10 +140,13 @@ __all__ = [
     "Timeouts",
     "Timing",
     "TokenLogprob",
+    "Tool",
     "ToolCall",
     "UserResponse",
     "VersionResponse",
     "WebFetchResponse",
     "WebSearchResponse",
     "WebSearchResult",
+    "convert_function_to_tool",
+    "tool_schema",
 ]

@@ -19,7 +19,6 @@ from ._input import (
     encode_messages,
     encode_options,
     encode_think,
-    encode_tools,
     first_error,
     format_model,
     model_name,
@@ -28,6 +27,7 @@ from ._manage import ModelManagement
 from ._merge import ChatMerge, GenerateMerge
 from ._session import CallOptions
 from ._systemone import SystemOneRequest, SystemOneResponse
+from ._tools import encode_tools
 from ._types import ChatResponse, EmbeddingsResponse, EmbedResponse, GenerateResponse, Message
 
 if TYPE_CHECKING:
@@ -164,7 +164,8 @@ class AsyncClient(ModelManagement):
         Args:
             model: Name of the model.
             messages: The chat so far; a ``str`` is one message of the user.
-            tools: Tools that the model may call, as JSON schemas.
+            tools: Tools that the model may call: functions (their docstrings say what they do), pydantic model classes,
+                or JSON schemas as dicts.
             stream: Whether to return the answer as a ``Stream``.
             think: Whether, or how hard (``"low"``, ``"medium"``, ``"high"``), to think before answering.
             logprobs: Whether to return log probabilities.
@@ -195,7 +196,7 @@ class AsyncClient(ModelManagement):
             "model": model_name(model),
             "stream": checked_stream(stream),
             "messages": encode_messages(messages),
-            "tools": encode_tools(tools),
+            "tools": encode_tools(tools, legacy=self._compat),
             "think": encode_think(think),
             "format": encode_format(format),
             "options": encode_options(options),

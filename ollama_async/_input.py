@@ -41,7 +41,6 @@ __all__ = [
     "encode_messages",
     "encode_options",
     "encode_think",
-    "encode_tools",
     "first_error",
     "format_model",
     "hash_file",
@@ -327,15 +326,6 @@ def encode_images(given: Any) -> list[str | Image] | None:
         return None
     images = [_encode_image(image) for image in sequence(given, "images")]
     return [image.value if isinstance(image.value, str) else image for image in images]
-
-
-def encode_tools(given: Any) -> list[Any]:
-    """Turn the tools of a chat into dicts."""
-    if given is None:
-        return []
-    return [
-        tool.model_dump(exclude_none=True) if isinstance(tool, BaseModel) else tool for tool in sequence(given, "tools")
-    ]
 
 
 def _encode_image(image: Any) -> Image:

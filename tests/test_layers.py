@@ -18,6 +18,7 @@ LAYERS = [
     ["_retry", "_timeouts", "_types", "_ndjson", "_host", "_cancel"],
     ["_channel", "_options", "_progress", "_systemone"],
     ["_merge", "_input"],
+    ["_tools"],
     ["_http"],
     ["_dial", "_upload", "_failures"],
     ["_transport"],
