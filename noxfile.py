@@ -12,7 +12,7 @@ nox.needs_version = ">=2025.10.14"
 nox.options.default_venv_backend = "venv"
 nox.options.download_python = "never"
 nox.options.error_on_missing_interpreters = False  # they are skipped, and named in nox's summary
-nox.options.sessions = ["lint", "types", "tests", "tests-min-deps"]
+nox.options.sessions = ["lint", "types", "dropin", "tests", "tests-min-deps"]
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = nox.project.python_versions(PYPROJECT)
@@ -20,6 +20,8 @@ OLDEST = PYTHONS[0]
 # What runs beside the whole on the oldest Python: without the real server, and without the fourth of the four
 # combinations of event loop and transport.
 CUT = ["-m", "not real", "-k", "not (uvloop and tls)"]
+# The release of ollama-python that we can stand in for.
+OLLAMA_PYTHON = "0.6.3"
 COVERAGE = Path(".nox", "coverage-data").absolute()
 
 
@@ -71,6 +73,22 @@ def tests_min_deps(session: nox.Session) -> None:
     """The tests with the oldest versions of our dependencies that pyproject.toml allows."""
     session.install(".[cli,testing]", *group("tests"), *map(oldest_version, requirements()))
     run_tests(session, *(session.posargs or CUT))
+
+
+@nox.session(python=OLDEST)
+def dropin(session: nox.Session) -> None:
+    """What ollama-python's own tests demand of its AsyncClient, demanded of ours."""
+    session.install(".", "anyio", "httpx", "pytest>=8.4", "pytest-httpserver>=1.1")
+    folder = session.create_tmp()
+    download = ("pip", "download", "--quiet", "--no-deps", "--no-binary", "ollama", "--dest", folder)
+    session.run("python", "-m", *download, f"ollama=={OLLAMA_PYTHON}")
+    shutil.unpack_archive(Path(folder, f"ollama-{OLLAMA_PYTHON}.tar.gz"), folder)
+    tests = Path(folder, f"ollama-{OLLAMA_PYTHON}", "tests")
+    # Not its configuration, which would import ollama from beside its tests.
+    options = ("-q", "-c", os.devnull, "--rootdir", str(tests), "--import-mode=importlib", "-p", "ollama_aliases")
+    aliases = str(Path("tests", "dropin").absolute())
+    files = [str(tests / name) for name in ("test_client.py", "test_systemone.py")]
+    session.run("python", "-m", "pytest", *options, *files, env={"PYTHONPATH": aliases})
 
 
 @nox.session
