@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import math
 import os
 import re
@@ -23,13 +22,10 @@ from ._types import Message
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from typing import BinaryIO
 
 __all__ = [
-    "FileBody",
     "Image",
     "JsonBody",
-    "blob_digest",
     "checked",
     "checked_stream",
     "encode_context",
@@ -43,29 +39,15 @@ __all__ = [
     "encode_think",
     "first_error",
     "format_model",
-    "hash_file",
     "model_name",
-    "open_file",
     "sequence",
 ]
-
-_DIGEST = re.compile("sha256[:-][0-9a-fA-F]{64}")
-
-# How much of a file is read and hashed in one go in a worker thread.
-_FILE_BLOCK = 1024 * 1024
 
 
 def model_name(value: object, parameter: str = "model") -> str:
     """Check the name of a model."""
     if not isinstance(value, str) or not value:
         raise RequestError(f"{parameter}={value!r}: give the name of a model")
-    return value
-
-
-def blob_digest(value: object) -> str:
-    """Check the digest of a file: it goes into a path."""
-    if not isinstance(value, str) or not _DIGEST.fullmatch(value):
-        raise RequestError(f"digest={value!r}: give 'sha256:' and 64 hexadecimal digits")
     return value
 
 
@@ -335,44 +317,3 @@ def _encode_image(image: Any) -> Image:
         return Image(value=image)
     except ValidationError as exc:
         raise RequestError(exc.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")) from exc
-
-
-# -- files --
-
-
-def open_file(path: str | Path) -> BinaryIO:
-    """Open a file that is to be uploaded."""
-    try:
-        return Path(path).open("rb")
-    except (OSError, TypeError, ValueError, AttributeError) as exc:
-        raise RequestError(f"cannot read {str(path)!r}: {exc}") from exc
-
-
-async def hash_file(file: BinaryIO) -> str:
-    """Return the SHA-256 of a file as hex, worked out in worker threads.
-
-    Cancellation: safe, after at most one block.
-    """
-    digest = hashlib.sha256()
-
-    def step() -> bool:
-        block = file.read(_FILE_BLOCK)
-        digest.update(block)
-        return bool(block)
-
-    while await anyio.to_thread.run_sync(step):
-        pass
-    return digest.hexdigest()
-
-
-class FileBody(httpx.AsyncByteStream):
-    """A file as the body of a request, read in worker threads, no faster than it is sent."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        # From its beginning each time that the body is sent.
-        await anyio.to_thread.run_sync(self._file.seek, 0)
-        while block := await anyio.to_thread.run_sync(self._file.read, _FILE_BLOCK):
-            yield block

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, cast, overload
 
-from ._errors import NotFoundError, RequestError
+from ._errors import ProtocolError, RequestError
+from ._files import FileTransfer, model_files
 from ._input import (
-    FileBody,
-    blob_digest,
     checked,
     checked_stream,
     encode_messages,
     encode_options,
-    hash_file,
     model_name,
-    open_file,
     sequence,
 )
 from ._merge import ProgressMerge
 from ._progress import ProgressResponse
-from ._session import CallOptions, Session
+from ._session import CallOptions
 from ._types import (
     CloudStatusResponse,
     ListResponse,
@@ -36,8 +32,8 @@ from ._types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Mapping, Sequence
-    from pathlib import Path
+    import os
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
 
     from pydantic import BaseModel
 
@@ -60,7 +56,19 @@ class _CreateOptions(CallOptions, total=False):
     draft_quantize: str | None
 
 
-class ModelManagement(Session):
+class _CreateFromOptions(_CreateOptions, total=False):
+    quantize: str | None
+    template: str | None
+    license: str | Sequence[str] | None
+    system: str | None
+    parameters: Mapping[str, Any] | BaseModel | None
+    messages: Sequence[Mapping[str, Any] | Message] | None
+
+
+_CALL = set(CallOptions.__optional_keys__)
+
+
+class ModelManagement(FileTransfer):
     """Lists, shows, makes, copies and deletes models; moves files and models."""
 
     async def list(self, **call: Unpack[CallOptions]) -> ListResponse:
@@ -315,52 +323,51 @@ class ModelManagement(Session):
         }
         return self._progress("/api/create", body, call)
 
-    async def create_blob(self, path: str | Path, **call: Unpack[CallOptions]) -> str:
-        """Upload a file for ``create``.
+    async def create_from(
+        self,
+        model: str,
+        path: str | os.PathLike[str],
+        *,
+        adapter: str | os.PathLike[str] | None = None,
+        on_progress: Callable[[ProgressResponse], object] | None = None,
+        **options: Unpack[_CreateFromOptions],
+    ) -> ProgressResponse:
+        """Make a model out of files on this machine: hash them, upload what the server does not have, and create it.
 
         Args:
-            path: The file. It is hashed and read in worker threads.
-            **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
+            model: Name of the new model.
+            path: A GGUF file, or a folder with GGUF files or with safetensors and what belongs to them.
+            adapter: The same of an adapter.
+            on_progress: Called in the event loop with each step; its ``overall`` is over all files and all steps.
+            **options: As ``create``; a ``timeout`` is for all of it together.
 
         Returns:
-            The file's digest, ``"sha256:..."``.
+            The last step.
 
         Raises:
-            RequestError: The file cannot be read.
+            RequestError: A file cannot be read, or the folder has no model in it.
             OllamaError: See the tree in the reference.
 
         Cancellation: closes the connection and the file at once.
 
-        Server: ``POST /api/blobs/:digest``
+        Server: ``HEAD /api/blobs/:digest``, ``POST /api/blobs/:digest``, ``POST /api/create``
         """
-        with open_file(path) as file:
-            with self._scope(call):
-                digest = f"sha256:{await hash_file(file)}"
-            headers = {"Content-Length": str(os.fstat(file.fileno()).st_size), **(call.get("headers") or {})}
-            await self._send(self._build("POST", f"/api/blobs/{digest}", FileBody(file), headers), call)
-        return digest
-
-    async def blob_exists(self, digest: str, **call: Unpack[CallOptions]) -> bool:
-        """Return whether the server has a file, so that it need not be uploaded.
-
-        Args:
-            digest: ``"sha256:"`` and 64 hexadecimal digits.
-            **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
-
-        Raises:
-            RequestError: It is no digest.
-            OllamaError: See the tree in the reference.
-
-        Cancellation: closes the connection at once.
-
-        Server: ``HEAD /api/blobs/:digest``
-        """
-        path = f"/api/blobs/{blob_digest(digest)}"
-        try:
-            await self._send(self._build("HEAD", path, None, call.get("headers")), call)
-        except NotFoundError:
-            return False
-        return True
+        model_name(model)
+        given: dict[str, Any] = dict(options)
+        call = cast("CallOptions", {name: given.pop(name) for name in _CALL & set(given)})
+        job = self._job(call, on_progress)
+        files, adapters = model_files(path), None if adapter is None else model_files(adapter)
+        job.expect([*files.values(), *(adapters or {}).values()])
+        uploaded = await self._upload_all(files, job)
+        extra = None if adapters is None else await self._upload_all(adapters, job)
+        given |= job.part()
+        steps = self.create(model, files=uploaded, adapters=extra, stream=True, **given)
+        async for step in steps:
+            job.report(step)
+        last = steps.response
+        if last is None:
+            raise ProtocolError("the server's answer is empty")
+        return last
 
     @overload
     def pull(

@@ -77,10 +77,20 @@ class Meter:
         self._moved = 0
         self._samples: deque[tuple[float, int]] = deque()
 
+    def expect(self, what: str, total: int) -> None:
+        """Count on so many bytes, of which none is done yet."""
+        self._count(what, total, 0)
+
+    def rename(self, what: str, digest: str) -> None:
+        """What was expected under one name comes under another one; the same file twice counts once."""
+        total, completed = self._totals.pop(what, 0), self._completed.pop(what, 0)
+        self._count(digest, total, completed)
+
     def add(self, step: ProgressResponse) -> None:
         """Take the next step."""
-        if step.digest and step.total is not None and step.total > 0:
-            self._count(step.digest, step.total, step.completed or 0)
+        what = step.digest or step.status
+        if what and step.total is not None and step.total > 0:
+            self._count(what, step.total, step.completed or 0)
         step.set_overall(self._progress(finished=step.done))
 
     def _count(self, digest: str, total: int, completed: int) -> None:

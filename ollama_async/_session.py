@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ._merge import ChunkT, Merge
     from ._types import Model
 
-__all__ = ["CallOptions", "Session"]
+__all__ = ["CallOptions", "Session", "check_call"]
 
 ModelT = TypeVar("ModelT", bound="Model")
 
@@ -238,7 +238,7 @@ class Session:
         form: type[BaseModel] | None = None,
         resume: bool = False,
     ) -> Stream[ChunkT]:
-        _check(call)
+        check_call(call)
         if until is not None and not callable(until):
             raise RequestError(f"until={type(until).__name__}: give a function of the merged answer")
         request = self._build("POST", path, encode_json(body), call.get("headers"))
@@ -281,7 +281,7 @@ class Session:
         return reply
 
     async def _send(self, request: httpx.Request, call: CallOptions) -> tuple[bytes, Exchange]:
-        _check(call)
+        check_call(call)
         exchange = self._start(request, call, call.get("token"), streaming=False)
         while True:
             try:
@@ -310,7 +310,7 @@ class Session:
     @contextmanager
     def _scope(self, call: CallOptions) -> Generator[None]:
         """Put awaits that are no exchange under the tokens of a call."""
-        _check(call)
+        check_call(call)
         tokens = (self._closing, self._current(), self._token, call.get("token"))
         try:
             with CancelToken.any(*(token for token in tokens if token is not None)).scope():
@@ -343,7 +343,8 @@ def _through_proxy(
         raise RequestError(f"the proxy cannot be used: {exc}") from exc
 
 
-def _check(call: CallOptions) -> None:
+def check_call(call: CallOptions) -> None:
+    """Refuse what no call takes, before anything is sent."""
     unknown = set(call) - _CALL_OPTIONS
     if unknown:
         raise TypeError(f"unknown parameter {min(unknown)!r}")

@@ -25,6 +25,7 @@ LAYERS = [
     ["_exchange"],
     ["_stream"],
     ["_session"],
+    ["_files"],
     ["_manage"],
     ["_client"],
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import pathlib
 from collections.abc import AsyncIterator
 from datetime import timedelta
@@ -13,7 +15,7 @@ from pydantic import BaseModel
 from real.ollama_server import RealOllama
 from real.tiny_model import TEMPLATE, write_tiny_model
 
-from ollama_async import AsyncClient, NotFoundError, Options, ParseError, ResponseError
+from ollama_async import AsyncClient, NotFoundError, Options, ParseError, ProgressResponse, ResponseError
 
 pytestmark = pytest.mark.real
 
@@ -90,6 +92,30 @@ async def test_create_copy_and_delete(client: AsyncClient, tmp_path: pathlib.Pat
     reply = await client.generate("copied", "hi", options=SHORT)
     assert reply.eval_count == 12
     await client.delete("copied")
+
+
+async def test_a_model_from_a_file(client: AsyncClient, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_tiny_model(path)
+    with path.open("ab") as file:
+        file.write(os.urandom(16))  # so that no server has it yet
+    digest = f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+    assert not await client.blob_exists(digest)
+    steps: list[ProgressResponse] = []
+    last = await client.create_from("uploaded", path, template=TEMPLATE, on_progress=steps.append)
+    try:
+        assert last.done
+        assert last.overall.fraction == 1.0
+        statuses = [step.status for step in steps]
+        assert statuses[0] == "hashing model.gguf"
+        assert "uploading model.gguf" in statuses
+        assert statuses[-1] == "success"
+        assert await client.blob_exists(digest)
+        assert await client.upload(path, on_progress=steps.append) == digest
+        assert steps[-1].status == "already there: model.gguf"
+        assert (await client.generate("uploaded", "hi", options=SHORT)).eval_count == 12
+    finally:
+        await client.delete("uploaded")
 
 
 async def test_connections_are_reused(client: AsyncClient, real_ollama: RealOllama) -> None:
