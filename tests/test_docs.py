@@ -14,16 +14,31 @@ from pathlib import Path
 
 import pytest
 
-from ollama_async.testing import FakeOllama, Reply, Stall
+from ollama_async.testing import Cut, FakeOllama, Reply, Stall
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 TIMEOUT = 60.0
 
+WEATHER = {"name": "weather", "arguments": {"city": "Lima"}}
+PART = {"status": "pulling 00", "digest": "sha256:00", "total": 500}
+
+
+def answer(content: str, **message: object) -> dict[str, object]:
+    return {"model": "llama3.2", "message": {"role": "assistant", "content": content, **message}, "done": True}
+
+
 SERVERS: dict[str, Callable[[FakeOllama], None]] = {
     "endless": lambda server: server.script("/api/chat", Reply.endless_chat(0.01), always=True),
     "silent": lambda server: server.script("/api/chat", Reply(before_head=[Stall()]), always=True),
     "truncated": lambda server: server.script("/api/chat", Reply.chat("Because", done=False), always=True),
+    "country": lambda server: server.script("/api/chat", Reply.json(answer('{"name": "Peru", "capital": "Lima"}'))),
+    "tool": lambda server: server.script(
+        "/api/chat", Reply.json(answer("", tool_calls=[{"id": "call_1", "function": WEATHER}]))
+    ),
+    "pull": lambda server: server.script(
+        "/api/pull", Reply([PART, Cut()]), Reply([{**PART, "completed": 500}, {"status": "success"}])
+    ),
     "race": lambda server: server.script("/api/chat", Reply.chat("Because."), Reply.endless_chat(0.01)),
 }
 EXAMPLES = {

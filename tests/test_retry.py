@@ -219,6 +219,20 @@ async def test_an_abort_that_meets_the_failure_is_not_lost(
     assert len(fake_ollama.requests) == 1
 
 
+@both
+@pytest.mark.usefixtures("quick")
+async def test_the_limit_of_the_whole_call_is_over_all_attempts(
+    fake_ollama: FakeOllama, monkeypatch: pytest.MonkeyPatch, ask: Any
+) -> None:
+    monkeypatch.setattr(_retry, "_LONGEST_DELAY", 0.01)
+    fake_ollama.script("/api/chat", BUSY, always=True)
+    async with AsyncClient(fake_ollama.url, retries=1_000_000) as client:
+        with pytest.raises(PhaseTimeout) as caught:
+            await asyncio.wait_for(_as_coroutine(ask(client, timeout=0.3)), BOUND)
+    assert caught.value.phase == "total"
+    assert len(fake_ollama.requests) > 1
+
+
 @pytest.mark.usefixtures("quick")
 async def test_attempts_leave_nothing_behind(fake_ollama: FakeOllama) -> None:
     token = CancelToken()

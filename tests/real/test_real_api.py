@@ -69,7 +69,7 @@ async def test_embed(client: AsyncClient, real_ollama: RealOllama) -> None:
 async def test_what_the_server_has(client: AsyncClient, real_ollama: RealOllama) -> None:
     names = [model.model for model in (await client.list()).models]
     assert f"{real_ollama.model}:latest" in names
-    assert [model.model for model in (await client.ps()).models] == [f"{real_ollama.model}:latest"]
+    assert f"{real_ollama.model}:latest" in [model.model for model in (await client.ps()).models]
     assert (await client.version()).version == "0.0.0"
     shown = await client.show(real_ollama.model)
     assert shown.details is not None
@@ -176,8 +176,7 @@ async def test_what_the_model_would_read(client: AsyncClient, real_ollama: RealO
 
 async def test_load_and_unload(client: AsyncClient, real_ollama: RealOllama) -> None:
     assert (await client.load(real_ollama.model, timedelta(hours=2))).done_reason == "load"
-    [loaded] = (await client.ps()).models
-    assert loaded.name == f"{real_ollama.model}:latest"
+    assert f"{real_ollama.model}:latest" in [model.name for model in (await client.ps()).models]
     assert (await client.unload(real_ollama.model)).done_reason == "unload"
 
 
