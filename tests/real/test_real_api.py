@@ -115,6 +115,8 @@ async def test_a_model_from_a_file(client: AsyncClient, tmp_path: pathlib.Path) 
         assert steps[-1].status == "already there: model.gguf"
         assert (await client.generate("uploaded", "hi", options=SHORT)).eval_count == 12
     finally:
+        # It runs in a process of its own, which would stay for a while.
+        await client.unload("uploaded")
         await client.delete("uploaded")
 
 
