@@ -518,7 +518,7 @@ def test_a_missing_model_is_an_error_in_one_line(fake_ollama: FakeOllama, comman
     result = spawn("--host", fake_ollama.url, command, "nope", input="x")
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == (
-        f"Error: the server at {fake_ollama.url} has no model 'nope': get it with 'ollama pull nope'\n"
+        f"Error: the server at {fake_ollama.url} has no model 'nope': get it with 'ollama-async pull nope'\n"
     )
 
 

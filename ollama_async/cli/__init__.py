@@ -1,10 +1,8 @@
-"""The command line: ``demo``, ``generate`` and ``chat``."""
+"""The command line: ``demo``, ``generate``, ``chat``, and the commands that manage models."""
 
 from __future__ import annotations
 
 import asyncio
-import importlib.metadata
-import json
 import os
 import sys
 from typing import Annotated, Any
@@ -17,7 +15,8 @@ from ollama_async._errors import OllamaError
 from ollama_async._timeouts import Timeouts
 
 from ._demo import run_demo
-from ._terminal import ERROR, INTERRUPTED, AnyStream, Session
+from ._models import add_commands
+from ._terminal import ERROR, INTERRUPTED, AnyStream, Session, parse_pairs, product_version
 
 __all__ = ["app", "run"]
 
@@ -46,11 +45,7 @@ def run() -> None:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        try:
-            version = importlib.metadata.version("ollama-async")
-        except importlib.metadata.PackageNotFoundError:
-            version = "(not installed)"
-        typer.echo(f"ollama-async {version}")
+        typer.echo(f"ollama-async {product_version()}")
         raise typer.Exit
 
 
@@ -66,19 +61,6 @@ def _global_options(
     context.obj = host
     if no_color:  # rich looks at it, also where typer writes
         os.environ["NO_COLOR"] = "1"
-
-
-def _model_options(pairs: list[str] | None) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    for pair in pairs or ():
-        key, equals, value = pair.partition("=")
-        if not key or not equals:
-            raise typer.BadParameter(f"{pair!r}: write it as key=value", param_hint="--option")
-        try:
-            options[key] = json.loads(value)
-        except ValueError:
-            options[key] = value
-    return options
 
 
 _Model = Annotated[str, typer.Argument(metavar="MODEL", help="Name of the model.")]
@@ -111,7 +93,7 @@ def generate(
 
     On a terminal without PROMPT it goes on to the next prompt then, and a second Ctrl-C within a second leaves.
     """
-    session, options = Session(context, model), _model_options(option)
+    session, options = Session(context, model), parse_pairs(option, "--option")
     limits = Timeouts(idle=timeout_idle, total=timeout_total)
 
     def answer(text: str) -> AnyStream:
@@ -146,7 +128,10 @@ def chat(
 
     Ctrl-C stops the answer, keeps what came in the conversation, and goes on; a second Ctrl-C within a second leaves.
     """
-    session, options = Session(context, model, "is above and stays in the conversation"), _model_options(option)
+    session, options = (
+        Session(context, model, "is above and stays in the conversation"),
+        parse_pairs(option, "--option"),
+    )
     limits = Timeouts(idle=timeout_idle, total=timeout_total)
     messages = [{"role": "system", "content": system}] if system else []
 
@@ -193,3 +178,6 @@ def demo(
     with session.running():
         if not asyncio.run(run_demo(session, model)):
             raise typer.Exit(ERROR)
+
+
+add_commands(app)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import importlib.metadata
+import json
 import os
 import re
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import typer
 from rich.console import Console
@@ -37,7 +39,18 @@ from ollama_async._types import ChatResponse, GenerateResponse
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-__all__ = ["CTRL_C", "ERROR", "INTERRUPTED", "AnyStream", "CtrlC", "Screen", "Session", "printable"]
+__all__ = [
+    "CTRL_C",
+    "ERROR",
+    "INTERRUPTED",
+    "AnyStream",
+    "CtrlC",
+    "Screen",
+    "Session",
+    "parse_pairs",
+    "printable",
+    "product_version",
+]
 
 # Exit statuses.
 ERROR, INTERRUPTED = 1, 130
@@ -46,6 +59,28 @@ CTRL_C = "Ctrl-C"
 _TWICE_SECONDS = 1.0
 
 AnyStream: TypeAlias = Stream[ChatResponse] | Stream[GenerateResponse]
+
+
+def product_version() -> str:
+    """Return the version of this program."""
+    try:
+        return importlib.metadata.version("ollama-async")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def parse_pairs(pairs: list[str] | None, option: str) -> dict[str, Any]:
+    """Read the ``KEY=VALUE`` of an option that may be repeated; a value is JSON, else text."""
+    values: dict[str, Any] = {}
+    for pair in pairs or ():
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise typer.BadParameter(f"{pair!r}: write it as key=value", param_hint=option)
+        try:
+            values[key] = json.loads(value)
+        except ValueError:
+            values[key] = value
+    return values
 
 
 class CtrlC:
@@ -183,7 +218,7 @@ class Session:
         if isinstance(exc, ConnectError):
             return f"no Ollama server at {self.url} ({exc.detail}): {what_to_do}"
         if isinstance(exc, NotFoundError) and self.model in exc.error:
-            return f"the server at {self.url} has no model {self.model!r}: get it with 'ollama pull {self.model}'"
+            return f"the server at {self.url} has no model {self.model!r}: get it with 'ollama-async pull {self.model}'"
         if isinstance(exc, AuthenticationError) and exc.signin_url:
             return f"the server at {self.url} wants you to sign in first: {exc.signin_url}"
         return str(exc) if isinstance(exc, RequestError) else f"the server at {self.url}: {exc}"
