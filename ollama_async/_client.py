@@ -167,7 +167,7 @@ class AsyncClient(ModelManagement):
             tools: Tools that the model may call: functions (their docstrings say what they do), pydantic model classes,
                 or JSON schemas as dicts.
             stream: Whether to return the answer as a ``Stream``.
-            think: Whether, or how hard (``"low"``, ``"medium"``, ``"high"``), to think before answering.
+            think: Whether, or how hard (``"low"``, ``"medium"``, ``"high"``, ``"max"``), to think before answering.
             logprobs: Whether to return log probabilities.
             top_logprobs: Number of most likely tokens to return for each token, 0 to 20.
             format: ``"json"``, or what the answer must be: a JSON schema, or a pydantic model class, an instance of
@@ -271,7 +271,7 @@ class AsyncClient(ModelManagement):
             template: Prompt template, in place of the model's.
             context: The ``context`` of an earlier answer (deprecated by the server).
             stream: Whether to return the answer as a ``Stream``.
-            think: Whether, or how hard (``"low"``, ``"medium"``, ``"high"``), to think before answering.
+            think: Whether, or how hard (``"low"``, ``"medium"``, ``"high"``, ``"max"``), to think before answering.
             logprobs: Whether to return log probabilities.
             top_logprobs: Number of most likely tokens to return for each token, 0 to 20.
             raw: Whether the prompt is used as it is, without a template.

@@ -97,7 +97,7 @@ class _Run:
     def complain(self, text: str) -> None:
         """Say on stderr what went wrong."""
         if self.as_json:
-            sys.stderr.write(json.dumps({"error": text}) + "\n")
+            typer.echo(json.dumps({"error": text}), err=True)
         else:
             self.session.screen.note(f"Error: {text}" if not text.startswith("stopped") else text, "red")
 

@@ -60,13 +60,23 @@ class NotSeen(AssertionError):
     """What a test waited for did not happen in time."""
 
 
+def _installed() -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "ollama-async" / f"ollama-{VERSION}"
+
+
+def find_source() -> Path | None:
+    """The folder with what .ci/install-ollama keeps of the server's source."""
+    folder = _installed() / "source"
+    return folder if folder.is_dir() else None
+
+
 def find_server() -> Path | None:
     """The server named by OLLAMA_ASYNC_TEST_SERVER, else the one that .ci/install-ollama built, else PATH's."""
     named = os.environ.get("OLLAMA_ASYNC_TEST_SERVER")
     if named:
         return Path(named)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    built = cache / "ollama-async" / f"ollama-{VERSION}" / "ollama"
+    built = _installed() / "ollama"
     if built.is_file():
         return built
     installed = shutil.which("ollama")
