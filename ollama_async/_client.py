@@ -201,7 +201,7 @@ class AsyncClient(ModelManagement):
             "format": encode_format(format),
             "options": encode_options(options),
             "keep_alive": encode_keep_alive(keep_alive),
-            "_debug_render_only": debug_render_only,
+            "_debug_render_only": checked("flag", debug_render_only=debug_render_only)["debug_render_only"],
             **checked("flag", logprobs=logprobs, truncate=truncate, shift=shift),
             **checked("number", top_logprobs=top_logprobs),
         }
@@ -310,7 +310,7 @@ class AsyncClient(ModelManagement):
             "images": encode_images(images),
             "options": encode_options(options),
             "keep_alive": encode_keep_alive(keep_alive),
-            "_debug_render_only": debug_render_only,
+            "_debug_render_only": checked("flag", debug_render_only=debug_render_only)["debug_render_only"],
             **checked("flag", logprobs=logprobs, raw=raw, truncate=truncate, shift=shift),
             **checked("number", top_logprobs=top_logprobs, width=width, height=height, steps=steps),
         }

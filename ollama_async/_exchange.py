@@ -111,7 +111,6 @@ class Exchange(Channel):
                 response = await self._client.send(request, stream=True)
                 # The response and its stream hold each other; nothing of it is needed but what the channel has.
                 response.stream = httpx.ByteStream(b"")
-                self._refuse_encoding()
             else:
                 errand = _Errand(self, self._client, request)
                 self.attach(errand)
@@ -171,12 +170,6 @@ class Exchange(Channel):
     def got_on(self) -> None:
         """What is being done has got on: earlier failures do not count any more."""
         self._attempts.got_on()
-
-    def _refuse_encoding(self) -> None:
-        for name, value in self.headers:
-            if name.lower() == b"content-encoding" and value.lower() not in (b"", b"identity"):
-                shown = value.decode("latin-1")
-                raise ProtocolError(f"the answer is encoded as {shown!r}, which was not asked for")
 
     async def read(self) -> bytes:
         """Wait for the whole body.
@@ -312,6 +305,17 @@ class Exchange(Channel):
         # From here on the server may not fall silent for longer than the idle limit.
         self.touched = self.loop.time()
         super().take_head(status, reason, headers, version)
+        # Decided here, because an answer that comes all at once is at its end before its reader has seen the head.
+        if self._owned and not 300 <= status < 400:
+            self._refuse_encoding()
+
+    def _refuse_encoding(self) -> None:
+        for name, value in self.headers:
+            if name.lower() == b"content-encoding" and value.lower() not in (b"", b"identity"):
+                shown = value.decode("latin-1")
+                self._decide(
+                    End("error", ProtocolError(f"the answer is encoded as {shown!r}, which was not asked for"))
+                )
 
     def detach(self) -> None:
         """Let go of the link; if the answer is settled, nothing can come any more."""

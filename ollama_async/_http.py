@@ -114,14 +114,22 @@ def encode_head(request: httpx.Request) -> bytes:
         raise httpx.LocalProtocolError("illegal character in the path of the URL", request=request)
     lines = [b"%s %s HTTP/1.1" % (method, target)]
     for name, value in request.headers.raw:
-        if not _TOKEN.fullmatch(name):
-            raise httpx.LocalProtocolError(f"illegal header name {name!r}", request=request)
-        if _NOT_IN_VALUE.search(value):
-            # The value is not shown: it may be a key.
-            raise httpx.LocalProtocolError(f"illegal character in the value of header {name!r}", request=request)
+        flaw = header_flaw(name, value)
+        if flaw is not None:
+            raise httpx.LocalProtocolError(flaw, request=request)
         lines.append(b"%s: %s" % (name, value))
     lines.append(b"\r\n")
     return b"\r\n".join(lines)
+
+
+def header_flaw(name: bytes, value: bytes) -> str | None:
+    """Return what of a header would break out of its place, if something would."""
+    if not _TOKEN.fullmatch(name):
+        return f"illegal header name {name!r}"
+    if _NOT_IN_VALUE.search(value):
+        # The value is not shown: it may be a key.
+        return f"illegal character in the value of header {name!r}"
+    return None
 
 
 class _Answer:

@@ -198,7 +198,7 @@ def encode_context(given: Any) -> list[int] | None:
     if given is None:
         return None
     tokens = list(sequence(given, "context"))
-    if not all(isinstance(token, int) for token in tokens):
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):
         raise RequestError("context: give the list of int that an earlier answer had")
     return tokens
 

@@ -425,8 +425,11 @@ class ModelManagement(FileTransfer):
         body = {"model": model_name(model), "stream": checked_stream(stream), **checked("flag", insecure=insecure)}
         if not checked("flag", resume=resume)["resume"]:
             return self._progress("/api/pull", body, call)
-        steps = self._stream(ProgressMerge(), "/api/pull", {**body, "stream": True}, call, resume=True)
-        return steps if stream else steps.collect()
+        body["stream"] = True
+        if stream:
+            return self._stream(ProgressMerge(), "/api/pull", body, call, resume=True)
+        # Who waits for the last step alone must not take another one for it.
+        return self._stream(ProgressMerge(), "/api/pull", body, call, resume=True, strict=True).collect()
 
     @overload
     def push(
@@ -482,7 +485,7 @@ class ModelManagement(FileTransfer):
 
         Server: ``POST https://ollama.com/api/web_search``, ``POST /api/experimental/web_search``
         """
-        body = {**checked("text", query=query), **checked("number", max_results=max_results)}
+        body = {"query": _required(query, "query"), **checked("number", max_results=max_results)}
         return await self._web(WebSearchResponse, "search", body, call, via_server=via_server)
 
     async def web_fetch(self, url: str, *, via_server: bool = False, **call: Unpack[CallOptions]) -> WebFetchResponse:
@@ -505,12 +508,12 @@ class ModelManagement(FileTransfer):
 
         Server: ``POST https://ollama.com/api/web_fetch``, ``POST /api/experimental/web_fetch``
         """
-        return await self._web(WebFetchResponse, "fetch", checked("text", url=url), call, via_server=via_server)
+        return await self._web(WebFetchResponse, "fetch", {"url": _required(url, "url")}, call, via_server=via_server)
 
     async def _web(
         self, model: type[WebT], what: str, body: dict[str, Any], call: CallOptions, *, via_server: bool
     ) -> WebT:
-        if via_server:
+        if checked("flag", via_server=via_server)["via_server"]:
             return await self._request(model, "POST", f"/api/experimental/web_{what}", body, call)
         headers = self._web_headers(call.get("headers"))
         if not headers.get("Authorization", "").startswith("Bearer "):
@@ -526,6 +529,12 @@ class ModelManagement(FileTransfer):
         if body["stream"]:
             return self._stream(ProgressMerge(), path, body, call)
         return self._request(ProgressResponse, "POST", path, body, call)
+
+
+def _required(value: object, parameter: str) -> str:
+    if not isinstance(value, str):
+        raise RequestError(f"{parameter}={type(value).__name__}: give a str")
+    return value
 
 
 def _licenses(value: object) -> object:

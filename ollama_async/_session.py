@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypedDict, TypeVar
@@ -16,6 +17,7 @@ from ._channel import Ended
 from ._errors import AbortError, ProtocolError, RequestError, ResponseError, StreamClosed
 from ._exchange import Exchange
 from ._host import env_api_key, env_proxy, is_loopback, is_ollama_com, parse_host
+from ._http import header_flaw
 from ._input import encode_json
 from ._ndjson import MAX_LINE_BYTES
 from ._retry import Attempts
@@ -25,7 +27,7 @@ from ._transport import DirectTransport
 from ._types import StatusResponse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping
+    from collections.abc import Callable, Generator
     from types import TracebackType
     from typing import Self
 
@@ -237,6 +239,7 @@ class Session:
         *,
         form: type[BaseModel] | None = None,
         resume: bool = False,
+        strict: bool = False,
     ) -> Stream[ChunkT]:
         check_call(call)
         if until is not None and not callable(until):
@@ -248,7 +251,7 @@ class Session:
             token=call.get("token"),
             until=until,
             form=form,
-            strict=self._strict,
+            strict=strict or self._strict,
             max_line_bytes=self._max_line_bytes,
         )
 
@@ -329,6 +332,10 @@ def _headers(defaults: httpx.Headers, given: Mapping[str, str]) -> httpx.Headers
         # The value is not shown: it may be a key.
         kind = type(exc).__name__
         raise RequestError(f"the headers cannot be sent: give a dict of ASCII strings ({kind})") from None
+    # Not every transport looks, and what breaks out of a header may be a request of its own.
+    flaw = next(filter(None, (header_flaw(name, value) for name, value in merged.raw)), None)
+    if flaw is not None:
+        raise RequestError(f"the headers cannot be sent: {flaw}")
     return merged
 
 
@@ -349,6 +356,7 @@ def check_call(call: CallOptions) -> None:
     if unknown:
         raise TypeError(f"unknown parameter {min(unknown)!r}")
     _check_kind("token", call.get("token"), CancelToken)
+    _check_kind("headers", call.get("headers"), Mapping)
     if "timeout" in call:
         Timeouts.of(call["timeout"])
     retries = call.get("retries")

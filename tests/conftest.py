@@ -1,4 +1,5 @@
 import asyncio
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +19,12 @@ def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> d
     if any(part in ON_BOTH_LOOPS for part in item.path.parts):
         factories["uvloop"] = uvloop.new_event_loop
     return factories
+
+
+def pytest_collection_finish() -> None:
+    """Take what is there for good out of the collector's way: the tests collect by hand, thousands of times."""
+    gc.collect()
+    gc.freeze()
 
 
 pytest_plugins = ("ollama_async.testing.pytest_plugin", "pytester")

@@ -99,141 +99,6 @@ async def test_chat(
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        {},
-        {"prompt": "p", "suffix": "s", "system": "y", "template": "t", "context": [1], "raw": True},
-        {"images": [b"a"], "think": True, "logprobs": True, "top_logprobs": 0, "format": "json"},
-        {"options": {"seed": 1}, "keep_alive": -1},
-    ],
-)
-@pytest.mark.parametrize("stream", [False, True])
-async def test_generate(router: respx.MockRouter, client: AsyncClient, arguments: dict[str, Any], stream: bool) -> None:
-    router.post("/api/generate").mock(return_value=ndjson(GENERATED))
-    if stream:
-        reply = await client.generate("m", **arguments, stream=True).collect()
-    else:
-        reply = await client.generate("m", **arguments)
-    expected = {"model": "m", "stream": stream, **arguments}
-    if "images" in arguments:
-        expected["images"] = ["YQ=="]
-    assert sent(router) == expected
-    assert (reply.response, reply.context) == ("hi", [1, 2])
-
-
-@pytest.mark.parametrize(
-    ("call", "method", "path", "body", "answer"),
-    [
-        (lambda c: c.embed("m", "a"), "POST", "/api/embed", {"model": "m", "input": "a"}, {"embeddings": [[1.0]]}),
-        (
-            lambda c: c.embed("m", ["a"], truncate=False, options={"seed": 1}, keep_alive=1, dimensions=2),
-            "POST",
-            "/api/embed",
-            {
-                "model": "m",
-                "input": ["a"],
-                "truncate": False,
-                "options": {"seed": 1},
-                "keep_alive": 1,
-                "dimensions": 2,
-            },
-            {"embeddings": [[1.0]]},
-        ),
-        (
-            lambda c: c.embeddings("m", "a", {"seed": 1}, "1m"),
-            "POST",
-            "/api/embeddings",
-            {"model": "m", "prompt": "a", "options": {"seed": 1}, "keep_alive": "1m"},
-            {"embedding": [1.0]},
-        ),
-        (
-            lambda c: c.load("m", -1),
-            "POST",
-            "/api/generate",
-            {"model": "m", "stream": False, "keep_alive": -1},
-            {"done": True, "done_reason": "load"},
-        ),
-        (
-            lambda c: c.unload("m"),
-            "POST",
-            "/api/generate",
-            {"model": "m", "stream": False, "keep_alive": 0},
-            {"done": True, "done_reason": "unload"},
-        ),
-        (
-            lambda c: c.pull("m"),
-            "POST",
-            "/api/pull",
-            {"model": "m", "stream": False, "insecure": False},
-            {"status": "success"},
-        ),
-        (
-            lambda c: c.push("m", insecure=True),
-            "POST",
-            "/api/push",
-            {"model": "m", "stream": False, "insecure": True},
-            {"status": "success"},
-        ),
-        (lambda c: c.list(), "GET", "/api/tags", None, {"models": [{"name": "m", "size": 1, "details": {}}]}),
-        (lambda c: c.ps(), "GET", "/api/ps", None, {"models": [{"name": "m", "context_length": 5}]}),
-        (lambda c: c.version(), "GET", "/api/version", None, {"version": "1.2.3"}),
-        (lambda c: c.show("m"), "POST", "/api/show", {"model": "m"}, {"capabilities": ["tools"]}),
-        (
-            lambda c: c.show("m", verbose=True),
-            "POST",
-            "/api/show",
-            {"model": "m", "verbose": True},
-            {"tensors": [{"name": "t", "type": "F32", "shape": [1]}]},
-        ),
-        (
-            lambda c: c.create("m", from_="b", parameters={"stop": ["x"]}, messages=[{"role": "user", "content": "a"}]),
-            "POST",
-            "/api/create",
-            {
-                "model": "m",
-                "stream": False,
-                "from": "b",
-                "parameters": {"stop": ["x"]},
-                "messages": [{"role": "user", "content": "a"}],
-            },
-            {"status": "success"},
-        ),
-        (
-            lambda c: c.create("m", "q4_0", None, {"f": "sha256:1"}, {"a": "sha256:2"}, "t", ["l"], "s"),
-            "POST",
-            "/api/create",
-            {
-                "model": "m",
-                "stream": False,
-                "quantize": "q4_0",
-                "files": {"f": "sha256:1"},
-                "adapters": {"a": "sha256:2"},
-                "template": "t",
-                "license": ["l"],
-                "system": "s",
-            },
-            {"status": "success"},
-        ),
-    ],
-)
-async def test_a_call_sends_exactly_this(
-    router: respx.MockRouter,
-    client: AsyncClient,
-    call: Callable[[AsyncClient], Awaitable[Any]],
-    method: str,
-    path: str,
-    body: dict[str, Any] | None,
-    answer: dict[str, Any],
-) -> None:
-    router.request(method, path).respond(json={**answer, "new_field": [1]})
-    result = await call(client)
-    content = router.calls.last.request.content
-    assert (json.loads(content) if content else None) == body
-    assert result["new_field"] == [1]
-    assert result.model_dump(exclude_unset=True) == {**answer, "new_field": [1]}
-
-
-@pytest.mark.parametrize(
     ("call", "method", "path", "body"),
     [
         (lambda c: c.copy("a", "b"), "POST", "/api/copy", {"source": "a", "destination": "b"}),
@@ -274,14 +139,6 @@ async def test_blob_exists(router: respx.MockRouter, client: AsyncClient, status
     assert route.called
     with pytest.raises(RequestError, match="hexadecimal"):
         await client.blob_exists("sha256:../../tags")
-
-
-@pytest.mark.parametrize("name", ["pull", "push"])
-async def test_pull_and_push_are_streams_of_steps(router: respx.MockRouter, client: AsyncClient, name: str) -> None:
-    router.post(f"/api/{name}").mock(return_value=ndjson({"status": "a", "total": 9}, {"status": "success"}))
-    stream = getattr(client, name)("m", stream=True)
-    assert [step.status async for step in stream] == ["a", "success"]
-    assert sent(router) == {"model": "m", "stream": True, "insecure": False}
 
 
 async def test_progress_is_a_stream_of_steps(router: respx.MockRouter, client: AsyncClient) -> None:
@@ -407,42 +264,6 @@ async def test_an_empty_stream_has_nothing_to_return(router: respx.MockRouter, c
     router.post("/api/chat").respond(200)
     with pytest.raises(ProtocolError, match="empty"):
         await client.chat("m", "x", stream=True).collect()
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda c: c.chat(""),
-        lambda c: c.chat(7),
-        lambda c: c.chat("m", 7),
-        lambda c: c.chat("m", [{"content": "no role"}]),
-        lambda c: c.chat("m", [{"role": "user", "images": [7]}]),
-        lambda c: c.chat("m", options={"x": object()}),
-        lambda c: c.chat("m", "a", until=bool),
-        lambda c: c.chat("m", "a", token="t"),
-        lambda c: c.chat("m", "a", timeout="1"),
-        lambda c: c.chat("m", "a", timeout=-1),
-        lambda c: c.chat("m", "a", timeout=True),
-        lambda c: c.generate("m", images=[7]),
-        lambda c: c.generate("m", images=["/etc/hostname.png"]),
-        lambda c: c.copy("a", None),
-        lambda c: c.show(None),
-        lambda c: c.create_blob("/does/not/exist"),
-    ],
-)
-async def test_wrong_input_is_refused_before_anything_is_sent(
-    router: respx.MockRouter, client: AsyncClient, call: Callable[[AsyncClient], Awaitable[Any]]
-) -> None:
-    with pytest.raises(RequestError):
-        await call(client)
-    assert not router.calls
-
-
-async def test_unknown_parameters_are_a_type_error(client: AsyncClient) -> None:
-    with pytest.raises(TypeError, match="temperature"):
-        await client.chat("m", "a", temperature=1)  # type: ignore[call-overload]
-    with pytest.raises(TypeError, match="temperature"):
-        client.generate("m", "a", stream=True, temperature=1)  # type: ignore[call-overload]
 
 
 async def test_headers_of_call_and_client(router: respx.MockRouter) -> None:
