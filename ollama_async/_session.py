@@ -20,6 +20,7 @@ from ._host import env_api_key, env_proxy, is_loopback, is_ollama_com, parse_hos
 from ._http import header_flaw
 from ._input import encode_json
 from ._ndjson import MAX_LINE_BYTES
+from ._proxy import ProxyTransport
 from ._retry import Attempts
 from ._stream import Stream
 from ._timeouts import DEFAULT_TIMEOUTS, Timeouts
@@ -124,7 +125,7 @@ class Session:
                 # Where somebody's code runs within the request, the request needs a task of its own.
                 self._direct = not any(map(options.get, ("auth", "event_hooks", "mounts")))
             elif transport is None:
-                transport = _through_proxy(proxy, verify=verify, cert=cert, trust_env=trust_env)
+                transport = ProxyTransport(proxy, verify=verify, cert=cert, trust_env=trust_env)
             self._client = httpx.AsyncClient(
                 transport=transport, follow_redirects=follow_redirects, timeout=None, trust_env=False, **options
             )
@@ -337,17 +338,6 @@ def _headers(defaults: httpx.Headers, given: Mapping[str, str]) -> httpx.Headers
     if flaw is not None:
         raise RequestError(f"the headers cannot be sent: {flaw}")
     return merged
-
-
-def _through_proxy(
-    proxy: str | httpx.Proxy | None, *, verify: Any, cert: Any, trust_env: bool
-) -> httpx.AsyncHTTPTransport:
-    # httpx's own limit of 100 connections would make the 101st stream wait for the end of another one.
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=20)
-    try:
-        return httpx.AsyncHTTPTransport(verify=verify, cert=cert, trust_env=trust_env, proxy=proxy, limits=limits)
-    except (ImportError, ValueError, httpx.InvalidURL) as exc:
-        raise RequestError(f"the proxy cannot be used: {exc}") from exc
 
 
 def check_call(call: CallOptions) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import socket
 import struct
-import threading
 import time
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -18,7 +17,7 @@ import httpx
 import pytest
 import pytest_asyncio
 import uvloop
-from teardown.harness import BOUND, Baseline, black_hole, live_timers, nothing_left_behind, ticks, until
+from teardown.harness import BOUND, Baseline, black_hole, in_thread, live_timers, nothing_left_behind, ticks, until
 
 from ollama_async._channel import HIGH_WATER, Channel
 from ollama_async._http import MAX_HEAD_BYTES, Connection, GuardedSocket, Origin, encode_head
@@ -938,16 +937,6 @@ LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 @pytest.fixture(params=LOOPS.values(), ids=LOOPS)
 def new_loop(request: pytest.FixtureRequest) -> Any:
     return request.param
-
-
-def in_thread(function: Callable[[], Any]) -> Any:
-    """Run in another thread, while this one is blocked, and return what it returned."""
-    result: list[Any] = []
-    thread = threading.Thread(target=lambda: result.append(function()), daemon=True)
-    thread.start()
-    thread.join(BOUND)
-    assert result, "it did not end, or raised"
-    return result[0]
 
 
 async def test_one_transport_in_several_loops_one_after_the_other(fake_ollama: FakeOllama, new_loop: Any) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import os
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
@@ -105,6 +106,16 @@ def saw_leave(server: FakeOllama, number: int = -1) -> ConnectionRecord:
     assert record.wait_left(BOUND), "the server did not see the client leave while the client's loop was blocked"
     assert record.bytes_after_left == 0
     return record
+
+
+def in_thread(function: Callable[[], Any]) -> Any:
+    """Run in another thread, while this one is blocked, and return what it returned."""
+    result: list[Any] = []
+    thread = threading.Thread(target=lambda: result.append(function()), daemon=True)
+    thread.start()
+    thread.join(BOUND)
+    assert result, "it did not end, or raised"
+    return result[0]
 
 
 async def read_all(stream: Stream[Any], seen: list[Any]) -> None:

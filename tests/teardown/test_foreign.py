@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
+import httpx2
 import pytest
 import pytest_asyncio
 from teardown.harness import BOUND, Baseline, read_all, registrations, saw_leave, ticks, until
@@ -37,10 +38,14 @@ async def hook(_: object) -> None:
     await asyncio.sleep(0)
 
 
-FORMS: dict[str, Callable[[str, Any], tuple[AsyncClient, httpx.AsyncClient | None]]] = {
+FORMS: dict[str, Callable[[str, Any], tuple[AsyncClient, Any]]] = {
     "httpx_transport": lambda url, tls: (AsyncClient(url, transport=httpx.AsyncHTTPTransport(verify=tls)), None),
     "http_client": lambda url, tls: (
         AsyncClient(url, http_client=(made := httpx.AsyncClient(verify=tls, timeout=None))),
+        made,
+    ),
+    "httpx2": lambda url, tls: (
+        AsyncClient(url, http_client=(made := httpx2.AsyncClient(verify=tls, timeout=None))),
         made,
     ),
     "http_client_direct": lambda url, tls: (

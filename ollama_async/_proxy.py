@@ -1,0 +1,80 @@
+"""A transport through a proxy: httpx's own, one pool of connections for each event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from ._errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+__all__ = ["ProxyTransport"]
+
+# httpx's own limit of 100 connections would make the 101st stream wait for the end of another one.
+_LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=20)
+
+
+class ProxyTransport(httpx.AsyncBaseTransport):
+    """Sends requests through a proxy; usable in several event loops, in turn or at once.
+
+    A pool of httpx belongs to the loop that it was first used in, and says so by an error of asyncio's in the next.
+    """
+
+    def __init__(self, proxy: str | httpx.Proxy, **options: Any) -> None:
+        self._options = {**options, "proxy": proxy, "limits": _LIMITS}
+        try:
+            # The first pool, and so an error in the options, is made before anything is sent.
+            self._spare: httpx.AsyncHTTPTransport | None = self._make()
+        except (ImportError, ValueError, httpx.InvalidURL) as exc:
+            raise RequestError(f"the proxy cannot be used: {exc}") from exc
+        self._pools: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Pool] = weakref.WeakKeyDictionary()
+
+    def _make(self) -> httpx.AsyncHTTPTransport:
+        return httpx.AsyncHTTPTransport(**self._options)
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send a request.
+
+        Cancellation: as httpx has it.
+        """
+        loop = asyncio.get_running_loop()
+        pool = self._pools.get(loop)
+        if pool is None:
+            spare, self._spare = self._spare, None
+            pool = self._pools[loop] = _Pool(spare or self._make())
+            await pool.guard.asend(None)
+        return await pool.http.handle_async_request(request)
+
+    async def aclose(self) -> None:
+        """Close all connections, of every event loop.
+
+        Cancellation: as httpx has it.
+        """
+        here = asyncio.get_running_loop()
+        for loop in list(self._pools):
+            pool = self._pools.pop(loop)
+            if loop is here:
+                await pool.guard.aclose()
+            elif not loop.is_closed():
+                asyncio.run_coroutine_threadsafe(pool.http.aclose(), loop)
+
+
+class _Pool:
+    """The connections of one event loop, closed when that loop shuts down."""
+
+    def __init__(self, http: httpx.AsyncHTTPTransport) -> None:
+        self.http = http
+        # asyncio.run() finishes the loop's async generators before it closes the loop.
+        self.guard = _open_until_the_end(http)
+
+
+async def _open_until_the_end(http: httpx.AsyncHTTPTransport) -> AsyncGenerator[None, None]:
+    try:
+        yield
+    finally:
+        await http.aclose()
