@@ -77,7 +77,7 @@ def tests_min_deps(session: nox.Session) -> None:
 
 @nox.session(python=OLDEST)
 def dropin(session: nox.Session) -> None:
-    """What ollama-python's own tests demand of its AsyncClient, demanded of ours."""
+    """What ollama-python's own tests demand of its AsyncClient, tools and images, demanded of ours."""
     session.install(".", "anyio", "httpx", "pytest>=8.4", "pytest-httpserver>=1.1")
     folder = session.create_tmp()
     download = ("pip", "download", "--quiet", "--no-deps", "--no-binary", "ollama", "--dest", folder)
@@ -87,7 +87,10 @@ def dropin(session: nox.Session) -> None:
     # Not its configuration, which would import ollama from beside its tests.
     options = ("-q", "-c", os.devnull, "--rootdir", str(tests), "--import-mode=importlib", "-p", "ollama_aliases")
     aliases = str(Path("tests", "dropin").absolute())
-    files = [str(tests / name) for name in ("test_client.py", "test_systemone.py")]
+    files = [
+        str(tests / name)
+        for name in ("test_client.py", "test_systemone.py", "test_type_serialization.py", "test_utils.py")
+    ]
     session.run("python", "-m", "pytest", *options, *files, env={"PYTHONPATH": aliases})
 
 
