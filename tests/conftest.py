@@ -1,5 +1,6 @@
 import asyncio
 import gc
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +20,12 @@ def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> d
     if any(part in ON_BOTH_LOOPS for part in item.path.parts):
         factories["uvloop"] = uvloop.new_event_loop
     return factories
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C through to what the tests start: what a shell runs with ``&`` ignores it, and so would they."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:

@@ -923,6 +923,8 @@ async def test_s57_ctrl_c_under_asyncio_run(server: FakeOllama, how: str) -> Non
         pipe = subprocess.PIPE
         command = [sys.executable, "-X", "dev", "-c", program, server.url]
         with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+            bound = threading.Timer(4 * BOUND, process.kill)
+            bound.start()
             try:
                 assert process.stdout is not None
                 assert process.stdout.readline() == "reading\n"
@@ -932,6 +934,7 @@ async def test_s57_ctrl_c_under_asyncio_run(server: FakeOllama, how: str) -> Non
                 _, errors = process.communicate("go\n", timeout=2 * BOUND)
                 return told, errors, process.returncode
             finally:
+                bound.cancel()
                 process.kill()
 
     told, errors, code = await asyncio.to_thread(run)
