@@ -38,19 +38,20 @@ _order = itertools.count()
 class Once:
     """A value that is decided once, by whichever task, thread or signal handler comes first."""
 
-    __slots__ = ("_slot",)
+    __slots__ = ("slot",)
 
     def __init__(self) -> None:
-        self._slot: dict[int, Any] = {}
+        # Empty while undecided; to look at it is the cheapest question there is.
+        self.slot: dict[int, Any] = {}
 
     def decide(self, value: object) -> bool:
         """Set the value if none is set; return whether this call decided. Each call must bring an object of its own."""
-        return self._slot.setdefault(0, value) is value
+        return self.slot.setdefault(0, value) is value
 
     @property
     def value(self) -> Any:
         """The value, ``None`` while undecided."""
-        return self._slot.get(0)
+        return self.slot.get(0)
 
 
 class _Decision:

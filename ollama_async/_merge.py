@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeVar
+from functools import cache
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from pydantic import TypeAdapter
 
 from ._progress import Meter, ProgressResponse
 from ._types import ChatResponse, GenerateResponse, Model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["ChatMerge", "Chunk", "GenerateMerge", "Merge", "ProgressMerge"]
 
@@ -26,6 +32,13 @@ class Merge(Protocol[ChunkT]):
     """The answer so far. Adding a chunk is cheap; the merged answer is made when it is asked for."""
 
     model: type[ChunkT]
+
+    together: int
+    """How many chunks may be made at once, before the first of them is delivered."""
+
+    def validate_list(self, data: bytes) -> list[ChunkT]:
+        """Make chunks of a JSON array; raises pydantic's ``ValidationError``."""
+        ...
 
     def add(self, chunk: ChunkT) -> None:
         """Add the next chunk."""
@@ -59,10 +72,25 @@ class _Lists:
         return fields
 
 
+# Enough that what a call costs is shared by many; few enough that what a reader has not read yet stays small.
+_TOGETHER = 64
+
+
+@cache
+def _list_validator(model: type[Any]) -> Callable[[bytes], list[Any]]:
+    validate: Callable[[bytes], list[Any]] = TypeAdapter(list[model]).validator.validate_json  # type: ignore[valid-type]
+    return validate
+
+
 class ChatMerge(_Lists):
     """Merges chunks of a chat."""
 
     model = ChatResponse
+    together = _TOGETHER
+
+    def validate_list(self, data: bytes) -> list[ChatResponse]:
+        """Make chunks of a JSON array."""
+        return _list_validator(ChatResponse)(data)
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,6 +126,11 @@ class GenerateMerge(_Lists):
     """Merges chunks of a completion."""
 
     model = GenerateResponse
+    together = _TOGETHER
+
+    def validate_list(self, data: bytes) -> list[GenerateResponse]:
+        """Make chunks of a JSON array."""
+        return _list_validator(GenerateResponse)(data)
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,6 +163,12 @@ class ProgressMerge:
     """Of progress, the last step is what counts."""
 
     model = ProgressResponse
+    # How far the whole is, is noted on each when it is merged.
+    together = 1
+
+    def validate_list(self, data: bytes) -> list[ProgressResponse]:
+        """Make steps of a JSON array."""
+        return _list_validator(ProgressResponse)(data)
 
     def __init__(self) -> None:
         self._last: ProgressResponse | None = None

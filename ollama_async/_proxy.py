@@ -47,7 +47,7 @@ class ProxyTransport(httpx.AsyncBaseTransport):
         if pool is None:
             spare, self._spare = self._spare, None
             pool = self._pools[loop] = _Pool(spare or self._make())
-            await pool.guard.asend(None)
+            await anext(pool.guard)
         return await pool.http.handle_async_request(request)
 
     async def aclose(self) -> None:

@@ -120,12 +120,12 @@ class Session:
         if http_client is None:
             if proxy is None and trust_env and transport is None and uds is None:
                 proxy = env_proxy(self._host, even_local=compat)
-            if transport is None and proxy is None:
+            if transport is None and proxy is not None:
+                transport = ProxyTransport(proxy, verify=verify, cert=cert, trust_env=trust_env)
+            elif transport is None:
                 transport = DirectTransport(verify=verify, cert=cert, trust_env=trust_env, uds=uds)
                 # Where somebody's code runs within the request, the request needs a task of its own.
                 self._direct = not any(map(options.get, ("auth", "event_hooks", "mounts")))
-            elif transport is None:
-                transport = ProxyTransport(proxy, verify=verify, cert=cert, trust_env=trust_env)
             self._client = httpx.AsyncClient(
                 transport=transport, follow_redirects=follow_redirects, timeout=None, trust_env=False, **options
             )

@@ -21,7 +21,7 @@ from ._ndjson import LineSplitter
 from ._progress import ProgressResponse
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+    from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping
     from types import TracebackType
     from typing import Self
 
@@ -93,13 +93,20 @@ class Stream(Generic[ChunkT]):
         # How it was ended before it was opened.
         self._early = Once()
         self._opened = False
-        # Lines that have arrived and not been delivered, the next one last.
+        # Lines that have arrived and are no chunks yet, the next one last.
         self._lines: list[bytes] = []
+        # Chunks made of lines that came together: which is the next to deliver, up to where nothing can happen at one
+        # but its delivery, up to where they are merged (which is left for when somebody asks, or for the end of these),
+        # and how many chunks were delivered before them.
+        self._chunks: list[ChunkT] = []
+        self._next = self._plain = self._merged = 0
+        self._before = 0
+        # Not empty once the end is decided.
+        self._decided: Mapping[int, object] = self._early.slot
         self._reading = False
         self._outcome: Outcome | None = None
         self._body_read = False
         self._absorbed = False
-        self._chunks = 0
         # Bytes that were done when it was last resumed.
         self._completed = 0
         self._last_at = 0.0
@@ -131,17 +138,23 @@ class Stream(Generic[ChunkT]):
 
         Cancellation: closes the stream at once; what had arrived stays in ``response``.
         """
+        place = self._next
+        # The usual case by itself, since this runs for every token. A second reader finds nothing that is ready while
+        # the first one waits, and so is turned away below.
+        if place < self._plain and not self._decided:
+            self._next = place + 1
+            return self._chunks[place]
         while True:
-            if self._reading or not self._lines:
+            if self._reading or not (self._lines or self._next < len(self._chunks)):
                 await self._fill()
             exchange = self._exchange
             assert exchange is not None
             if exchange.ended_early is not None:
                 raise self._broken_off()
-            if not self._lines:
+            if not self._lines and self._next == len(self._chunks):
                 raise StopAsyncIteration
             try:
-                return self._deliver(exchange, self._lines.pop())
+                return self._deliver(exchange)
             except StreamError:
                 if self._follow(exchange) is None:
                     raise
@@ -233,6 +246,7 @@ class Stream(Generic[ChunkT]):
         After an early end it also has the chunks that had arrived and had not been read.
         """
         self._absorb()
+        self._merge_up_to(self._next)
         response = self._merge.result()
         if response is not None and self._exchange is not None:
             if self._origin is None:
@@ -244,6 +258,7 @@ class Stream(Generic[ChunkT]):
     def text(self) -> str:
         """The text of ``response``."""
         self._absorb()
+        self._merge_up_to(self._next)
         return self._merge.text()
 
     @property
@@ -275,11 +290,12 @@ class Stream(Generic[ChunkT]):
         exchange = self._exchange
         if exchange is None:
             return Timing(None, 0.0, 0, None)
+        chunks = self._before + self._next
         first = exchange.first - exchange.started if exchange.first else None
         now = exchange.ended_at or exchange.loop.time()
         span = (self._last_at or now) - exchange.first
-        rate = (self._chunks - 1) / span if self._chunks > 1 and span > 0 else None
-        return Timing(first, now - exchange.started, self._chunks, rate)
+        rate = (chunks - 1) / span if chunks > 1 and span > 0 else None
+        return Timing(first, now - exchange.started, chunks, rate)
 
     @property
     def token(self) -> CancelToken:
@@ -302,7 +318,7 @@ class Stream(Generic[ChunkT]):
 
     def __repr__(self) -> str:
         state = self.outcome or ("open" if self._opened else "not started" if self._exchange is None else "opening")
-        return f"<Stream of {self._merge.model.__name__}: {state}, {self._chunks} chunks>"
+        return f"<Stream of {self._merge.model.__name__}: {state}, {self._before + self._next} chunks>"
 
     def __del__(self) -> None:
         if not hasattr(self, "_last_at"):
@@ -347,6 +363,7 @@ class Stream(Generic[ChunkT]):
                 await exchange.open()
                 await exchange.raise_for_status()
                 self._opened = True
+                self._decided = exchange.decided
                 return exchange
             successor = self._follow(exchange)
             if successor is None:
@@ -355,6 +372,7 @@ class Stream(Generic[ChunkT]):
 
     def _follow(self, failed: Exchange) -> Exchange | None:
         """Put the exchange that tries again in the place of one that has failed, if that is allowed."""
+        self._clear()
         last = self._merge.result()
         if isinstance(last, ProgressResponse) and last.overall.completed > self._completed:
             self._completed = last.overall.completed
@@ -376,6 +394,7 @@ class Stream(Generic[ChunkT]):
     async def _fill(self) -> None:
         """Get lines, or get to the end."""
         self._become_reader()
+        self._clear()
         try:
             exchange = self._exchange
             if exchange is None or not self._opened:
@@ -420,19 +439,66 @@ class Stream(Generic[ChunkT]):
         lines.reverse()
         self._lines = lines
 
-    def _deliver(self, exchange: Exchange, line: bytes) -> ChunkT:
-        try:
-            chunk = self._parse(exchange, line)
-        except (ProtocolError, StreamError) as exc:
-            self._fail(exchange, exc)
-        self._merge.add(chunk)
-        self._chunks += 1
-        self._last_at = exchange.now
+    def _deliver(self, exchange: Exchange) -> ChunkT:
+        """Return the next chunk, and act upon it if it is the last, or if its reader wants to stop at one."""
+        if self._next == len(self._chunks):
+            self._make_ready(exchange)
+        chunk = self._chunks[self._next]
+        self._next += 1
         if chunk.done:
             self._settle(exchange, "done")
         elif self._until is not None:
             self._stop_if_enough(exchange, self._until)
         return chunk
+
+    def _make_ready(self, exchange: Exchange) -> None:
+        """Make chunks of the next lines, together if they allow it: that is cheaper than one by one."""
+        self._clear()
+        self._last_at = exchange.now
+        together = self._merge.together
+        lines = self._lines[-together:] if len(self._lines) > 1 and together > 1 else []
+        chunks = self._parse_together(lines[::-1]) if lines else None
+        if chunks is not None:
+            del self._lines[-len(lines) :]
+            self._chunks = chunks
+        else:
+            try:
+                self._chunks = [self._parse(exchange, self._lines.pop())]
+            except (ProtocolError, StreamError) as exc:
+                self._fail(exchange, exc)
+        done = next((place for place, chunk in enumerate(self._chunks) if chunk.done), None)
+        if done is not None:
+            del self._chunks[done + 1 :]
+            self._lines = []
+        if together == 1:
+            # What it is merged into may be noted on the chunk.
+            self._merge_up_to(1)
+        if self._until is None:
+            self._plain = len(self._chunks) - (done is not None)
+
+    def _clear(self) -> None:
+        """Let go of chunks that are delivered."""
+        self._merge_up_to(self._next)
+        self._before += self._next
+        self._chunks = []
+        self._next = self._plain = self._merged = 0
+
+    def _merge_up_to(self, place: int) -> None:
+        for chunk in self._chunks[self._merged : place]:
+            self._merge.add(chunk)
+        self._merged = max(self._merged, place)
+
+    def _parse_together(self, lines: list[bytes]) -> list[ChunkT] | None:
+        """Make chunks of lines as if they were one JSON array; ``None`` if each has to be looked at by itself."""
+        body = b",".join(lines)
+        if b'"error"' in body:
+            return None
+        try:
+            chunks: list[ChunkT] = self._merge.validate_list(b"[%b]" % body)
+        except ValidationError:
+            return None
+        # What is no line by itself may be one with its neighbour.
+        return chunks if len(chunks) == len(lines) else None
 
     def _parse(self, exchange: Exchange, line: bytes) -> ChunkT:
         # A key "error" can only be here if these bytes are (inside a string the quotes would be escaped).
@@ -472,6 +538,7 @@ class Stream(Generic[ChunkT]):
         if not exchange.settle():
             raise self._broken_off()
         self._lines = []
+        del self._chunks[self._next :]
         self._outcome = outcome
 
     def _fail(self, exchange: Exchange, error: Exception) -> NoReturn:
@@ -490,6 +557,9 @@ class Stream(Generic[ChunkT]):
             return
         self._absorbed = True
         lines, self._lines = self._lines[::-1], []
+        # Delivered or not, all that has come is kept.
+        self._merge_up_to(len(self._chunks))
+        del self._chunks[self._next :]
         try:
             lines += self._splitter.feed(exchange.take())
             for line in lines:
