@@ -349,9 +349,10 @@ class Exchange(Channel):
             self._unwatch()
         return decided
 
-    def _give_back(self) -> None:
+    def give_back(self) -> None:
+        """Let go of everything and wake the reader."""
         self._release()
-        super()._give_back()
+        super().give_back()
 
     def _unwatch(self) -> None:
         for registration in drained(self._registrations):

@@ -66,7 +66,7 @@ class Model(BaseModel):
     __slots__ = ("_origin",)
 
     model_config: ClassVar[ConfigDict] = ConfigDict(
-        extra="allow", protected_namespaces=(), validate_by_name=True, validate_by_alias=True
+        extra="allow", protected_namespaces=(), validate_by_name=True, validate_by_alias=True, defer_build=True
     )
 
     @property
