@@ -457,10 +457,9 @@ class Stream(Generic[ChunkT]):
         self._last_at = exchange.now
         together = self._merge.together
         lines = self._lines[-together:] if len(self._lines) > 1 and together > 1 else []
-        chunks = self._parse_together(lines[::-1]) if lines else None
-        if chunks is not None:
-            del self._lines[-len(lines) :]
-            self._chunks = chunks
+        self._chunks = _parse_together(self._merge, lines[::-1])
+        if self._chunks:
+            del self._lines[-len(self._chunks) :]
         else:
             try:
                 self._chunks = [self._parse(exchange, self._lines.pop())]
@@ -487,18 +486,6 @@ class Stream(Generic[ChunkT]):
         for chunk in self._chunks[self._merged : place]:
             self._merge.add(chunk)
         self._merged = max(self._merged, place)
-
-    def _parse_together(self, lines: list[bytes]) -> list[ChunkT] | None:
-        """Make chunks of lines as if they were one JSON array; ``None`` if each has to be looked at by itself."""
-        body = b",".join(lines)
-        if b'"error"' in body:
-            return None
-        try:
-            chunks: list[ChunkT] = self._merge.validate_list(b"[%b]" % body)
-        except ValidationError:
-            return None
-        # What is no line by itself may be one with its neighbour.
-        return chunks if len(chunks) == len(lines) else None
 
     def _parse(self, exchange: Exchange, line: bytes) -> ChunkT:
         # A key "error" can only be here if these bytes are (inside a string the quotes would be escaped).
@@ -614,6 +601,34 @@ class _Loop(Generic[ChunkT]):
         # A second reader that was turned away must not take the stream from the first.
         if not self._stream._reading:  # noqa: SLF001
             self._stream._left()  # noqa: SLF001
+
+
+def _parse_together(merge: Merge[ChunkT], lines: list[bytes]) -> list[ChunkT]:
+    """Make chunks of the first of some lines, as if they were one JSON array.
+
+    Returns:
+        Chunks of so many of the first lines as can be taken together; none if the first has to be looked at by itself.
+    """
+    if len(lines) < 2:
+        return []
+    # Each of these has to be a JSON text of its own, and what is none may become one with its neighbours. Not here: a
+    # string cannot span a line end, and without a list in them the lines nest by objects only, within which no "{"
+    # follows a comma. So each "{" at the start of a line begins a new element.
+    body = b",\n".join(lines)
+    count = len(lines)
+    for sign in (b"[", b'"error"'):
+        at = body.find(sign)
+        if at >= 0:
+            count = body.count(b"\n", 0, at)
+            body = b",\n".join(lines[:count])
+    if count < 2 or not body.startswith(b"{") or body.count(b",\n{") != count - 1:
+        return []
+    try:
+        chunks = merge.validate_list(b"[%b]" % body)
+    except ValidationError:
+        return []
+    # Several elements in one line.
+    return chunks if len(chunks) == count else []
 
 
 def _raise_error_frame(line: bytes, exchange: Exchange) -> None:
