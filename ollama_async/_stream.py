@@ -72,7 +72,7 @@ class Stream(Generic[ChunkT]):
 
     def __init__(
         self,
-        start: Callable[[], Exchange],
+        start: Callable[[End | None], Exchange],
         merge: Merge[ChunkT],
         *,
         token: CancelToken | None = None,
@@ -355,11 +355,12 @@ class Stream(Generic[ChunkT]):
     async def _open(self) -> Exchange:
         exchange = self._exchange
         if exchange is None:
-            exchange = self._exchange = self._start()
+            exchange = self._exchange = self._start(self._early.value)
             if self._token is not None:
                 exchange.watch(self._token)
             early = self._early.value
             if early is not None:
+                # Ended by another thread in this very moment.
                 exchange.teardown(early)
         while True:
             with suppress(Ended):

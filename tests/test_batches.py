@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from teardown.harness import BOUND, nothing_left_behind, saw_leave, until
 
@@ -85,7 +85,6 @@ def _cut(text: bytes, cuts: list[int]) -> list[bytes]:
 @example(lines=[PIECES[3] + PIECES[4], PIECES[4] + b"]}}", PIECES[0] + b"," + PIECES[0]])
 @example(lines=[b'{"a":[{"c":1}', b'{"d":2}]}', PIECES[0] + b"," + PIECES[0]])
 @example(lines=[PIECES[0], b" " + PIECES[0], PIECES[0] + b"\r"])
-@settings(max_examples=300, deadline=None, derandomize=True)
 def test_made_together_they_are_what_they_are_alone(merge: Merge[Any], lines: list[bytes]) -> None:
     together = _parse_together(merge, lines)
     assert 0 <= len(together) <= len(lines)
