@@ -6,7 +6,6 @@ import os
 import platform
 from collections.abc import Mapping
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypedDict, TypeVar
 
 import httpx
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
 
     from pydantic import BaseModel
 
+    from ._channel import End
     from ._merge import ChunkT, Merge
     from ._request import Request
     from ._types import Model
@@ -218,6 +218,7 @@ class Session:
         *,
         streaming: bool,
         resume: bool = False,
+        early: End | None = None,
     ) -> Exchange:
         if self._closed:
             raise StreamClosed("the client is closed")
@@ -227,6 +228,9 @@ class Session:
         exchange = Exchange(
             self._client, request, transport=self._direct, streaming=streaming, timeouts=timeouts, attempts=attempts
         )
+        if early is not None:
+            # It came before what the tokens have to say.
+            exchange.teardown(early)
         exchange.watch(self._closing, "closed")
         for watched in (self._current(), self._token, token):
             if watched is not None:
@@ -250,7 +254,7 @@ class Session:
             raise RequestError(f"until={type(until).__name__}: give a function of the merged answer")
         request = self._build("POST", path, encode_json(body), call.get("headers"))
         return Stream(
-            partial(self._start, request, call, None, streaming=True, resume=resume),
+            lambda early: self._start(request, call, None, streaming=True, resume=resume, early=early),
             merge,
             token=call.get("token"),
             until=until,
