@@ -84,7 +84,7 @@ class AbortRegistry:
             raise ImportError(
                 f'{scheme}:// needs {exc.name}; install it with: pip install "ollama-async[redis]"'
             ) from exc
-        registry._link = Link(url, registry._book, ttl, namespace)
+        registry._link = Link(url, registry._book, namespace)
         return registry
 
     @asynccontextmanager
