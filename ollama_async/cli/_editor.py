@@ -73,9 +73,18 @@ class Editor:
         Raises:
             KeyboardInterrupt: Ctrl-C was pressed.
         """
-        with contextlib.suppress(EOFError):
+        try:
             return _text(self._session.prompt())
-        return None
+        except EOFError:
+            return None
+        except SystemExit:
+            # It may have been raised anywhere, also in the middle of drawing.
+            self._output.enable_autowrap()
+            self._output.show_cursor()
+            self._output.disable_bracketed_paste()
+            self._output.reset_attributes()
+            self._output.flush()
+            raise
 
     @contextlib.contextmanager
     def stops(self, token: CancelToken) -> Generator[None]:

@@ -90,7 +90,6 @@ class Screen:
     """The answer on stdout as it comes, what is to be said about it on stderr."""
 
     def __init__(self) -> None:
-        self.out = Console(markup=False, emoji=False, highlight=False)
         # Tokens as far as can be told: some chunks are more than one.
         self.tokens: int = 0
         self._shown: int = 0
@@ -98,6 +97,7 @@ class Screen:
         self._terminal = sys.stdout.isatty()
         # What is half a pipe gets no codes at all, also not on the half that is a terminal.
         codes = None if self._terminal and sys.stdin.isatty() else False
+        self.out = Console(markup=False, emoji=False, highlight=False, force_terminal=codes)
         self._notes = Console(
             stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True, force_terminal=codes
         )
