@@ -29,11 +29,11 @@ class WebPage:
         said: what it has written, on stdout and stderr, until it said where the page is.
     """
 
-    def __init__(self, host: str, *options: str) -> None:
-        command = [sys.executable, "-m", "ollama_async", "--host", host, "web", "--no-browser", *options]
+    def __init__(self, host: str, *options: str, browser: str | None) -> None:
+        command = [sys.executable, "-m", "ollama_async", "--host", host, "web", *options]
         self.process = subprocess.Popen(
-            command,
-            env=environment(),
+            [*command, "--no-browser"] if browser is None else command,
+            env=environment(BROWSER=browser or ""),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -67,9 +67,10 @@ class WebPage:
 
 
 @contextlib.contextmanager
-def web_page(host: str, *options: str) -> Iterator[WebPage]:
-    """Have the page served, on a free port."""
-    served = WebPage(host, "--port", "0", *options)
+def web_page(host: str, *options: str, port: int | None = 0, browser: str | None = None) -> Iterator[WebPage]:
+    """Have the page served, on a free port unless told, and shown in a browser if one is given."""
+    ports = [] if port is None else ["--port", str(port)]
+    served = WebPage(host, *ports, *options, browser=browser)
     try:
         yield served
     finally:
