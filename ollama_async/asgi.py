@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 import secrets
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     Owner: TypeAlias = Callable[[Request], str | Awaitable[str]]
 
 __all__ = ["CLIENT_LEFT", "ID_HEADER", "StreamResponse", "stop_route"]
+
+_log = logging.getLogger(__name__)
 
 ID_HEADER = "X-Stream-Id"
 CLIENT_LEFT = "the client left"
@@ -141,13 +144,12 @@ class _Delivery:
         helpers = [asyncio.create_task(self._watch()), asyncio.create_task(self._pulse())]
         try:
             async with AsyncExitStack() as stack:
+                stack.enter_context(suppress(_Left))
                 registry = self._response.registry
                 if registry is not None:
                     token = await stack.enter_async_context(registry.token(self._id, owner=self._response.owner))
                     stack.callback(token.on_abort(self._stream.abort).remove)
                 await self._deliver()
-        except _Left:
-            self._leave()
         finally:
             for helper in helpers:
                 helper.cancel()
@@ -156,30 +158,30 @@ class _Delivery:
 
     async def _watch(self) -> None:
         """Wait for the client to leave, all the time: what is sent to it may be long in coming, or not get away."""
-        while True:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                self._leave()
-                return
+        try:
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+        except Exception:
+            # A stream that nobody could stop any more is worse than one that ends early.
+            _log.exception("the ASGI server, or a middleware, failed while the client was watched; its stream is ended")
+        self._leave()
 
     async def _pulse(self) -> None:
         """Send something when nothing else is sent."""
-        loop = asyncio.get_running_loop()
-        try:
-            if self._response.head_within is not None:
-                await asyncio.sleep(self._response.head_within)
+        heartbeat, head_within = self._response.heartbeat, self._response.head_within
+        with suppress(_Left):
+            if head_within is not None:
+                await asyncio.sleep(head_within)
                 await self._begin()
-            pause = self._response.heartbeat
+            pause = heartbeat
             while True:
                 await asyncio.sleep(pause)
-                silence = loop.time() - self._sent_at
-                # Where something waits to be sent, the client is not kept waiting by us.
-                if self._begun and silence >= self._response.heartbeat and not self._sending.locked():
-                    await self._send(self._ping())
-                    silence = 0.0
-                pause = max(self._response.heartbeat - silence, 0.0) if self._begun else self._response.heartbeat
-        except _Left:
-            self._leave()
+                pause = self._sent_at + heartbeat - asyncio.get_running_loop().time()
+                if pause <= 0:
+                    pause = heartbeat
+                    # Where something waits to be sent, it is not our silence.
+                    if self._begun and not self._sending.locked():
+                        await self._send(self._ping())
 
     def _leave(self) -> None:
         self._left = True
@@ -224,6 +226,7 @@ class _Delivery:
             # It waits while the client is slow. Then the stream is not read, and soon the model's socket is not either.
             await self._asgi_send(message)
         except (OSError, ClientDisconnect) as exc:
+            self._leave()
             raise _Left from exc
         self._sent_at = asyncio.get_running_loop().time()
 
@@ -231,7 +234,7 @@ class _Delivery:
         async with self._sending:
             begun, self._begun = self._begun, True
             if not begun:
-                await _refusal(error)(self._scope, self._receive, self._asgi_send)
+                await _refusal(error)(self._scope, self._receive, self._pass)
         if begun:
             # By the pulse, in this very moment.
             await self._send(self._event("end", json.dumps(self._summary(error))), more=False)

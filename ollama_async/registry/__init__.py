@@ -84,7 +84,10 @@ class AbortRegistry:
             raise ImportError(
                 f'{scheme}:// needs {exc.name}; install it with: pip install "ollama-async[redis]"'
             ) from exc
-        registry._link = Link(url, registry._book, ttl, namespace)
+        try:
+            registry._link = Link(url, registry._book, namespace)
+        except ValueError as exc:
+            raise RequestError(f"the registry's url is none: {exc}") from exc
         return registry
 
     @asynccontextmanager

@@ -14,6 +14,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import quote, unquote
@@ -51,9 +53,8 @@ _LOST = (RedisError, OSError, asyncio.TimeoutError)
 class Link:
     """What a registry has in Redis."""
 
-    def __init__(self, url: str, book: Book, ttl: float, namespace: str) -> None:
+    def __init__(self, url: str, book: Book, namespace: str) -> None:
         self._book = book
-        self._ttl = ttl
         self._prefix = quote(namespace, safe="")
         # Two connections at most, used by the one task: that of the pub/sub, and one for commands.
         untyped: Any = Redis
@@ -88,14 +89,12 @@ class Link:
     async def added(self, name: Name) -> None:
         """Have a name subscribed, and wait until it is known whether it has been stopped, if Redis can be reached."""
         self._start()
-        self._changed.add(name)
-        self._wake.set()
+        self._note(self._changed, name)
         await self._wait(self._entering, name)
 
     def removed(self, name: Name) -> None:
         """Have a name unsubscribed, unless it is still in use."""
-        self._changed.add(name)
-        self._wake.set()
+        self._note(self._changed, name)
 
     async def send(self, name: Name) -> int | None:
         """Give the Stop of a name to Redis.
@@ -104,8 +103,7 @@ class Link:
             How many processes have such a stream; ``None`` if Redis is away.
         """
         self._start()
-        self._unsent.add(name)
-        self._wake.set()
+        self._note(self._unsent, name)
         reached: int | None = await self._wait(self._stopping, name)
         return reached
 
@@ -134,6 +132,12 @@ class Link:
             self._task = loop.create_task(self._run(), name="ollama_async registry")
         elif self._loop is not loop:
             raise RequestError("the registry belongs to another event loop; make one for each")
+
+    def _note(self, names: set[Name], name: Name) -> None:
+        # While Redis is away nothing is collected: the book has it all, and it is looked at when Redis is back.
+        if not self._away:
+            names.add(name)
+            self._wake.set()
 
     async def _wait(self, waiting: dict[Name, set[asyncio.Future[Any]]], name: Name) -> Any:
         if self._away:
@@ -189,14 +193,8 @@ class Link:
         try:
             # A channel of its own, so that there is always one: without any, nothing can be read.
             await pubsub.subscribe(f"{self._prefix}:link")
-            self._asked.clear()
-            self._changed.update(self._book.names())
-            self._unsent.update(self._book.stops())
             reader = asyncio.create_task(self._read(pubsub))
-            await self._send_stops()
-            if self._away:
-                _log.info("Redis is back")
-            self.connected, self._away = True, False
+            self._start_over()
             while True:
                 self._wake.clear()
                 await self._subscribe(pubsub)
@@ -209,6 +207,16 @@ class Link:
                 with suppress(asyncio.CancelledError, *_LOST):
                     await reader
             await pubsub.aclose()
+
+    def _start_over(self) -> None:
+        """Take up a new connection, which knows of nothing."""
+        if self._away:
+            _log.info("Redis is back")
+        self._asked.clear()
+        self._unread.clear()
+        self._changed = set(self._book.names())
+        self._unsent = set(self._book.stops())
+        self.connected, self._away = True, False
 
     async def _until_woken(self, reader: asyncio.Task[NoReturn]) -> None:
         woken = asyncio.ensure_future(self._wake.wait())
@@ -231,11 +239,9 @@ class Link:
                 continue
             silent = False
             name = self._name(message["channel"])
-            if name is None:
-                continue
-            if message["type"] == "message":
+            if name is not None and message["type"] == "message":
                 self._book.abort(name, _reason(message["data"]))
-            elif message["type"] == "subscribe":
+            elif name is not None and message["type"] == "subscribe":
                 # Only now: a Stop that came before the subscription is in the key.
                 self._unread.add(name)
                 self._wake.set()
@@ -263,18 +269,20 @@ class Link:
 
     async def _send_stops(self) -> None:
         unsent, self._unsent = self._unsent, set()
-        for names in _portions(unsent):
+        for portion in _portions(unsent):
+            stops = {name: stop for name in portion if (stop := self._book.stop(name)) is not None}
             pipeline = self._redis.pipeline(transaction=False)
-            for name in names:
-                stop = self._book.stop(name)
-                data = json.dumps({"reason": stop and stop.reason})
-                pipeline.set(self._channel(name), data, px=max(1, round(self._ttl * 1000)))
+            for name, stop in stops.items():
+                data = json.dumps({"reason": stop.reason})
+                left = math.ceil((stop.until - time.monotonic()) * 1000)
+                pipeline.set(self._channel(name), data, px=max(left, 1))
                 pipeline.publish(self._channel(name), data)
             answers = await pipeline.execute()
-            for name, reached in zip(names, answers[1::2], strict=True):
+            for name, reached in zip(stops, answers[1::2], strict=True):
                 self._resolve(self._stopping, name, reached)
 
-    def _resolve(self, waiting: dict[Name, set[asyncio.Future[Any]]], name: Name, result: Any) -> None:
+    @staticmethod
+    def _resolve(waiting: dict[Name, set[asyncio.Future[Any]]], name: Name, result: Any) -> None:
         for future in waiting.pop(name, ()):
             if not future.done():
                 future.set_result(result)
