@@ -8,6 +8,7 @@ import re
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -584,30 +585,43 @@ def test_without_a_server_an_embedded_one_answers_and_the_page_says_so(context: 
         expect(tab.status).to_have_text(re.compile("^Stopped by you after"))
 
 
+@pytest.fixture(scope="module")
+def _served_by_real(_ollama_server: RealOllama) -> Iterator[WebPage]:
+    with web_page(_ollama_server.url) as page:
+        yield page
+
+
+@pytest.fixture
+def real_tab(context: BrowserContext, _served_by_real: WebPage, real_ollama: RealOllama) -> Tab:
+    return Tab(context.new_page(), _served_by_real.url)
+
+
 @pytest.mark.real
-class TestOnARealServer:
-    @pytest.fixture
-    def tab(self, context: BrowserContext, real_ollama: RealOllama) -> Iterator[Tab]:
-        with web_page(real_ollama.url) as served:
-            yield Tab(context.new_page(), served.url)
+def test_stop_on_a_real_server(real_tab: Tab, real_ollama: RealOllama) -> None:
+    mark = real_ollama.mark()
+    real_tab.ask()
+    expect(real_tab.status).to_have_text("Answering")
+    assert real_ollama.request_ends(mark, "/api/chat") == []
 
-    def test_stop_in_mid_answer(self, tab: Tab, real_ollama: RealOllama) -> None:
-        mark = real_ollama.mark()
-        tab.ask()
-        expect(tab.status).to_have_text("Answering")
-        assert real_ollama.request_ends(mark, "/api/chat") == []
-        tab.stop.click()
+    def ended_at() -> float:
         [end] = real_ollama.wait_for_request_end(mark, timeout=BOUND)
-        seconds = time.monotonic() - tab.stopped_at()
-        print(f"\nStop: the real server had logged the request's end at most {seconds * 1000:.0f} ms after the click")
         assert end.status == 200
-        real_ollama.wait_until_idle(timeout=BOUND)
-        expect(tab.status).to_have_text(re.compile(r"^Stopped by you after \d+ tokens? in"))
+        return time.monotonic()
 
-    def test_a_closed_tab_stops_the_answer(self, tab: Tab, real_ollama: RealOllama) -> None:
-        mark = real_ollama.mark()
-        tab.ask()
-        expect(tab.status).to_have_text("Answering")
-        tab.page.close()
-        real_ollama.wait_for_request_end(mark, timeout=BOUND)
-        real_ollama.wait_until_idle(timeout=BOUND)
+    with ThreadPoolExecutor(1) as beside:  # its log has whole seconds only, so somebody has to look meanwhile
+        seen = beside.submit(ended_at)
+        real_tab.stop.click()
+        seconds = seen.result() - real_tab.stopped_at()
+    print(f"\nStop: the real server had logged the request's end {seconds * 1000:.0f} ms after the click")
+    real_ollama.wait_until_idle(timeout=BOUND)
+    expect(real_tab.status).to_have_text(re.compile(r"^Stopped by you after \d+ tokens? in"))
+
+
+@pytest.mark.real
+def test_a_closed_tab_on_a_real_server(real_tab: Tab, real_ollama: RealOllama) -> None:
+    mark = real_ollama.mark()
+    real_tab.ask()
+    expect(real_tab.status).to_have_text("Answering")
+    real_tab.page.close()
+    real_ollama.wait_for_request_end(mark, timeout=BOUND)
+    real_ollama.wait_until_idle(timeout=BOUND)
