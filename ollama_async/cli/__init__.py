@@ -1,4 +1,4 @@
-"""The command line: ``demo``, ``generate``, ``chat``, and the commands that manage models."""
+"""The command line: ``demo``, ``generate``, ``chat``, ``web``, and the commands that manage models."""
 
 from __future__ import annotations
 
@@ -173,6 +173,41 @@ def demo(
     with session.running():
         if not asyncio.run(run_demo(session, model)):
             raise typer.Exit(ERROR)
+
+
+# -- web --
+
+
+@app.command()
+def web(
+    context: typer.Context,
+    address: Annotated[
+        str, typer.Option("--host", help="Address to listen on; the Ollama server's --host stands before 'web'.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None,
+        typer.Option(help="Port to listen on: 0 for a free one; 11480 unless told.", min=0, max=65535),
+    ] = None,
+    browser: Annotated[bool, typer.Option(help="Show the page in a browser.")] = True,
+    timeout_idle: _Idle = 300.0,
+    timeout_total: _Total = None,
+) -> None:
+    """Serve a chat page for this machine: models, streaming answers, and Stop.
+
+    It uses your Ollama server when one answers and has a model, else an embedded one, and says so. Needs the extra web.
+    """
+    session = Session(context, "")
+    try:
+        from ._web import serve
+    except ModuleNotFoundError as exc:
+        if (exc.name or "").partition(".")[0] == "ollama_async":
+            raise
+        how = 'install it with: pip install "ollama-async[web]"'
+        session.screen.note(f"Error: the chat page needs {exc.name}; {how}", "red")
+        raise typer.Exit(ERROR) from None
+    limits = Timeouts(idle=timeout_idle, total=timeout_total)
+    with session.running():
+        serve(session, address, port, limits, open_browser=browser)
 
 
 add_commands(app)
