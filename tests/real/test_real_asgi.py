@@ -68,14 +68,16 @@ async def test_a_client_that_leaves_while_the_model_is_silent(real_ollama: RealO
 
 async def test_stop(real_ollama: RealOllama, port: int) -> None:
     mark, before = real_ollama.mark(), real_ollama.client_connections()
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=BOUND) as browser:
-        async with browser.stream("POST", "/chat", json={"prompt": "hi"}) as response:
-            blocks = response.aiter_text()
-            seen = await anext(blocks) + await anext(blocks)
-            stopped = await browser.post(f"/stop/{response.headers[ID_HEADER]}", json={"reason": "enough"})
-            assert stopped.json() == {"stopped": True}
-            await saw_end(real_ollama, mark, before)
-            seen += "".join([block async for block in blocks])
+    async with (
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=BOUND) as browser,
+        browser.stream("POST", "/chat", json={"prompt": "hi"}) as response,
+    ):
+        blocks = response.aiter_text()
+        seen = await anext(blocks) + await anext(blocks)
+        stopped = await browser.post(f"/stop/{response.headers[ID_HEADER]}", json={"reason": "enough"})
+        assert stopped.json() == {"stopped": True}
+        await saw_end(real_ollama, mark, before)
+        seen += "".join([block async for block in blocks])
     name, end = events(seen)[-1]
     assert (name, end["outcome"], end["reason"]) == ("end", "aborted", "enough")
     assert end["text"]
