@@ -264,6 +264,7 @@ class _Delivery:
             "outcome": outcome,
             "reason": reason if reason is None or isinstance(reason, str) else str(reason),
             "error": None if error is None or isinstance(error, AbortError) else str(error),
+            "error_type": None if error is None or isinstance(error, AbortError) else type(error).__name__,
             "text": stream.text,
             "timing": {
                 "first_chunk": timing.first_chunk,

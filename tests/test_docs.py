@@ -93,7 +93,7 @@ def test_block(needs: str | None, language: str, code: str, tmp_path: Path) -> N
             plugins = ["-p", "no:ollama_async", "-p", "ollama_async.testing.pytest_plugin"]
             options = ["-q", "-o", "asyncio_default_fixture_loop_scope=function", *plugins]
             output = run("-m", "pytest", *options, "test_block.py", cwd=tmp_path, host=server.url)
-            assert f"{code.count('def test_')} passed" in output
+            assert (which or f"{code.count('def test_')} passed") in output
             return
         if kind:
             assert kind == "server"
