@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import httpx
 import pytest
 import pytest_asyncio
+from programs import QUESTION, last_event, serving
 from real.needs import needs
 from real.redis_server import RealRedis, find_redis
 
@@ -381,6 +383,24 @@ async def test_redis_is_killed_while_streams_run(redis: RealRedis) -> None:
         assert (await chats[2].end())["reason"] == "afterwards"
         for connection in model_connections(fake).values():
             assert await asyncio.to_thread(connection.wait_left, BOUND)
+
+
+def test_the_example_with_two_workers(redis: RealRedis) -> None:
+    with FakeOllama(models=["llama3.2"]) as fake, contextlib.ExitStack() as stack:
+        fake.script("/api/chat", Reply.endless_chat(0.02), always=True)
+        _, browser = stack.enter_context(serving(fake, "--workers", "2", REGISTRY_URL=redis.url))
+        responses = []
+        for _ in range(8):
+            # A connection of its own each: the kernel gives it to the one worker or the other.
+            tab = stack.enter_context(httpx.Client(base_url=browser.base_url, timeout=BOUND, headers=browser.headers))
+            responses.append(stack.enter_context(tab.stream("POST", "/chat", json=QUESTION)))
+        for response in responses:
+            with httpx.Client(base_url=browser.base_url, timeout=BOUND, headers=browser.headers) as tab:
+                assert tab.post(f"/stop/{response.headers['X-Stream-Id']}").json() == {"stopped": True}
+        for response in responses:
+            assert last_event(response.iter_lines())["outcome"] == "aborted"
+        for connection in fake.connections:
+            assert connection.wait_left(BOUND)
 
 
 # A smaller machine can be given less: OLLAMA_ASYNC_STOPS=200x2.
