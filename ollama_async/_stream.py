@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class Stream(Generic[ChunkT]):
 
     def __init__(
         self,
-        start: Callable[[], Exchange],
+        start: Callable[[End | None], Exchange],
         merge: Merge[ChunkT],
         *,
         token: CancelToken | None = None,
@@ -96,10 +97,10 @@ class Stream(Generic[ChunkT]):
         # Lines that have arrived and are no chunks yet, the next one last.
         self._lines: list[bytes] = []
         # Chunks made of lines that came together: which is the next to deliver, up to where nothing can happen at one
-        # but its delivery, up to where they are merged (which is left for when somebody asks, or for the end of these),
-        # and how many chunks were delivered before them.
+        # but its delivery, and how many chunks were delivered before them. They are merged one by one, by the reader
+        # alone: whoever looks at the answer, from a thread or a signal handler, then finds a beginning of it.
         self._chunks: list[ChunkT] = []
-        self._next = self._plain = self._merged = 0
+        self._next = self._plain = 0
         self._before = 0
         # Not empty once the end is decided.
         self._decided: Mapping[int, object] = self._early.slot
@@ -107,6 +108,8 @@ class Stream(Generic[ChunkT]):
         self._outcome: Outcome | None = None
         self._body_read = False
         self._absorbed = False
+        # Reentrant: a signal handler that looks at the answer may interrupt another look.
+        self._absorbing = threading.RLock()
         # Bytes that were done when it was last resumed.
         self._completed = 0
         self._last_at = 0.0
@@ -143,7 +146,9 @@ class Stream(Generic[ChunkT]):
         # the first one waits, and so is turned away below.
         if place < self._plain and not self._decided:
             self._next = place + 1
-            return self._chunks[place]
+            chunk = self._chunks[place]
+            self._merge.add(chunk)
+            return chunk
         while True:
             if self._reading or not (self._lines or self._next < len(self._chunks)):
                 await self._fill()
@@ -246,7 +251,6 @@ class Stream(Generic[ChunkT]):
         After an early end it also has the chunks that had arrived and had not been read.
         """
         self._absorb()
-        self._merge_up_to(self._next)
         response = self._merge.result()
         if response is not None and self._exchange is not None:
             if self._origin is None:
@@ -258,7 +262,6 @@ class Stream(Generic[ChunkT]):
     def text(self) -> str:
         """The text of ``response``."""
         self._absorb()
-        self._merge_up_to(self._next)
         return self._merge.text()
 
     @property
@@ -352,11 +355,12 @@ class Stream(Generic[ChunkT]):
     async def _open(self) -> Exchange:
         exchange = self._exchange
         if exchange is None:
-            exchange = self._exchange = self._start()
+            exchange = self._exchange = self._start(self._early.value)
             if self._token is not None:
                 exchange.watch(self._token)
             early = self._early.value
             if early is not None:
+                # Ended by another thread in this very moment.
                 exchange.teardown(early)
         while True:
             with suppress(Ended):
@@ -445,6 +449,7 @@ class Stream(Generic[ChunkT]):
             self._make_ready(exchange)
         chunk = self._chunks[self._next]
         self._next += 1
+        self._merge.add(chunk)
         if chunk.done:
             self._settle(exchange, "done")
         elif self._until is not None:
@@ -457,10 +462,9 @@ class Stream(Generic[ChunkT]):
         self._last_at = exchange.now
         together = self._merge.together
         lines = self._lines[-together:] if len(self._lines) > 1 and together > 1 else []
-        chunks = self._parse_together(lines[::-1]) if lines else None
-        if chunks is not None:
-            del self._lines[-len(lines) :]
-            self._chunks = chunks
+        self._chunks = _parse_together(self._merge, lines[::-1])
+        if self._chunks:
+            del self._lines[-len(self._chunks) :]
         else:
             try:
                 self._chunks = [self._parse(exchange, self._lines.pop())]
@@ -470,35 +474,14 @@ class Stream(Generic[ChunkT]):
         if done is not None:
             del self._chunks[done + 1 :]
             self._lines = []
-        if together == 1:
-            # What it is merged into may be noted on the chunk.
-            self._merge_up_to(1)
         if self._until is None:
             self._plain = len(self._chunks) - (done is not None)
 
     def _clear(self) -> None:
         """Let go of chunks that are delivered."""
-        self._merge_up_to(self._next)
         self._before += self._next
         self._chunks = []
-        self._next = self._plain = self._merged = 0
-
-    def _merge_up_to(self, place: int) -> None:
-        for chunk in self._chunks[self._merged : place]:
-            self._merge.add(chunk)
-        self._merged = max(self._merged, place)
-
-    def _parse_together(self, lines: list[bytes]) -> list[ChunkT] | None:
-        """Make chunks of lines as if they were one JSON array; ``None`` if each has to be looked at by itself."""
-        body = b",".join(lines)
-        if b'"error"' in body:
-            return None
-        try:
-            chunks: list[ChunkT] = self._merge.validate_list(b"[%b]" % body)
-        except ValidationError:
-            return None
-        # What is no line by itself may be one with its neighbour.
-        return chunks if len(chunks) == len(lines) else None
+        self._next = self._plain = 0
 
     def _parse(self, exchange: Exchange, line: bytes) -> ChunkT:
         # A key "error" can only be here if these bytes are (inside a string the quotes would be escaped).
@@ -542,6 +525,9 @@ class Stream(Generic[ChunkT]):
         self._outcome = outcome
 
     def _fail(self, exchange: Exchange, error: Exception) -> NoReturn:
+        # What follows what cannot be read is no part of the answer: with a hole in it, it would be another one.
+        self._lines = []
+        self._absorbed = True
         exchange.teardown(End("error", error))
         raise self._broken_off() from error.__cause__
 
@@ -555,17 +541,23 @@ class Stream(Generic[ChunkT]):
         exchange = self._exchange
         if exchange is None or exchange.ended_early is None or self._absorbed:
             return
-        self._absorbed = True
-        lines, self._lines = self._lines[::-1], []
-        # Delivered or not, all that has come is kept.
-        self._merge_up_to(len(self._chunks))
+        # Its reader, and the thread that aborted it, may both be here to see what has come.
+        with self._absorbing:
+            if not self._absorbed:
+                self._absorbed = True
+                for chunk in self._not_delivered(exchange):
+                    self._merge.add(chunk)
+                    if chunk.done:
+                        return
+
+    def _not_delivered(self, exchange: Exchange) -> Generator[ChunkT]:
+        chunks = self._chunks[self._next :]
         del self._chunks[self._next :]
-        try:
-            lines += self._splitter.feed(exchange.take())
-            for line in lines:
-                self._merge.add(self._parse(exchange, line))
-        except (ProtocolError, StreamError):
-            return
+        yield from chunks
+        lines, self._lines = self._lines[::-1], []
+        with suppress(ProtocolError, StreamError):
+            for line in lines + self._splitter.feed(exchange.take()):
+                yield self._parse(exchange, line)
 
     def _end(self) -> End | None:
         end: End | None = self._exchange.end if self._exchange is not None else self._early.value
@@ -614,6 +606,34 @@ class _Loop(Generic[ChunkT]):
         # A second reader that was turned away must not take the stream from the first.
         if not self._stream._reading:  # noqa: SLF001
             self._stream._left()  # noqa: SLF001
+
+
+def _parse_together(merge: Merge[ChunkT], lines: list[bytes]) -> list[ChunkT]:
+    """Make chunks of the first of some lines, as if they were one JSON array.
+
+    Returns:
+        Chunks of so many of the first lines as can be taken together; none if the first has to be looked at by itself.
+    """
+    if len(lines) < 2:
+        return []
+    # Each of these has to be a JSON text of its own, and what is none may become one with its neighbours. Not here: a
+    # string cannot span a line end, and without a list in them the lines nest by objects only, within which no "{"
+    # follows a comma. So each "{" at the start of a line begins a new element.
+    body = b",\n".join(lines)
+    count = len(lines)
+    for sign in (b"[", b'"error"'):
+        at = body.find(sign)
+        if at >= 0:
+            count = body.count(b"\n", 0, at)
+            body = b",\n".join(lines[:count])
+    if count < 2 or not body.startswith(b"{") or body.count(b",\n{") != count - 1:
+        return []
+    try:
+        chunks = merge.validate_list(b"[%b]" % body)
+    except ValidationError:
+        return []
+    # Several elements in one line.
+    return chunks if len(chunks) == count else []
 
 
 def _raise_error_frame(line: bytes, exchange: Exchange) -> None:

@@ -6,10 +6,25 @@ from typing import Any
 
 import pytest
 import uvloop
+from hypothesis import HealthCheck, Phase, settings
 from real.needs import needs, pytest_terminal_summary
 from real.ollama_server import RealOllama, find_server
 
 __all__ = ["pytest_terminal_summary"]  # pytest takes its hooks from here
+
+# The same examples each time, so that what is red is red for everybody; `--hypothesis-profile=full` searches on.
+_SLOW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile(
+    "ci",
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=_SLOW,
+    # A failure that takes its time would take it again for each attempt to make it smaller.
+    phases=[Phase.explicit, Phase.generate],
+)
+settings.register_profile("full", max_examples=5000, deadline=None, print_blob=True, suppress_health_check=_SLOW)
+settings.load_profile("ci")
 
 ON_BOTH_LOOPS = ("teardown", "test_transport.py", "test_real_stops.py")
 

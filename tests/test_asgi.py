@@ -6,19 +6,17 @@ Of a stop the model's server tells: what the response says of itself proves noth
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import socket
-import struct
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 import pytest
 import pytest_asyncio
-import uvicorn
 from fastapi import FastAPI
+from serving import BOUND, Tab, events, served
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
@@ -33,7 +31,6 @@ from ollama_async.asgi import ID_HEADER, StreamResponse, stop_route
 from ollama_async.registry import AbortRegistry
 from ollama_async.testing import Block, ConnectionRecord, Cut, Endless, FakeOllama, Gate, Reply, Stall
 
-BOUND = 20.0
 ID = "a-browser-chose-this-one-22"
 QUESTION = {"model": "fake", "messages": [{"role": "user", "content": "hi"}]}
 SILENT = Reply(before_head=[Stall()])
@@ -81,21 +78,6 @@ def owner(request: Request) -> str:
     return user
 
 
-@contextlib.asynccontextmanager
-async def served(app: Any) -> AsyncIterator[int]:
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off", ws="none"))
-    # Not serve(), which takes the process's signals.
-    running = asyncio.create_task(server._serve())
-    try:
-        async with asyncio.timeout(BOUND):
-            while not server.started:
-                await asyncio.sleep(0.001)
-        yield server.servers[0].sockets[0].getsockname()[1]
-    finally:
-        server.should_exit = True
-        await running
-
-
 @pytest_asyncio.fixture
 async def site() -> AsyncIterator[Site]:
     with FakeOllama(interval=0) as fake:
@@ -125,49 +107,8 @@ async def browser(site: Site) -> AsyncIterator[httpx.AsyncClient]:
         yield made
 
 
-class Tab:
-    """A client of raw sockets, which can leave in any way, and not read."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader = reader
-        self.writer = writer
-
-    @classmethod
-    async def ask(cls, site: Site, path: str = "/chat", **headers: str) -> Tab:
-        reader, writer = await asyncio.open_connection("127.0.0.1", site.port, limit=1024)
-        body = json.dumps(QUESTION)
-        head = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
-        writer.write(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n{head}\r\n{body}".encode())
-        return cls(reader, writer)
-
-    async def until(self, text: str) -> str:
-        seen = b""
-        async with asyncio.timeout(BOUND):
-            while text.encode() not in seen:
-                block = await self.reader.read(1000)
-                assert block, f"the response ended: {seen!r}"
-                seen += block
-        return seen.decode()
-
-    def leave(self, how: Literal["fin", "reset"] = "fin") -> None:
-        if how == "reset":
-            sock = self.writer.get_extra_info("socket")
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.writer.transport.abort()
-
-
-def events(text: str) -> list[tuple[str, Any]]:
-    """What a browser makes of Server-Sent Events."""
-    found: list[tuple[str, Any]] = []
-    for block in text.split("\n\n")[:-1]:
-        if block.startswith(":"):
-            found.append(("comment", block[1:].strip()))
-            continue
-        name, data = block.split("\n")
-        assert name.startswith("event: ")
-        assert data.startswith("data: ")
-        found.append((name[7:], json.loads(data[6:])))
-    return found
+async def ask(site: Site, path: str = "/chat", **headers: str) -> Tab:
+    return await Tab.ask(site.port, path, QUESTION, **headers)
 
 
 async def end_of(response: httpx.Response) -> dict[str, Any]:
@@ -342,7 +283,7 @@ async def test_a_stream_without_its_last_chunk(site: Site, browser: httpx.AsyncC
 async def test_a_client_that_leaves_while_the_prompt_is_read(site: Site, how: Any, registered: bool) -> None:
     site.fake.script("/api/chat", SILENT)
     site.fake.script("/api/generate", SILENT)
-    tab = await Tab.ask(site, "/chat" if registered else "/generate")
+    tab = await ask(site, "/chat" if registered else "/generate")
     await site.model_was_asked()
     tab.leave(how)
     await site.model_saw_leave()
@@ -351,7 +292,7 @@ async def test_a_client_that_leaves_while_the_prompt_is_read(site: Site, how: An
 @pytest.mark.parametrize("how", ["fin", "reset"])
 async def test_a_client_that_leaves_in_the_middle_of_the_answer(site: Site, how: Any) -> None:
     site.fake.script("/api/chat", Reply.endless_chat(0.01))
-    tab = await Tab.ask(site)
+    tab = await ask(site)
     await tab.until("event: chunk")
     tab.leave(how)
     assert (await site.model_saw_leave()).bytes_after_left == 0
@@ -359,7 +300,7 @@ async def test_a_client_that_leaves_in_the_middle_of_the_answer(site: Site, how:
 
 async def test_a_client_that_leaves_while_the_model_is_silent(site: Site) -> None:
     site.fake.script("/api/chat", Reply([*Reply.chat("Good", done=False).steps, Stall()]))
-    tab = await Tab.ask(site)
+    tab = await ask(site)
     await tab.until("Good")
     tab.leave()
     await site.model_saw_leave()
@@ -368,7 +309,7 @@ async def test_a_client_that_leaves_while_the_model_is_silent(site: Site) -> Non
 @pytest.mark.parametrize("how", ["fin", "reset"])
 async def test_a_client_that_leaves_without_having_read(site: Site, how: Any) -> None:
     site.fake.script("/api/chat", FLOOD)
-    tab = await Tab.ask(site)
+    tab = await ask(site)
     await standstill(site)
     tab.leave(how)
     await site.model_saw_leave()
@@ -376,7 +317,7 @@ async def test_a_client_that_leaves_without_having_read(site: Site, how: Any) ->
 
 async def test_a_slow_browser_slows_the_model_down(site: Site) -> None:
     site.fake.script("/api/chat", FLOOD)
-    tab = await Tab.ask(site)
+    tab = await ask(site)
     sent = await standstill(site)
     # It goes on when the browser reads on.
     async with asyncio.timeout(BOUND):
@@ -408,7 +349,7 @@ async def test_a_client_that_leaves_behind_a_middleware(site: Site, reply: Reply
     middleware = [Middleware(BaseHTTPMiddleware, dispatch=pass_on)]
     app = Starlette(routes=[Route("/chat", site.chat, methods=["POST"])], middleware=middleware)
     async with served(app) as site.port:
-        tab = await Tab.ask(site)
+        tab = await ask(site)
         if reply is SILENT:
             await site.model_was_asked()
         else:
@@ -486,7 +427,7 @@ async def test_heartbeats_while_the_model_is_silent(site: Site) -> None:
     site.response = {"heartbeat": 0.02}
     go_on = Gate()
     site.fake.script("/api/chat", Reply([*Reply.chat("Good", done=False).steps, go_on, *Reply.chat(" day").steps]))
-    tab = await Tab.ask(site, Connection="close")
+    tab = await ask(site)
     seen = await tab.until(": ping\n\n")
     assert "Good" in seen
     assert " day" not in seen
@@ -640,7 +581,7 @@ async def test_in_fastapi(site: Site) -> None:
         assert (await browser.post(f"/stop/{ID}", headers={"X-User": "ann"})).status_code == 200
         assert (await end_of(await asked))["outcome"] == "aborted"
         site.fake.script("/api/chat", SILENT)
-        tab = await Tab.ask(site, Content_Type="application/json")
+        tab = await ask(site, Content_Type="application/json")
         await asyncio.to_thread(site.fake.wait_for_requests, 3, timeout=BOUND)
         tab.leave()
         await site.model_saw_leave()

@@ -298,11 +298,11 @@ async def test_a_redis_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
-        async with AbortRegistry.from_url(f"redis://127.0.0.1:{port}") as registry:
-            async with asyncio.timeout(BOUND), registry.token("one") as token:
-                assert await registry.abort("two") == "queued"
-                assert await registry.abort("one") == "stopped"
-                assert token.aborted
+        registry = AbortRegistry.from_url(f"redis://127.0.0.1:{port}")
+        async with registry, asyncio.timeout(BOUND), registry.token("one") as token:
+            assert await registry.abort("two") == "queued"
+            assert await registry.abort("one") == "stopped"
+            assert token.aborted
 
 
 async def test_a_registration_that_is_cancelled(nowhere: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,14 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-from ollama_async._cancel import CancelToken
-from ollama_async._client import AsyncClient
-from ollama_async._errors import OllamaError
 from ollama_async._timeouts import Timeouts
 
+from ._chat import run_chat
 from ._demo import run_demo
 from ._models import add_commands
-from ._terminal import ERROR, INTERRUPTED, AnyStream, Session, parse_pairs, product_version
+from ._prompt import converse, read_line, use_readline
+from ._screen import Answer, JsonScreen
+from ._terminal import ERROR, INTERRUPTED, Session, parse_pairs, product_version
 
 __all__ = ["app", "run"]
 
@@ -71,6 +71,7 @@ _Option = Annotated[
     list[str] | None,
     typer.Option("--option", metavar="KEY=VALUE", help="Option of the model: JSON, else text. Repeatable."),
 ]
+_Json = Annotated[bool, typer.Option("--json", help="A line of JSON for each chunk, and one for how it ended.")]
 
 # -- generate and chat --
 
@@ -84,35 +85,54 @@ def generate(
     timeout_idle: _Idle = 300.0,
     timeout_total: _Total = None,
     option: _Option = None,
+    as_json: _Json = False,
 ) -> None:
     """Have a model complete a prompt, streaming the answer to stdout.
 
-    Without PROMPT it is read from stdin; on a terminal, one prompt after the other.
+    What comes through a pipe or from a file is put before PROMPT: cat notes.txt | ollama-async generate MODEL "Sum it
+    up." Without PROMPT it is the whole prompt; on a terminal, one prompt after the other is asked for.
 
     Ctrl-C stops the answer and keeps what came. The exit status is 130 then, to tell it from a whole answer.
 
     On a terminal without PROMPT it goes on to the next prompt then, and a second Ctrl-C within a second leaves.
     """
-    session, options = Session(context, model), parse_pairs(option, "--option")
+    session, options = (
+        Session(context, model, screen=JsonScreen() if as_json else None),
+        parse_pairs(option, "--option"),
+    )
     limits = Timeouts(idle=timeout_idle, total=timeout_total)
 
-    def answer(text: str) -> AnyStream:
+    def answer(text: str) -> Answer:
         return session.answer(
             lambda client, token: client.generate(
                 model, text, system=system, options=options, stream=True, token=token, timeout=limits
             )
         )
 
+    def take(text: str) -> bool:
+        return text not in ("/bye", "/quit", "/exit") and bool(answer(text.strip()))
+
     with session.running():
         if prompt is None and sys.stdin.isatty():
-            session.converse(answer)
+            use_readline()
+            session.screen.note(f"{model} at {session.url}: Ctrl-C stops an answer, /quit or Ctrl-D leaves", "dim")
+            converse(session, read_line, take, "/quit")
             return
-        text = sys.stdin.read() if prompt in (None, "-") else prompt
-        if not text:
+        text = _whole_prompt(prompt)
+        if not text.strip():
             raise typer.BadParameter("it is empty", param_hint="PROMPT")
         outcome = answer(text).outcome
         if outcome != "done":
             raise typer.Exit(INTERRUPTED if outcome == "aborted" else ERROR)
+
+
+def _whole_prompt(prompt: str | None) -> str:
+    if prompt in (None, "-"):
+        return sys.stdin.read()
+    if not prompt.strip() or sys.stdin.isatty():
+        return prompt
+    piped = sys.stdin.read().rstrip("\n")
+    return f"{piped}\n\n{prompt}" if piped else prompt
 
 
 @app.command()
@@ -123,42 +143,17 @@ def chat(
     timeout_idle: _Idle = 300.0,
     timeout_total: _Total = None,
     option: _Option = None,
+    as_json: _Json = False,
 ) -> None:
-    """Chat with a model, one line a turn; /bye or the end of the input leaves.
+    """Chat with a model; /help shows what else can be done.
 
-    Ctrl-C stops the answer, keeps what came in the conversation, and goes on; a second Ctrl-C within a second leaves.
+    Esc or Ctrl-C stops the answer, keeps what came in the conversation, and goes on; a second Ctrl-C within a second
+    leaves. Where the input is no terminal, each line is a prompt.
     """
-    session, options = (
-        Session(context, model, "is above and stays in the conversation"),
-        parse_pairs(option, "--option"),
-    )
     limits = Timeouts(idle=timeout_idle, total=timeout_total)
-    messages = [{"role": "system", "content": system}] if system else []
-
-    def turn(text: str) -> None:
-        asked, said = [*messages, {"role": "user", "content": text}], ""
-        try:
-            said = session.answer(
-                lambda client, token: client.chat(
-                    model, asked, options=options, stream=True, token=token, timeout=limits
-                )
-            ).text
-        except OllamaError as exc:
-            said = (exc.partial and exc.partial.message.content) or ""
-            raise
-        finally:
-            if said:  # a question that got no answer at all is not kept, it may be asked again
-                messages[:] = [*asked, {"role": "assistant", "content": said}]
-
-    async def check() -> None:
-        token = CancelToken()
-        with session.ctrl_c.aborts(token):
-            async with AsyncClient(session.host) as client:
-                await client.show(model, token=token, timeout=10)
-
-    with session.running():
-        asyncio.run(check())
-        session.converse(turn)
+    status = run_chat(context, model, system, parse_pairs(option, "--option"), limits, as_json=as_json)
+    if status:
+        raise typer.Exit(status)
 
 
 # -- demo --

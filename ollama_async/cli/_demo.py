@@ -18,7 +18,8 @@ from ollama_async._errors import AbortError, ConnectError, OllamaError, PhaseTim
 from ollama_async._timeouts import Timeouts
 from ollama_async.testing import ConnectionRecord, FakeOllama
 
-from ._terminal import CTRL_C, Screen, Session, printable
+from ._screen import Screen, printable
+from ._terminal import CTRL_C, Session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine

@@ -9,10 +9,13 @@ Example:
 """
 
 from ._fake import FakeOllama
+from ._left import nothing_left_behind
 from ._records import ConnectionRecord, RequestRecord
 from ._script import Block, Cut, Endless, Gate, NoEnd, Pause, Raw, Reply, Reset, Stall, Step, Trickle
+from ._teardown import WAYS, TeardownFailure, TeardownReport, check_teardown
 
 __all__ = [
+    "WAYS",
     "Block",
     "ConnectionRecord",
     "Cut",
@@ -27,5 +30,9 @@ __all__ = [
     "Reset",
     "Stall",
     "Step",
+    "TeardownFailure",
+    "TeardownReport",
     "Trickle",
+    "check_teardown",
+    "nothing_left_behind",
 ]

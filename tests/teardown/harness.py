@@ -4,39 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
-import os
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from ollama_async import AsyncClient, CancelToken, Stream
-from ollama_async.testing import ConnectionRecord, FakeOllama
+from ollama_async import AsyncClient, Stream
+from ollama_async.testing import ConnectionRecord, FakeOllama, nothing_left_behind
+from ollama_async.testing._left import Watch as Baseline
+from ollama_async.testing._left import live_timers, open_fds, registrations
+
+__all__ = [
+    "BOUND",
+    "Baseline",
+    "black_hole",
+    "client_of",
+    "in_thread",
+    "live_timers",
+    "nothing_left_behind",
+    "open_fds",
+    "read_all",
+    "registrations",
+    "saw_leave",
+    "ticks",
+    "until",
+]
 
 BOUND = 5.0
 """Seconds after which a wait for something that must come counts as failed."""
-
-
-def open_fds() -> dict[str, str]:
-    """Sockets and files of this process (the fake server's are among them), by descriptor.
-
-    What an event loop opens for itself when it first needs it (pipes, /dev/null under uvloop) is left out.
-    """
-    found: dict[str, str] = {}
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            target = os.readlink(f"/proc/self/fd/{name}")
-            if not target.startswith(("pipe:", "anon_inode:", "/dev/", "/proc/")):
-                found[name] = target
-    return found
-
-
-def live_timers(loop: asyncio.AbstractEventLoop) -> list[object]:
-    """Timers that would still fire; uvloop does not tell."""
-    return [handle for handle in getattr(loop, "_scheduled", ()) if not handle.cancelled()]
 
 
 async def until(condition: Callable[[], object], what: str) -> None:
@@ -51,50 +47,6 @@ async def ticks(count: int) -> None:
     """Let the loop go round."""
     for _ in range(count):
         await asyncio.sleep(0)
-
-
-@dataclass
-class Baseline:
-    """What is open now, to compare with what is open later."""
-
-    loop: asyncio.AbstractEventLoop
-    fds: int = field(default_factory=lambda: len(open_fds()))
-    timers: int = 0
-    errors: list[dict[str, Any]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.timers = len(live_timers(self.loop))
-        self.loop.set_exception_handler(lambda _loop, context: self.errors.append(context))
-
-    async def check(self) -> None:
-        """Nothing has been left: no descriptor, task, timer, no call of the loop's exception handler."""
-        me = {asyncio.current_task()}
-        await until(lambda: asyncio.all_tasks() <= me, f"tasks left: {asyncio.all_tasks() - me}")
-        await until(lambda: len(open_fds()) <= self.fds, f"descriptors left: {open_fds()}, {self.fds} before")
-        # The check's own sleep is not among them: it is over whenever this line runs.
-        await until(lambda: len(live_timers(self.loop)) <= self.timers, f"timers left: {live_timers(self.loop)}")
-        assert self.errors == []
-        task = asyncio.current_task()
-        assert task is not None
-        assert task.cancelling() == 0
-
-
-@contextlib.asynccontextmanager
-async def nothing_left_behind() -> AsyncIterator[Baseline]:
-    """Before and after the block the same is open, with the garbage collector off in between."""
-    gc.collect()
-    gc.disable()
-    baseline = Baseline(asyncio.get_running_loop())
-    try:
-        yield baseline
-        await baseline.check()
-    finally:
-        gc.enable()
-
-
-def registrations(token: CancelToken) -> int:
-    """How many callbacks wait on a token."""
-    return len(token._callbacks)
 
 
 def saw_leave(server: FakeOllama, number: int = -1) -> ConnectionRecord:

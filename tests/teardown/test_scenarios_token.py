@@ -501,7 +501,7 @@ async def scan(
             assert await asyncio.wait_for(client.version(), BOUND), f"start {start}: the next request"
             assert sum(record.open for record in server.connections) == 1, f"start {start}: {server.connections}"
         all_left(server)
-        await nothing_left.check()
+        assert await nothing_left.settle(BOUND) == []
     assert cancelled > 1
 
 

@@ -1,0 +1,347 @@
+"""`check_teardown`: stop a coroutine in every way, at every moment, and say what it leaves behind."""
+
+import asyncio
+import gc
+import inspect
+import threading
+import time
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, cast
+
+from ollama_async._cancel import CancelToken
+
+from ._fake import FakeOllama
+from ._left import Watch
+
+MakeCall: TypeAlias = Callable[..., Awaitable[Any] | AsyncIterable[Any]]
+
+WAYS = (
+    "abort",
+    "abort from a thread",
+    "cancel",
+    "cancel twice",
+    "asyncio.timeout",
+    "aclose",
+    "leave the loop",
+    "loop shutdown",
+)
+"""The ways in which `check_teardown` stops a call."""
+
+_OF_ITERATORS = ("aclose", "leave the loop")
+
+# Ticks between the two cancellations of "cancel twice".
+_GAPS = (0, 1, 2, 3)
+
+# A server that says nothing has no moment at which it has begun to answer.
+_WAIT_FOR_ANSWER = 1.0
+
+# One way that fails at many moments mostly fails for one reason.
+_ENOUGH = 3
+
+_STOP_STUBBORN = 0.5
+
+
+class TeardownFailure(AssertionError):  # noqa: N818  (pytest shows it as what it is, an assertion that failed)
+    """A call leaves something behind when it is stopped, or does not stop.
+
+    Attributes:
+        findings: what was found, one for each run that failed.
+    """
+
+    def __init__(self, message: str, findings: Sequence[str]) -> None:
+        super().__init__(message)
+        self.findings = tuple(findings)
+
+
+@dataclass(frozen=True)
+class TeardownReport:
+    """What a `check_teardown` that found nothing has done.
+
+    Attributes:
+        runs: how often the call was made and stopped, by way.
+    """
+
+    runs: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """How often in all."""
+        return sum(self.runs.values())
+
+
+def check_teardown(
+    make_call: MakeCall,
+    *,
+    server: Callable[[], FakeOllama] | None = None,
+    ways: Sequence[str] = WAYS,
+    ticks: int = 40,
+    limit: float = 5.0,
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+) -> TeardownReport:
+    """Run a call again and again, stop it in every way at every moment, and check that nothing of it is left.
+
+    Each run has a server, a token and an event loop of its own; the garbage collector is off meanwhile. The moments are
+    the first `ticks` rounds of the event loop, then some rounds from when the server has the request on, and some from
+    when it has begun to answer.
+
+    Args:
+        make_call: called with the URL of a server, and with `token=` if it has a parameter of that name; returns what
+            is run: a coroutine, or something to iterate with `async for` (a `Stream`, an async generator). What it
+            opens, it has to close; so the client is best made in there.
+        server: makes the server for one run, not started; without it, one that answers with 40 tokens.
+        ways: the names of the ways to stop it. Those that the call has no use for are left out: the aborts if it takes
+            no token, "aclose" and "leave the loop" if it is nothing to iterate.
+        ticks: at how many rounds of the loop.
+        limit: seconds that a stopped call, and what it leaves to the background, may take to end.
+        loop_factory: makes the event loop, asyncio's own without it.
+
+    Returns:
+        How many runs there were.
+
+    Raises:
+        TeardownFailure: something was left behind, or a cancellation was swallowed; the text says what, after which
+            stop.
+        ValueError: there is no such way.
+        RuntimeError: an event loop runs in this thread; call it through `asyncio.to_thread`, or in a test that is no
+            coroutine.
+    """
+    unknown = [way for way in ways if way not in WAYS]
+    if unknown:
+        raise ValueError(f"no such way to stop a call: {unknown[0]!r}; there are {', '.join(map(repr, WAYS))}")
+    if asyncio._get_running_loop() is not None:  # noqa: SLF001
+        raise RuntimeError("check_teardown() runs event loops of its own: call it through asyncio.to_thread()")
+    make_server = server or (lambda: FakeOllama(interval=0.001))
+    takes_token = "token" in inspect.signature(make_call).parameters
+    name = getattr(make_call, "__qualname__", repr(make_call))
+    runs: dict[str, int] = {}
+    findings: list[str] = []
+    asked = False
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for way in ways:
+            failed = 0
+            for moment, gap in _moments(way, ticks):
+                run = _Run(make_call, takes_token, make_server, way, moment, gap, limit)
+                if not run.go(loop_factory or asyncio.new_event_loop):
+                    break
+                runs[way] = runs.get(way, 0) + 1
+                asked = asked or run.asked
+                if run.found:
+                    failed += 1
+                    findings.append(f"{run.what()}: {'; '.join(run.found)}")
+                    gc.collect()
+                if failed == _ENOUGH:
+                    findings.append(f"{way}: the moments after that were not tried")
+                    break
+    finally:
+        gc.collect()
+        if collecting:
+            gc.enable()
+    if runs and not asked and not findings:
+        findings.append("no run came as far as a request to the server: does it use the URL that it is given?")
+    if findings:
+        text = "".join(f"\n- {finding}" for finding in findings)
+        raise TeardownFailure(f"{name} does not end cleanly ({sum(runs.values())} runs):{text}", findings)
+    return TeardownReport(runs)
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """When to stop a call: so many rounds of the loop after something was seen."""
+
+    after: str
+    ticks: int
+
+    def __str__(self) -> str:
+        return f"{self.ticks} rounds of the loop after {self.after}"
+
+
+def _moments(way: str, ticks: int) -> Iterator[tuple[_Moment, int]]:
+    few = min(ticks, 8)
+    for after, count in (("its start", ticks), ("the request had come", few), ("the answer had begun", few)):
+        for tick in range(count):
+            for gap in _GAPS if way == "cancel twice" else (0,):
+                yield _Moment(after, tick), gap
+
+
+@dataclass
+class _Run:
+    """One call, on a loop and a server of its own, and its stop."""
+
+    make_call: MakeCall
+    takes_token: bool
+    make_server: Callable[[], FakeOllama]
+    way: str
+    moment: _Moment
+    gap: int
+    limit: float
+    found: list[str] = field(default_factory=list[str])
+    asked: bool = False
+    _token: CancelToken = field(default_factory=CancelToken)
+    # When "asyncio.timeout" is due; its scope, once the task is in it; whether that has let its TimeoutError out.
+    _due: float | None = None
+    _scope: asyncio.Timeout | None = None
+    _leave: bool = False
+    _landed: int = 0
+
+    def what(self) -> str:
+        again = f", and again {self.gap} rounds later" if self.way == "cancel twice" else ""
+        return f"{self.way}, {self.moment}{again}"
+
+    def go(self, new_loop: Callable[[], asyncio.AbstractEventLoop]) -> bool:
+        """Do it; return False if the call cannot be stopped in that way."""
+        if self.way.startswith("abort") and not self.takes_token:
+            return False
+        with self.make_server() as server:
+            loop = new_loop()
+            try:
+                made = self.make_call(server.url, **({"token": self._token} if self.takes_token else {}))
+                if self.way in ("aclose", "leave the loop") and not _iterable(
+                    made, closed_by_others=self.way == "aclose"
+                ):
+                    _drop(made)
+                    return False
+                # In the loop: uvloop opens some descriptors of its own when it first runs.
+                watch = loop.run_until_complete(self._watch(server))
+                task = loop.create_task(self._call(made))
+                loop.run_until_complete(self._stop(server, task, made))
+                del made
+                if self.way == "loop shutdown":
+                    self._shut_down(loop)
+                    self.found += self._settle_outside(watch)
+                else:
+                    self._judge(task)
+                    # Both hold the exception, with the frames that it came through.
+                    self._scope = None
+                    del task
+                    self.found += loop.run_until_complete(watch.settle(self.limit))
+                    self._shut_down(loop)
+                self.asked = bool(server.requests)
+            finally:
+                loop.close()
+        return True
+
+    async def _watch(self, server: FakeOllama) -> Watch:
+        return Watch(asyncio.get_running_loop(), servers=[server], tokens=[self._token])
+
+    async def _call(self, made: Any) -> None:
+        if self.way == "asyncio.timeout":
+            async with asyncio.timeout_at(self._due) as self._scope:
+                await self._use(made)
+        else:
+            await self._use(made)
+
+    async def _use(self, made: Any) -> None:
+        if not hasattr(made, "__aiter__"):
+            await made
+        elif inspect.isasyncgen(made):
+            async with aclosing(made):
+                await self._read(made)
+        else:
+            await self._read(made)
+
+    async def _read(self, made: AsyncIterable[Any]) -> None:
+        async for _ in made:
+            if self._leave:
+                break
+
+    async def _stop(self, server: FakeOllama, task: asyncio.Task[None], made: Any) -> None:
+        await self._come_to_the_moment(server, task)
+        if task.done() and not task.cancelled() and task.exception() is not None:
+            self.found.append(f"it failed before it was stopped: it {_how(task.exception())}")
+        await self._act(task, made)
+        if self.way != "loop shutdown":
+            await asyncio.wait([task], timeout=self.limit)
+
+    async def _come_to_the_moment(self, server: FakeOllama, task: asyncio.Task[None]) -> None:
+        deadline = time.monotonic() + _WAIT_FOR_ANSWER
+        if self.moment.after != "its start":
+            answered = self.moment.after == "the answer had begun"
+            while not task.done() and time.monotonic() < deadline:
+                if server.requests and (not answered or any(record.bytes_sent for record in server.connections)):
+                    break
+                await asyncio.sleep(0)
+        for _ in range(self.moment.ticks):
+            await asyncio.sleep(0)
+
+    async def _act(self, task: asyncio.Task[None], made: Any) -> None:
+        match self.way:
+            case "abort":
+                self._token.abort("check_teardown")
+            case "abort from a thread":
+                thread = threading.Thread(target=self._token.abort, args=["check_teardown"])
+                thread.start()
+                thread.join()
+            case "cancel":
+                self._landed += task.cancel()
+            case "cancel twice":
+                self._landed += task.cancel()
+                for _ in range(self.gap):
+                    await asyncio.sleep(0)
+                self._landed += task.cancel()
+            case "asyncio.timeout":
+                self._due = asyncio.get_running_loop().time()
+                if self._scope is not None and not task.done():
+                    self._scope.reschedule(self._due)
+            case "aclose":
+                await made.aclose()
+            case _:
+                self._leave = True
+
+    def _judge(self, task: asyncio.Task[None]) -> None:
+        if not task.done():
+            self.found.append(f"it still runs {self.limit:g} s later")
+            return
+        ended = "was cancelled" if task.cancelled() else _how(task.exception())
+        if self._landed and not task.cancelled():
+            self.found.append(f"it swallowed its cancellation: it {ended}")
+        expired = self._scope is not None and self._scope.expired()
+        if expired and (task.cancelled() or not isinstance(task.exception(), TimeoutError)):
+            self.found.append(f"it swallowed the cancellation by asyncio.timeout(): it {ended}")
+        if task.cancelling() != self._landed:
+            self.found.append(f"task.cancelling() is {task.cancelling()} in the end, and not {self._landed}")
+
+    def _settle_outside(self, watch: Watch) -> list[str]:
+        # The loop is closed: what the server has not seen by now, it has only not got round to.
+        deadline = time.monotonic() + self.limit
+        while (found := watch.left_outside()) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        return found
+
+    def _shut_down(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Do as `asyncio.run()` does in the end, but for ever waiting for a task that will not be cancelled."""
+        tasks = asyncio.all_tasks(loop)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            stubborn = self.limit if self.way == "loop shutdown" else _STOP_STUBBORN
+            _, pending = loop.run_until_complete(asyncio.wait(tasks, timeout=stubborn))
+            if pending and self.way == "loop shutdown":
+                self.found.append(f"it still runs {self.limit:g} s after it was cancelled")
+            for task in tasks - pending:
+                if not task.cancelled():
+                    task.exception()
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.run_until_complete(loop.shutdown_default_executor())
+
+
+def _iterable(made: object, *, closed_by_others: bool) -> bool:
+    if not hasattr(made, "__aiter__"):
+        return False
+    # Another task's aclose() of an async generator that is running is refused by Python itself.
+    return not closed_by_others or (hasattr(made, "aclose") and not inspect.isasyncgen(made))
+
+
+def _drop(made: object) -> None:
+    if inspect.iscoroutine(made):
+        made.close()
+    elif inspect.isasyncgen(made):
+        with suppress(StopIteration):
+            cast("AsyncGenerator[Any, None]", made).aclose().send(None)
+
+
+def _how(error: BaseException | None) -> str:
+    return "ended normally" if error is None else f"raised {type(error).__name__}: {error}"

@@ -1,0 +1,324 @@
+"""`check_teardown`: it passes code that ends cleanly, and finds what bad code leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import threading
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import httpx
+import pytest
+import uvloop
+
+from ollama_async import AbortError, AsyncClient, CancelToken, Stream
+from ollama_async.testing import (
+    WAYS,
+    FakeOllama,
+    Reply,
+    TeardownFailure,
+    TeardownReport,
+    check_teardown,
+    nothing_left_behind,
+)
+
+BOUND = 20.0
+
+# What bad code leaves to the collector, it complains of.
+bad = pytest.mark.filterwarnings("ignore")
+
+
+def endless() -> FakeOllama:
+    server = FakeOllama()
+    server.script("/api/chat", Reply.endless_chat(0.001), always=True)
+    return server
+
+
+def failure(call: Callable[..., Any], *ways: str, **options: Any) -> str:
+    with pytest.raises(TeardownFailure) as caught:
+        check_teardown(call, server=endless, ways=ways, limit=0.3, **options)
+    return str(caught.value)
+
+
+async def good(url: str, token: CancelToken) -> str:
+    async with AsyncClient(url) as client:
+        return (await client.chat("fake", "hi", stream=True, token=token).collect()).message.content or ""
+
+
+async def good_iterator(url: str, token: CancelToken) -> AsyncIterator[str]:
+    async with AsyncClient(url) as client:
+        async for chunk in client.chat("fake", "hi", stream=True, token=token):
+            yield chunk.message.content or ""
+
+
+async def good_group(url: str) -> None:
+    async with AsyncClient(url) as client, asyncio.TaskGroup() as group:
+        for _ in range(3):
+            group.create_task(client.chat("fake", "hi"))
+
+
+@pytest.mark.parametrize("server", [None, endless], ids=["ends", "endless"])
+def test_a_good_call_passes(server: Any) -> None:
+    report = check_teardown(good, server=server, limit=BOUND)
+    assert set(report.runs) == set(WAYS) - {"aclose", "leave the loop"}
+    assert report.total == sum(report.runs.values()) > 300
+
+
+def test_an_async_generator_is_left_as_well() -> None:
+    assert set(check_teardown(good_iterator, ticks=10, limit=BOUND).runs) == set(WAYS) - {"aclose"}
+
+
+def test_a_call_without_a_token_is_not_aborted() -> None:
+    assert set(check_teardown(good_group, ticks=20).runs) == {
+        "cancel",
+        "cancel twice",
+        "asyncio.timeout",
+        "loop shutdown",
+    }
+
+
+def test_a_good_call_passes_on_uvloop() -> None:
+    assert check_teardown(good, server=endless, ticks=10, limit=BOUND, loop_factory=uvloop.new_event_loop).total
+
+
+@bad
+def test_a_stream_is_closed_from_another_task() -> None:
+    def call(url: str) -> Stream[Any]:
+        # Its client is not closed, and for once that is no leak: a connection is there no longer than its stream.
+        return AsyncClient(url).chat("fake", "hi", stream=True)
+
+    report = check_teardown(call, server=endless, ways=["aclose", "leave the loop"], ticks=20, limit=BOUND)
+    assert set(report.runs) == {"aclose", "leave the loop"}
+
+
+def test_the_moments_reach_from_the_dial_into_the_answer() -> None:
+    reached: set[str] = set()
+
+    async def call(url: str, token: CancelToken) -> None:
+        async with AsyncClient(url) as client:
+            stream = client.chat("fake", "hi", stream=True, token=token)
+            try:
+                await stream.collect()
+            except AbortError:
+                reached.add("answer" if stream.text else "head" if stream.status_code else "dial")
+                raise
+
+    check_teardown(call, server=endless, ways=["abort"])
+    assert reached >= {"dial", "answer"}
+
+
+# What is bad about each, and what has to be said of it.
+
+
+async def shields_a_task(url: str, token: CancelToken) -> None:
+    client = AsyncClient(url)
+    await asyncio.shield(client.chat("fake", "hi", stream=True).collect())
+
+
+async def swallows(url: str) -> None:
+    async with AsyncClient(url) as client:
+        with contextlib.suppress(asyncio.CancelledError):
+            await client.chat("fake", "hi", stream=True).collect()
+
+
+async def never_gives_up(url: str) -> None:
+    async with AsyncClient(url) as client:
+        for _ in range(1000):
+            with contextlib.suppress(asyncio.CancelledError):
+                await client.chat("fake", "hi", stream=True).collect()
+
+
+async def renames(url: str) -> None:
+    async with AsyncClient(url) as client:
+        try:
+            await client.chat("fake", "hi", stream=True).collect()
+        except BaseException as exc:
+            raise ValueError("it did not work") from exc
+
+
+async def keeps_a_plain_response(url: str) -> None:
+    client = httpx.AsyncClient(timeout=None)
+    request = client.build_request("POST", f"{url}/api/chat", json={"model": "fake"})
+    response = await client.send(request, stream=True)
+    kept.append(response)
+    async for _ in response.aiter_lines():
+        pass
+
+
+kept: list[httpx.Response] = []
+
+
+async def forgets_a_callback(url: str, token: CancelToken) -> None:
+    token.on_abort(print)
+    async with AsyncClient(url) as client:
+        await client.chat("fake", "hi", stream=True).collect()
+
+
+async def forgets_a_timer(url: str) -> None:
+    asyncio.get_running_loop().call_later(3600, print)
+    async with AsyncClient(url) as client:
+        await client.chat("fake", "hi", stream=True).collect()
+
+
+async def uncancels(url: str) -> None:
+    async with AsyncClient(url) as client:
+        try:
+            await client.chat("fake", "hi", stream=True).collect()
+        finally:
+            asyncio.current_task().uncancel()  # type: ignore[union-attr]
+
+
+async def fails(url: str) -> None:
+    async with AsyncClient(url) as client:
+        await client.chat("", "hi", stream=True).collect()
+
+
+async def goes_nowhere(url: str) -> None:
+    await asyncio.Event().wait()
+
+
+async def loses_an_exception(url: str) -> None:
+    lost = asyncio.get_running_loop().create_future()
+    lost.set_exception(OSError("lost"))
+    del lost
+    async with AsyncClient(url) as client:
+        await client.chat("fake", "hi", stream=True).collect()
+
+
+BAD: list[tuple[Callable[..., Any], str, str]] = [
+    (shields_a_task, "cancel", r"a task that still runs: Stream.collect\(\) at _stream.py:\d+; .*"),
+    (shields_a_task, "abort", r"it still runs 0.3 s later"),
+    (keeps_a_plain_response, "loop shutdown", r"descriptors: \d+, \d+ before; new are .*socket to 127.0.0.1:\d+"),
+    (swallows, "cancel", r"it swallowed its cancellation: it ended normally"),
+    (swallows, "asyncio.timeout", r"it swallowed the cancellation by asyncio.timeout\(\): it ended normally"),
+    (never_gives_up, "cancel", r"it still runs 0.3 s later"),
+    (never_gives_up, "loop shutdown", r"it still runs 0.3 s after it was cancelled"),
+    (renames, "cancel", r"it swallowed its cancellation: it raised ValueError: it did not work"),
+    (
+        keeps_a_plain_response,
+        "cancel",
+        r"a connection that the server still sees open: number 1 \((POST /api/chat|no request)\)",
+    ),
+    (keeps_a_plain_response, "cancel", r"descriptors: \d+, \d+ before"),
+    (forgets_a_callback, "cancel", r"callbacks on the token: 1"),
+    (forgets_a_timer, "cancel", r"timers: 1, 0 before, of print"),
+    (uncancels, "cancel", r"task.cancelling\(\) is 0 in the end, and not 1"),
+    (fails, "cancel", r"it failed before it was stopped: it raised RequestError"),
+    (goes_nowhere, "cancel", r"no run came as far as a request to the server"),
+    (loses_an_exception, "cancel", r"a call of the loop's exception handler: .*never retrieved: OSError\('lost'\)"),
+]
+
+
+@bad
+@pytest.mark.parametrize(("call", "way", "said"), BAD, ids=[f"{call.__name__}-{way}" for call, way, _ in BAD])
+def test_what_a_bad_call_leaves_behind_is_said(call: Callable[..., Any], way: str, said: str) -> None:
+    text = failure(call, way, ticks=2 if call is goes_nowhere else 10)
+    assert text.startswith(f"{call.__name__} does not end cleanly (")
+    assert re.search(said, text), text
+    assert f"- {way}" in text or call is goes_nowhere
+    kept.clear()
+
+
+@bad
+def test_a_generator_that_leaves_its_source_running_is_found_when_it_is_left() -> None:
+    async def call(url: str) -> AsyncIterator[str]:
+        client, lines = AsyncClient(url), asyncio.Queue[str]()
+
+        async def fill() -> None:
+            async for chunk in client.chat("fake", "hi", stream=True):
+                lines.put_nowait(chunk.message.content or "")
+
+        filling = asyncio.create_task(fill())
+        while not filling.done():
+            yield await lines.get()
+
+    said = r"leave the loop, .*: a task that still runs: .*fill\(\) at test_teardown_kit.py:\d+"
+    assert re.search(said, failure(call, "leave the loop", ticks=2))
+
+
+@bad
+def test_a_failure_stops_early_and_lists_what_it_found() -> None:
+    with pytest.raises(TeardownFailure) as caught:
+        check_teardown(swallows, server=endless, ways=["cancel"])
+    assert len(caught.value.findings) == 4
+    assert caught.value.findings[-1] == "cancel: the moments after that were not tried"
+
+
+def test_an_unknown_way() -> None:
+    with pytest.raises(ValueError, match="no such way to stop a call: 'shout'"):
+        check_teardown(good, ways=["shout"])
+
+
+async def test_within_a_loop_it_says_what_to_do() -> None:
+    with pytest.raises(RuntimeError, match=r"asyncio\.to_thread"):
+        check_teardown(good)
+    assert (await asyncio.to_thread(check_teardown, good, ticks=2, ways=["cancel"])).total
+
+
+def test_the_collector_is_on_again() -> None:
+    import gc
+
+    check_teardown(good, ticks=1, ways=["cancel"])
+    assert gc.isenabled()
+
+
+def test_a_script_that_fails_is_not_taken_for_the_calls_fault() -> None:
+    def broken() -> FakeOllama:
+        from ollama_async.testing import Endless
+
+        server = FakeOllama()
+        server.script("/api/chat", Reply([Endless(lambda n: 1 / 0)]), always=True)  # type: ignore[arg-type, return-value]
+        return server
+
+    with pytest.raises(RuntimeError, match="the fake server failed"):
+        check_teardown(good, server=broken, ways=["cancel"])
+
+
+class Words:
+    """A good iterator that others can close."""
+
+    def __init__(self, url: str, token: CancelToken) -> None:
+        self._client = AsyncClient(url)
+        self._stream = self._client.chat("fake", "hi", stream=True, token=token)
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return aiter(self._stream)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+def test_the_fixture_runs_a_test_for_each_way(teardown_check: Callable[..., TeardownReport]) -> None:
+    assert teardown_check(lambda url, token: Words(url, token), ticks=3, limit=BOUND).total
+
+
+OPTION = ("-o", "asyncio_default_fixture_loop_scope=function")
+
+
+def test_the_fixture_skips_what_has_no_use_for_a_way(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        "async def call(url): ...\n"
+        "def test_call(teardown_check):\n"
+        "    try:\n        teardown_check(call, ticks=1)\n    except AssertionError:\n        pass\n"
+    )
+    result = pytester.runpytest("-p", "ollama_async.testing.pytest_plugin", "-p", "no:ollama_async", "-rs", *OPTION)
+    result.assert_outcomes(passed=4, skipped=4)
+    result.stdout.fnmatch_lines(["*this call cannot be stopped by 'abort': it takes no token*"])
+
+
+@bad
+async def test_a_block_that_leaves_something_behind_says_so(fake_ollama: FakeOllama) -> None:
+    leftover: list[Any] = []
+    with pytest.raises(AssertionError, match=r"(?s)left behind:\n- a task that still runs: Event.wait\(\) at"):
+        async with nothing_left_behind(0.1):
+            leftover.append(asyncio.create_task(asyncio.Event().wait()))
+            await asyncio.sleep(0)
+    leftover.pop().cancel()
+
+
+def test_threads_are_not_left_behind_either() -> None:
+    before = threading.active_count()
+    check_teardown(good, ticks=2)
+    assert threading.active_count() == before
