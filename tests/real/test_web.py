@@ -469,7 +469,7 @@ def test_the_policy_holds_what_the_sanitiser_would_let_through(tab: Tab) -> None
         try { script.textContent = "window.attacked = 2"; document.body.append(script); } catch {}
         try { await fetch("https://attacker.test/"); } catch {}
         new Image().src = "https://attacker.test/x.png";
-        await seen;
+        await Promise.race([seen, new Promise((resolve) => setTimeout(resolve, 30_000))]);
         return tried;
     }""")
     assert {"require-trusted-types-for", "connect-src", "img-src"} <= set(tried)
@@ -537,7 +537,8 @@ def test_another_site_reaches_no_model(tab: Tab, context: BrowserContext, served
     for types in ("text/plain", "application/json"):
         attacker.evaluate(
             """([url, body, type]) => fetch(url, {
-                method: "POST", mode: "no-cors", body, headers: { "Content-Type": type }
+                method: "POST", mode: "no-cors", body, headers: { "Content-Type": type },
+                signal: AbortSignal.timeout(30_000),
             }).catch(() => {})""",
             [f"{served.url}api/chat", body, types],
         )
