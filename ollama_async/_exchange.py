@@ -56,6 +56,22 @@ class Exchange(Channel):
         attempts: How often the request may be sent again.
     """
 
+    __slots__ = (
+        "_attempts",
+        "_client",
+        "_due_at",
+        "_registrations",
+        "_request",
+        "_streaming",
+        "_task",
+        "_timeouts",
+        "_timer",
+        "_transport",
+        "_watched",
+        "ended_at",
+        "started",
+    )
+
     def __init__(
         self,
         client: httpx.AsyncClient,
@@ -88,7 +104,7 @@ class Exchange(Channel):
     def watch(self, token: CancelToken, kind: Kind = "aborted") -> None:
         """End with the token."""
         self._watched.append((token, kind))
-        self._registrations.append(token.on_abort(lambda reason: self.finish(End(kind, reason))))
+        self._registrations.append(token.on_abort(_Watch(self, kind)))
         if self.end is not None:
             self._unwatch()
 
@@ -125,7 +141,7 @@ class Exchange(Channel):
             raise
         finally:
             # It holds this exchange, which holds it.
-            self._request.forget()
+            self._request.forget(for_good=not self._attempts.left)
 
     def _httpx_request(self) -> httpx.Request:
         request = self._request.http
@@ -304,17 +320,6 @@ class Exchange(Channel):
 
     # -- the end --
 
-    async def pause(self) -> None:
-        """Wait until something has happened.
-
-        Cancellation: the socket is closed at once.
-        """
-        try:
-            await super().pause()
-        except BaseException:
-            await self.gone()
-            raise
-
     def take_head(self, status: int, reason: bytes, headers: Sequence[tuple[bytes, bytes]], version: bytes) -> None:
         """Take the head of the answer."""
         # What httpx follows is not the answer yet, and an error is no stream.
@@ -400,6 +405,19 @@ class Exchange(Channel):
             self.teardown(End("timeout", due[1]))
         else:
             self._timer = self.loop.call_at(due[0], self._check_time)
+
+
+class _Watch:
+    """Ends an exchange with a token; a third of what a closure holds, of which each stream would have several."""
+
+    __slots__ = ("_exchange", "_kind")
+
+    def __init__(self, exchange: Exchange, kind: Kind) -> None:
+        self._exchange = exchange
+        self._kind: Kind = kind
+
+    def __call__(self, reason: object) -> None:
+        self._exchange.finish(End(self._kind, reason))
 
 
 class _Errand:

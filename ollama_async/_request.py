@@ -42,10 +42,20 @@ class Request:
             self._http = self._make()
         return self._http
 
-    def forget(self) -> None:
-        """Drop what was put into the extensions of the request of httpx."""
+    def forget(self, *, for_good: bool) -> None:
+        """Drop what was put into the extensions of the request of httpx; ``for_good``, all of the request.
+
+        A stream that is open for minutes does not keep what it has sent, unless that may be sent again.
+        """
         if self._http is not None:
             self._http.extensions = {}
+        if for_good:
+            self._make = _gone
+            self._http = self.outgoing = None
+
+
+def _gone() -> httpx.Request:
+    raise RuntimeError("the request has been sent for the last time")
 
 
 class RequestWriter:

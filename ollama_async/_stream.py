@@ -154,7 +154,7 @@ class Stream(Generic[ChunkT]):
                 await self._fill()
             exchange = self._exchange
             assert exchange is not None
-            if exchange.ended_early is not None:
+            if self._decided and exchange.ended_early is not None:
                 raise self._broken_off()
             if not self._lines and self._next == len(self._chunks):
                 raise StopAsyncIteration
@@ -407,10 +407,12 @@ class Stream(Generic[ChunkT]):
                 await self._rest(exchange)
                 return
             while True:
-                with suppress(Ended):
+                try:
                     while not self._lines and not self._body_read:
                         self._check_line(exchange)
                         self._feed(exchange, await exchange.receive())
+                except Ended:
+                    pass
                 if exchange.ended_early is None or self._follow(exchange) is None:
                     break
                 exchange = await self._open()
@@ -460,9 +462,8 @@ class Stream(Generic[ChunkT]):
         """Make chunks of the next lines, together if they allow it: that is cheaper than one by one."""
         self._clear()
         self._last_at = exchange.now
-        together = self._merge.together
-        lines = self._lines[-together:] if len(self._lines) > 1 and together > 1 else []
-        self._chunks = _parse_together(self._merge, lines[::-1])
+        if len(self._lines) > 1 and self._merge.together > 1:
+            self._chunks = _parse_together(self._merge, self._lines[: -self._merge.together - 1 : -1])
         if self._chunks:
             del self._lines[-len(self._chunks) :]
         else:
@@ -470,12 +471,15 @@ class Stream(Generic[ChunkT]):
                 self._chunks = [self._parse(exchange, self._lines.pop())]
             except (ProtocolError, StreamError) as exc:
                 self._fail(exchange, exc)
-        done = next((place for place, chunk in enumerate(self._chunks) if chunk.done), None)
-        if done is not None:
-            del self._chunks[done + 1 :]
-            self._lines = []
+        plain = 0
+        for chunk in self._chunks:
+            if chunk.done:
+                del self._chunks[plain + 1 :]
+                self._lines = []
+                break
+            plain += 1
         if self._until is None:
-            self._plain = len(self._chunks) - (done is not None)
+            self._plain = plain
 
     def _clear(self) -> None:
         """Let go of chunks that are delivered."""

@@ -1,0 +1,72 @@
+"""Reads streams and prints what that took: counted, not timed. Run by test_costs.py: URL, what, chunks a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import sys
+import tracemalloc
+from collections import Counter
+from typing import Any
+
+from ollama_async import AsyncClient, CancelToken
+
+
+async def read(client: AsyncClient, chunks: int, token: CancelToken) -> int:
+    count = 0
+    async for _ in client.chat("fake", "hi", stream=True, token=token, options={"num_predict": chunks}):
+        count += 1
+    return count
+
+
+async def calls(url: str, chunks: int) -> dict[str, int]:
+    """Python functions called by the whole loop while a stream is read, by name."""
+    counted: Counter[str] = Counter()
+
+    def note(frame: Any, event: str, _: object) -> None:
+        if event == "call":
+            counted["calls"] += 1
+            if frame.f_code.co_name in ("_run_once", "call_at"):
+                counted[frame.f_code.co_name] += 1
+
+    async with AsyncClient(url) as client:
+        await read(client, 1, CancelToken())
+        gc.disable()
+        sys.setprofile(note)
+        counted["chunks"] = await read(client, chunks, CancelToken())
+        sys.setprofile(None)
+    return dict(counted)
+
+
+async def idle(url: str, streams: int) -> dict[str, float]:
+    """What that many streams hold that wait for their second chunk."""
+    token = CancelToken()
+    async with AsyncClient(url) as client:
+        warm = client.chat("fake", "hi", stream=True, token=token)
+        await anext(warm)
+        await warm.aclose()
+        gc.collect()
+        objects = len(gc.get_objects())
+        tracemalloc.start()
+        before = tracemalloc.get_traced_memory()[0]
+        held = [client.chat("fake", "hi", stream=True, token=token) for _ in range(streams)]
+        for stream in held:
+            await anext(stream)
+        gc.collect()
+        size = tracemalloc.get_traced_memory()[0] - before
+        tracemalloc.stop()
+        grown = len(gc.get_objects()) - objects
+        token.abort()
+        await asyncio.sleep(0.1)
+    return {"objects": grown / streams, "bytes": size / streams}
+
+
+async def plain(url: str, chunks: int) -> dict[str, int]:
+    async with AsyncClient(url) as client:
+        return {"chunks": await read(client, chunks, CancelToken())}
+
+
+if __name__ == "__main__":
+    what = {"calls": calls, "idle": idle, "plain": plain}[sys.argv[2]]
+    print(json.dumps(asyncio.run(what(sys.argv[1], int(sys.argv[3])))))
