@@ -136,8 +136,8 @@ async def test_a_chat_as_events(site: Site, browser: httpx.AsyncClient) -> None:
     assert "".join(chunk["message"].get("content", "") for _, chunk in chunks) == "Gr\u00fc\u00df\u2028\nGott"
     assert chunks[-1][1]["done"] is True
     assert "images" not in chunks[0][1]["message"]  # only what the server sent
-    assert list(end) == ["outcome", "reason", "error", "text", "timing", "response"]
-    assert (end["outcome"], end["reason"], end["error"]) == ("done", None, None)
+    assert list(end) == ["outcome", "reason", "error", "error_type", "text", "timing", "response"]
+    assert (end["outcome"], end["reason"], end["error"], end["error_type"]) == ("done", None, None, None)
     assert end["text"] == end["response"]["message"]["content"] == "Gr\u00fc\u00df\u2028\nGott"
     assert end["response"]["message"]["thinking"] == "hm"
     assert list(end["timing"]) == ["first_chunk", "total", "chunks", "chunks_per_second"]
@@ -252,8 +252,8 @@ async def test_a_client_that_is_closed_is_a_503(site: Site, browser: httpx.Async
 @pytest.mark.parametrize(
     ("reply", "call", "expected"),
     [
-        ([{"error": "out of memory"}], {}, {"outcome": "error", "reason": None}),
-        ([Cut()], {}, {"outcome": "error", "reason": None}),
+        ([{"error": "out of memory"}], {}, {"outcome": "error", "reason": None, "error_type": "StreamError"}),
+        ([Cut()], {}, {"outcome": "error", "reason": None, "error_type": "ConnectionBroken"}),
         ([Stall()], {"timeout": Timeouts(idle=0.05)}, {"outcome": "timeout", "reason": "idle"}),
     ],
 )

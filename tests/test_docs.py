@@ -109,6 +109,7 @@ def test_each_example_is_run_by_a_test() -> None:
         f"{name}.py" for name in EXAMPLES
     } | IN_TEST_EXAMPLES
     tests = (ROOT / "tests" / "test_examples.py").read_text("utf-8")
+    tests += (ROOT / "tests" / "programs.py").read_text("utf-8")
     assert all(Path(name).stem in tests for name in IN_TEST_EXAMPLES)
 
 

@@ -51,7 +51,7 @@ def test_each_module_of_the_core_has_its_layer() -> None:
 
 
 def test_the_core_never_imports_a_leaf_or_an_optional_package() -> None:
-    optional = {"typer", "rich", "pytest", "uvloop", "redis", "starlette", "httpx2"}
+    optional = {"typer", "rich", "pytest", "uvloop", "redis", "starlette", "fastapi", "uvicorn", "httpx2"}
     for path in PACKAGE.glob("_*.py"):
         if path.stem == "__main__":
             continue
@@ -66,6 +66,32 @@ def test_the_core_never_imports_a_leaf_or_an_optional_package() -> None:
             assert not {name.partition(".")[0] for name in names} & optional, path
 
 
+# What each leaf may import of the library, besides the core's modules.
+LEAVES = {"asgi": {"registry"}, "registry": set[str]()}
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_a_leaf_imports_the_core_and_what_it_is_built_on(leaf: str) -> None:
+    core = {module for layer in LAYERS for module in layer}
+    files = [PACKAGE / f"{leaf}.py"] if (PACKAGE / f"{leaf}.py").exists() else [*(PACKAGE / leaf).glob("*.py")]
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            module = (isinstance(node, ast.ImportFrom) and node.module) or ""
+            inside = file.parent != PACKAGE and isinstance(node, ast.ImportFrom) and node.level == 1
+            if not inside and (module.startswith("ollama_async") or getattr(node, "level", 0)):
+                assert module.removeprefix("ollama_async.").partition(".")[0] in core | LEAVES[leaf], (file, module)
+
+
+@pytest.mark.parametrize("leaf", ["asgi", "registry"])
+def test_a_leaf_needs_only_its_own_extra(leaf: str) -> None:
+    program = (
+        f"import sys; sys.modules['redis'] = sys.modules['uvicorn'] = sys.modules['fastapi'] = None\n"
+        f"import ollama_async.{leaf} as leaf\n"
+        "from ollama_async.registry import AbortRegistry; AbortRegistry.from_url('memory://')"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
 def test_public_names_are_sorted_and_exist() -> None:
     assert ollama_async.__all__ == sorted(ollama_async.__all__)
     assert all(hasattr(ollama_async, name) for name in ollama_async.__all__)
@@ -78,7 +104,8 @@ def test_importing_touches_no_optional_package_and_makes_no_client() -> None:
         "import httpx; before = set(sys.modules)\n"
         "import ollama_async\n"
         "new = set(sys.modules) - before\n"
-        "print([name for name in ('typer', 'rich', 'pytest', 'uvloop', 'numpy') if name in new], made)"
+        "optional = ('typer', 'rich', 'pytest', 'uvloop', 'numpy', 'redis', 'starlette', 'uvicorn')\n"
+        "print([name for name in optional if name in new], made)"
     )
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert output.stdout.strip() == "[] []"

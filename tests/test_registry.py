@@ -220,6 +220,7 @@ async def test_a_closed_registry(registry: AbortRegistry) -> None:
         ("redis://x", {"namespace": ""}, "namespace"),
         ("redis://x", {"namespace": "x" * 101}, "namespace"),
         ("redis://:secret@x?db=x", {}, "'db'"),
+        ("redis://:secret@x?no_such_option=1", {}, "no_such_option"),
     ],
 )
 def test_bad_parameters(url: Any, options: dict[str, Any], text: str) -> None:

@@ -86,7 +86,7 @@ class AbortRegistry:
             ) from exc
         try:
             registry._link = Link(url, registry._book, namespace)
-        except ValueError as exc:
+        except (ValueError, TypeError) as exc:
             raise RequestError(f"the registry's url is none: {exc}") from exc
         return registry
 

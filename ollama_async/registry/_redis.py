@@ -62,10 +62,11 @@ class Link:
             url,
             socket_connect_timeout=_CONNECT,
             socket_timeout=_CONNECT,
-            socket_keepalive=True,
             retry=Retry(NoBackoff(), 0),  # connecting again is the task's
             decode_responses=False,
         )
+        # Nothing is connected; what the url has of unknown options comes to light.
+        self._redis.connection_pool.make_connection()
         self._backoff = ExponentialWithJitterBackoff(cap=_LONGEST_PAUSE, base=0.05)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[NoReturn] | None = None
@@ -163,7 +164,8 @@ class Link:
             while True:
                 try:
                     await self._serve()
-                except _LOST as exc:
+                except Exception as exc:
+                    # Whatever it is: a registry that had given up would lose Stops without a word.
                     failures = 1 if self.connected else failures + 1
                     self._lost(exc)
                 await asyncio.sleep(self._backoff.compute(failures))
@@ -204,8 +206,10 @@ class Link:
         finally:
             if reader is not None:
                 reader.cancel()
-                with suppress(asyncio.CancelledError, *_LOST):
-                    await reader
+                # Not awaited itself: a cancellation of this task, at this moment, could not be told from the reader's.
+                await asyncio.wait({reader})
+                if not reader.cancelled():
+                    reader.exception()
             await pubsub.aclose()
 
     def _start_over(self) -> None:

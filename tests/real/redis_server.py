@@ -44,7 +44,8 @@ class RealRedis:
 
     def start(self) -> None:
         """Start it on its port; returns when it answers."""
-        options = {"port": self.port, "bind": "127.0.0.1", "save": "", "appendonly": "no", "dir": self._folder}
+        options = {"port": self.port, "bind": "127.0.0.1", "unixsocket": self._folder / "redis.sock"}
+        options |= {"save": "", "appendonly": "no", "dir": self._folder}
         arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
         with (self._folder / "redis.log").open("ab") as log:
             self._process = subprocess.Popen(

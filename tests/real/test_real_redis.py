@@ -135,6 +135,18 @@ async def test_what_a_process_leaves_when_it_ends(redis: RealRedis, there: Abort
     await entered.aclose()
 
 
+async def test_a_redis_user_with_few_rights_on_a_unix_socket(tmp_path: Path, redis: RealRedis) -> None:
+    """Those that docs/serving.md names, and no others."""
+    path = tmp_path / "redis.sock"
+    rights = "+subscribe +unsubscribe +publish +pubsub +ping +set +mget"
+    redis.ask("ACL", "SETUSER", "app", "on", ">pw", "~ollama-async:*", "&ollama-async:*", "-@all", *rights.split())
+    for url in (f"unix://app:pw@{path}", redis.url.replace("//", "//app:pw@")):
+        async with AbortRegistry.from_url(url) as one, AbortRegistry.from_url(url) as other, one.token("1") as token:
+            assert await other.abort("1", "reason") == "stopped"
+            assert await aborted(token) == "reason"
+            assert await other.list() == [("", "1")]
+
+
 async def test_stops_and_registrations_that_cross(here: AbortRegistry, there: AbortRegistry) -> None:
     async def stream(number: int) -> None:
         await asyncio.sleep(random.random() * 0.3)
@@ -465,4 +477,6 @@ async def stop_them_all(fake: FakeOllama, workers: list[Worker]) -> list[float]:
     for chat in chats[STREAMS:]:
         assert connections[chat.stream_id].left_at is None
         chat.writer.transport.abort()
+    for chat in chats[STREAMS:]:
+        assert await asyncio.to_thread(connections[chat.stream_id].wait_left, BOUND)
     return times
