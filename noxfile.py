@@ -95,6 +95,13 @@ def dropin(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", *options, *files, env={"PYTHONPATH": aliases})
 
 
+@nox.session(python=OLDEST)
+def bench(session: nox.Session) -> None:
+    """All benchmarks against all clients, half an hour; `-- --quick` is a smaller one of under 3 minutes."""
+    session.install(".", *group("bench"))
+    session.run("python", "benchmarks/run.py", *session.posargs)
+
+
 @nox.session
 def coverage(session: nox.Session) -> None:
     """What the tests have covered."""

@@ -331,12 +331,11 @@ def test_nothing_that_a_model_says_vanishes_or_controls_the_terminal(fake_ollama
     assert "\x1b]0" not in shown.output
 
 
-@pytest.mark.parametrize("off", [["--no-color"], []])
-def test_colours_can_be_off(fake_ollama: FakeOllama, state: Path, off: list[str]) -> None:
-    fake_ollama.script("/api/chat", Reply.chat("# T\n\n```python\nx = 1\n```\n"), Reply.endless_chat(0.01))
-    options = {} if off else {"NO_COLOR": "1"}
-    shown = Screen(*off, "--host", fake_ollama.url, "chat", "fake", XDG_STATE_HOME=str(state), **options)
-    with contextlib.closing(shown):
+@pytest.mark.parametrize("off", ["option", "variable"])
+def test_colours_can_be_off(fake_ollama: FakeOllama, state: Path, off: str) -> None:
+    fake_ollama.script("/api/chat", Reply.chat("# T\n\n```python\nx = 1\n```\n"))
+    options, variables = (["--no-color"], {}) if off == "option" else ([], {"NO_COLOR": "1"})
+    with chat(fake_ollama, state, *options, **variables) as shown:
         shown.says("/nonsense")
         shown.says("go")
         shown.shows("done: ")
@@ -428,8 +427,8 @@ def test_commands(fake_ollama: FakeOllama, state: Path, tmp_path: Path) -> None:
         with chat(server, state) as shown:
             shown.says("/help")
             shown.shows(r"/save .* Esc or Ctrl-C stops an answer")
-            shown.says("/sav x")
-            shown.shows("there is no command /sav: did you mean /save?")
+            shown.says("/mod x")
+            shown.shows("there is no command /mod: did you mean /model?")
             shown.says("/model nope")
             shown.shows(r"has no model 'nope': get it with .*; the model is still fake")
             shown.says("/model other")

@@ -386,10 +386,11 @@ def test_a_broken_pipe_ends_it_quietly(fake_ollama: FakeOllama) -> None:
     assert fake_ollama.requests[0].connection.wait_left()
 
 
-def test_a_full_disk_is_an_error_in_one_line(fake_ollama: FakeOllama) -> None:
+@pytest.mark.parametrize("arguments", [["generate", "fake", "Why?"], ["--help"]])
+def test_a_full_disk_is_an_error_in_one_line(fake_ollama: FakeOllama, arguments: list[str]) -> None:
     with open("/dev/full", "w") as full:
         result = subprocess.run(
-            [sys.executable, "-m", "ollama_async", "--host", fake_ollama.url, "generate", "fake", "Why?"],
+            [sys.executable, "-m", "ollama_async", "--host", fake_ollama.url, *arguments],
             env=environment(),
             stdout=full,
             stderr=subprocess.PIPE,

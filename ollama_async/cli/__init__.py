@@ -16,7 +16,7 @@ from ._demo import run_demo
 from ._models import add_commands
 from ._prompt import converse, read_line, use_readline
 from ._screen import Answer, JsonScreen
-from ._terminal import ERROR, INTERRUPTED, Session, parse_pairs, product_version
+from ._terminal import ERROR, INTERRUPTED, Session, give_up_stdout, parse_pairs, product_version
 
 __all__ = ["app", "run"]
 
@@ -37,10 +37,25 @@ def run() -> None:
         # What the terminal cannot show becomes a question mark, never a UnicodeEncodeError.
         stream.reconfigure(errors="replace" if mode == "w" else "strict")
         setattr(sys, name, stream)
-    app(prog_name="ollama-async")
+    try:
+        app(prog_name="ollama-async")
+    except OSError as exc:  # outside of a command: its help, or the version, could not be written
+        give_up_stdout()
+        sys.stderr.write(f"Error: cannot read or write: {exc}\n")
+        sys.exit(ERROR)
 
 
 # -- options --
+
+
+def _set_no_color(wanted: bool) -> None:
+    if wanted:  # rich looks at it, also where typer writes
+        os.environ["NO_COLOR"] = "1"
+
+
+_NoColor = Annotated[
+    bool, typer.Option("--no-color", help="No colours, as with NO_COLOR.", callback=_set_no_color, is_eager=True)
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -56,11 +71,9 @@ def _global_options(
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
-    no_color: Annotated[bool, typer.Option("--no-color", help="No colours, as with NO_COLOR.")] = False,
+    no_color: _NoColor = False,
 ) -> None:
     context.obj = host
-    if no_color:  # rich looks at it, also where typer writes
-        os.environ["NO_COLOR"] = "1"
 
 
 _Model = Annotated[str, typer.Argument(metavar="MODEL", help="Name of the model.")]
@@ -86,15 +99,16 @@ def generate(
     timeout_total: _Total = None,
     option: _Option = None,
     as_json: _Json = False,
+    no_color: _NoColor = False,
 ) -> None:
     """Have a model complete a prompt, streaming the answer to stdout.
 
-    What comes through a pipe or from a file is put before PROMPT: cat notes.txt | ollama-async generate MODEL "Sum it
-    up." Without PROMPT it is the whole prompt; on a terminal, one prompt after the other is asked for.
+    What comes through a pipe is put before PROMPT. Without PROMPT it is all
+    of the prompt; on a terminal, one prompt after the other is asked for.
 
-    Ctrl-C stops the answer and keeps what came. The exit status is 130 then, to tell it from a whole answer.
-
-    On a terminal without PROMPT it goes on to the next prompt then, and a second Ctrl-C within a second leaves.
+    Ctrl-C stops the answer and keeps what came. The exit status is 130 then.
+    Where prompts are asked for it goes on to the next one, and a second
+    Ctrl-C within a second leaves.
     """
     session, options = (
         Session(context, model, screen=JsonScreen() if as_json else None),
@@ -144,11 +158,13 @@ def chat(
     timeout_total: _Total = None,
     option: _Option = None,
     as_json: _Json = False,
+    no_color: _NoColor = False,
 ) -> None:
     """Chat with a model; /help shows what else can be done.
 
-    Esc or Ctrl-C stops the answer, keeps what came in the conversation, and goes on; a second Ctrl-C within a second
-    leaves. Where the input is no terminal, each line is a prompt.
+    Esc or Ctrl-C stops the answer and keeps what came in the conversation; a
+    second Ctrl-C within a second leaves. What comes through a pipe is a prompt
+    a line.
     """
     limits = Timeouts(idle=timeout_idle, total=timeout_total)
     status = run_chat(context, model, system, parse_pairs(option, "--option"), limits, as_json=as_json)

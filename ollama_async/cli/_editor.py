@@ -66,6 +66,8 @@ class Editor:
             output=self._output,
         )
         self._session.app.ttimeoutlen = _ESC_SECONDS
+        # An Esc that comes too late to stop an answer makes no command of the letter that is typed next.
+        self._session.app.timeoutlen = _ESC_SECONDS
 
     def read(self) -> str | None:
         """Return the next prompt, ``None`` at the end of the input.

@@ -33,6 +33,8 @@ _Line: TypeAlias = list[Segment]
 _DRAW_SECONDS = 0.08
 # Of the loop's time, at most that part goes into drawing: a long block takes longer to render.
 _DRAW_SHARE = 0.2
+# Of a block that is longer, the end is drawn as it is until the block is finished.
+_LONG = 20_000
 _SILENT_SECONDS = 3.0
 
 
@@ -51,7 +53,8 @@ class Growing:
         """Take out the blocks that no text to come can change, and return them."""
         # A line that is not complete can still become something else: "#" is a heading, and "#1" is none.
         end = self.rest.rfind("\n") + 1
-        if end == self._looked:
+        # To look again and again at a block that is long would take all the time there is.
+        if end == self._looked or end - self._looked < end // 50:
             return ""
         self._looked = end
         lines = self.rest[:end].splitlines(keepends=True)
@@ -216,11 +219,14 @@ class _Drawing:
 
     def _growing(self, state: str) -> RenderableType:
         lines: list[_Line] = []
-        if self._answer.rest.strip():
-            lines = self._gap() + self._lines(_rendered(self._answer.rest))
+        height = max(1, self._console.height - 3)
+        rest = self._answer.rest
+        if len(rest) > _LONG:
+            lines = self._lines(Text(rest[-height * self._console.width :]))
+        elif rest.strip():
+            lines = self._gap() + self._lines(_rendered(rest))
         elif self._thoughts.strip():
             lines = self._lines(_thought(self._thoughts))
-        height = max(1, self._console.height - 3)
         return Group(_joined(lines[-height:]), Text(state, style="dim", no_wrap=True, overflow="ellipsis"))
 
     def _gap(self) -> list[_Line]:

@@ -42,6 +42,7 @@ __all__ = [
     "INTERRUPTED",
     "CtrlC",
     "Session",
+    "give_up_stdout",
     "parse_pairs",
     "product_version",
 ]
@@ -149,12 +150,12 @@ class Session:
             raise typer.Exit(ERROR) from None
         except (KeyboardInterrupt, SystemExit) as exc:
             # It may be stuck in writing to stdout, and Python would write the rest when it exits.
-            _give_up_stdout()
+            give_up_stdout()
             if isinstance(exc, SystemExit):
                 raise
             raise typer.Exit(INTERRUPTED) from None
         except (OSError, UnicodeDecodeError) as exc:
-            _give_up_stdout()
+            give_up_stdout()
             if not isinstance(exc, BrokenPipeError):
                 # Where the terminal itself is gone there is nobody to tell.
                 with contextlib.suppress(OSError):
@@ -223,7 +224,7 @@ def _ended_by_signals() -> Generator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _give_up_stdout() -> None:
+def give_up_stdout() -> None:
     """Let what is still to be written go nowhere."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
