@@ -174,6 +174,7 @@ async def test_the_models(page: httpx.AsyncClient, fake_ollama: FakeOllama) -> N
         [],
         {"model": "fake"},
         {"model": 1, "messages": []},
+        {"model": "", "messages": []},
         {"model": "fake", "messages": [{"role": "tool", "content": "x"}]},
         {"model": "fake", "messages": [{"role": "user", "content": ["x"]}]},
     ],
