@@ -69,14 +69,17 @@ class Growing:
         return taken
 
 
-def _rendered(text: str) -> Markdown:
-    markdown = Markdown("", hyperlinks=False)
-    markdown.parsed = _PARSER.parse(text)
-    for token in markdown.parsed:
+def _blocks(text: str) -> list[Markdown]:
+    """Return the blocks of Markdown, each by itself: so the space between them does not depend on how they came."""
+    blocks: list[Markdown] = []
+    for token in _PARSER.parse(text):
+        if not token.level and token.nesting >= 0:
+            blocks.append(Markdown("", hyperlinks=False))
+        blocks[-1].parsed.append(token)
         for child in token.children or ():
             if child.type == "softbreak":  # models end lines where they mean it: poems, addresses
                 child.type = "hardbreak"
-    return markdown
+    return blocks
 
 
 def _is_empty(line: _Line) -> bool:
@@ -233,7 +236,7 @@ class _Drawing:
             lines += self._lines(_thought(thoughts))
             self._last = "thoughts"
         if text.strip():
-            lines += self._gap() + self._lines(_rendered(text))
+            lines += self._text(text)
             self._last = "text"
         return lines
 
@@ -244,13 +247,18 @@ class _Drawing:
         if len(rest) > _LONG:
             lines = self._lines(Text(rest[-height * self._console.width :]))
         elif rest.strip():
-            lines = self._gap() + self._lines(_rendered(rest))
+            lines = self._text(rest)
         elif self._thoughts.strip():
             lines = self._lines(_thought(self._thoughts))
         return Group(_joined(lines[-height:]), Text(state, style="dim", no_wrap=True, overflow="ellipsis"))
 
-    def _gap(self) -> list[_Line]:
-        return [[]] if self._last else []
+    def _text(self, text: str) -> list[_Line]:
+        lines: list[_Line] = []
+        for block in _blocks(text):
+            if lines or self._last:
+                lines.append([])
+            lines += self._lines(block)
+        return lines
 
     def _lines(self, shown: RenderableType) -> list[_Line]:
         """Render it, without the empty lines around it."""
