@@ -318,7 +318,7 @@ def test_of_a_long_block_the_end_is_seen_while_it_grows(fake_ollama: FakeOllama,
         assert shown.wait() == 0
         lines = shown.lines()
     at = lines.index("Before.")
-    shape = [line.strip(" ─") for line in lines[at : at + 9]]
+    shape = [line.strip(" ─━") for line in lines[at : at + 9]]
     assert shape == ["Before.", "", "• a", "• b", "", "c", "", "1", ""]
     assert [line.strip() for line in lines if "line " in line] == [f"line {n}" for n in range(60)]
 
