@@ -300,6 +300,29 @@ def test_no_line_is_lost_or_shown_twice(fake_ollama: FakeOllama, state: Path, co
     assert sum("A heading" in line for line in lines) == 1
 
 
+def test_of_a_long_block_the_end_is_seen_while_it_grows(fake_ollama: FakeOllama, state: Path) -> None:
+    gate = Gate()
+    texts = ["Before.\n\n- a\n- b\n\n| c |\n|---|\n| 1 |\n\n```\n", *(f"line {n}\n" for n in range(60)), "```\n"]
+    steps = Reply.chat(*texts).steps
+    fake_ollama.script("/api/chat", Reply([*steps[:-2], gate, *steps[-2:]]))
+    with chat(fake_ollama, state) as shown:
+        shown.says("go")
+        shown.shows(r"line 59 answering: 61 tokens")
+        screen = [line.strip() for line in shown.lines()[-24:]]
+        assert [line for line in screen if line.startswith("line")] == [
+            f"line {n}" for n in range(40, 60)
+        ]  # and the edge of its box
+        gate.open()
+        shown.shows("done: ")
+        shown.says("/quit")
+        assert shown.wait() == 0
+        lines = shown.lines()
+    at = lines.index("Before.")
+    shape = [line.strip(" ─━") for line in lines[at : at + 9]]
+    assert shape == ["Before.", "", "• a", "• b", "", "c", "", "1", ""]
+    assert [line.strip() for line in lines if "line " in line] == [f"line {n}" for n in range(60)]
+
+
 def test_thinking_is_shown_apart_and_not_kept(fake_ollama: FakeOllama, state: Path) -> None:
     thinking = ["I have", " to\nthink", " of it."]
     fake_ollama.script("/api/chat", Reply.chat("Because.", thinking=thinking), Reply.chat("Again."))

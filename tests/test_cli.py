@@ -1,5 +1,6 @@
 """The command line: in this process where output is all that matters, in a real one on a real terminal for Ctrl-C."""
 
+import codecs
 import contextlib
 import fcntl
 import inspect
@@ -91,6 +92,7 @@ class Terminal:
         )
         os.close(slave)
         self.output = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may come in two reads
         self._seen = 0
         self._deadline = time.monotonic() + DEADLINE
 
@@ -133,7 +135,7 @@ class Terminal:
             data = os.read(self.master, 65536)
         except OSError:  # how Linux says that the other side is closed
             return False
-        self.output += data.decode("utf-8", "replace")
+        self.output += self._decoder.decode(data)
         return bool(data)
 
 

@@ -51,7 +51,8 @@ def test_each_module_of_the_core_has_its_layer() -> None:
 
 
 def test_the_core_never_imports_a_leaf_or_an_optional_package() -> None:
-    optional = {"typer", "rich", "pytest", "uvloop", "redis", "starlette", "fastapi", "uvicorn", "httpx2"}
+    optional = {"typer", "rich", "prompt_toolkit", "markdown_it", "pytest", "uvloop", "redis", "starlette", "fastapi"}
+    optional |= {"uvicorn", "httpx2"}
     for path in PACKAGE.glob("_*.py"):
         if path.stem == "__main__":
             continue
@@ -104,7 +105,7 @@ def test_importing_touches_no_optional_package_and_makes_no_client() -> None:
         "import httpx; before = set(sys.modules)\n"
         "import ollama_async\n"
         "new = set(sys.modules) - before\n"
-        "optional = ('typer', 'rich', 'pytest', 'uvloop', 'numpy', 'redis', 'starlette', 'uvicorn')\n"
+        "optional = ('typer', 'rich', 'prompt_toolkit', 'pytest', 'uvloop', 'numpy', 'redis', 'starlette', 'uvicorn')\n"
         "print([name for name in optional if name in new], made)"
     )
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)

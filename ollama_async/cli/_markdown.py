@@ -20,7 +20,7 @@ from ._screen import Answer, AnyChunk, Screen, parts, plural, printable, style_o
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from rich.console import Console, RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
 __all__ = ["Growing", "MarkdownScreen"]
 
@@ -69,14 +69,17 @@ class Growing:
         return taken
 
 
-def _rendered(text: str) -> Markdown:
-    markdown = Markdown("", hyperlinks=False)
-    markdown.parsed = _PARSER.parse(text)
-    for token in markdown.parsed:
+def _blocks(text: str) -> list[Markdown]:
+    """Return the blocks of Markdown, each by itself: so the space between them does not depend on how they came."""
+    blocks: list[Markdown] = []
+    for token in _PARSER.parse(text):
+        if not token.level and token.nesting >= 0:
+            blocks.append(Markdown("", hyperlinks=False))
+        blocks[-1].parsed.append(token)
         for child in token.children or ():
             if child.type == "softbreak":  # models end lines where they mean it: poems, addresses
                 child.type = "hardbreak"
-    return markdown
+    return blocks
 
 
 def _is_empty(line: _Line) -> bool:
@@ -125,6 +128,16 @@ class MarkdownScreen(Screen):
         self.out.print()
 
 
+class _Below:
+    """What stands below all that is printed: rich draws it anew with each thing that it prints above it."""
+
+    def __init__(self) -> None:
+        self.shown: RenderableType = ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.shown
+
+
 class _Drawing:
     """One answer on a terminal.
 
@@ -144,8 +157,14 @@ class _Drawing:
         self._drawn_state: str = ""
         self._changed = False
         # Neither a thread of rich's, nor its hands on sys.stdout: only the loop draws.
+        self._below = _Below()
         self._live = Live(
-            console=console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False
+            self._below,
+            console=console,
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
         )
         self._timer: asyncio.TimerHandle | None = None
 
@@ -183,8 +202,8 @@ class _Drawing:
         self._stop()
         thoughts, rest = self._thoughts, self._answer.rest
         self._thoughts, self._answer = "", Growing()
-        self._live.update("")
-        self._print(thoughts, rest)
+        self._below.shown = ""
+        self._print(self._above(thoughts, rest))
 
     def _stop(self) -> None:
         if self._timer is not None:
@@ -199,23 +218,27 @@ class _Drawing:
         end = len(self._thoughts) if self._answering else self._thoughts.rfind("\n") + 1
         thoughts, self._thoughts = self._thoughts[:end], self._thoughts[end:]
         finished = self._answer.finished()
-        # What is printed and what is drawn below it are one write: nothing is seen twice, nothing flickers.
-        if not self._print(thoughts, finished, state):
-            self._live.update(self._growing(state), refresh=True)
+        above = self._above(thoughts, finished)
+        self._below.shown = self._growing(state)
+        self._print(above)
 
-    def _print(self, thoughts: str, text: str, state: str | None = None) -> bool:
+    def _print(self, lines: list[_Line]) -> None:
+        # With what is drawn below it, it is one write: nothing is seen twice, nothing flickers.
+        if lines:
+            self._console.print(_joined(lines), end="")
+        else:
+            self._live.refresh()
+
+    def _above(self, thoughts: str, text: str) -> list[_Line]:
+        """Render what is finished."""
         lines: list[_Line] = []
         if thoughts.strip():
             lines += self._lines(_thought(thoughts))
             self._last = "thoughts"
         if text.strip():
-            lines += self._gap() + self._lines(_rendered(text))
+            lines += self._text(text)
             self._last = "text"
-        if lines:
-            if state is not None:
-                self._live.update(self._growing(state))
-            self._console.print(_joined(lines), end="")
-        return bool(lines)
+        return lines
 
     def _growing(self, state: str) -> RenderableType:
         lines: list[_Line] = []
@@ -224,13 +247,18 @@ class _Drawing:
         if len(rest) > _LONG:
             lines = self._lines(Text(rest[-height * self._console.width :]))
         elif rest.strip():
-            lines = self._gap() + self._lines(_rendered(rest))
+            lines = self._text(rest)
         elif self._thoughts.strip():
             lines = self._lines(_thought(self._thoughts))
         return Group(_joined(lines[-height:]), Text(state, style="dim", no_wrap=True, overflow="ellipsis"))
 
-    def _gap(self) -> list[_Line]:
-        return [[]] if self._last else []
+    def _text(self, text: str) -> list[_Line]:
+        lines: list[_Line] = []
+        for block in _blocks(text):
+            if lines or self._last:
+                lines.append([])
+            lines += self._lines(block)
+        return lines
 
     def _lines(self, shown: RenderableType) -> list[_Line]:
         """Render it, without the empty lines around it."""
