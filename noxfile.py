@@ -17,9 +17,10 @@ nox.options.sessions = ["lint", "types", "dropin", "tests", "tests-min-deps"]
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = nox.project.python_versions(PYPROJECT)
 OLDEST = PYTHONS[0]
-# What runs beside the whole on the oldest Python: without the real server, and without the fourth of the four
-# combinations of event loop and transport.
-CUT = ["-m", "not real", "-k", "not (uvloop and tls)"]
+EXTRAS = ",".join(PYPROJECT["project"]["optional-dependencies"])
+# What runs beside the whole on the oldest Python: without the real server and the browser, and without the fourth of
+# the four combinations of event loop and transport.
+CUT = ["-m", "not real and not browser", "-k", "not (uvloop and tls)"]
 # The release of ollama-python that we can stand in for.
 OLLAMA_PYTHON = "0.6.3"
 COVERAGE = Path(".nox", "coverage-data").absolute()
@@ -51,7 +52,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Types, by two checkers."""
-    session.install(".[cli,testing]", *group("types"))
+    session.install(f".[{EXTRAS}]", *group("types"))
     session.run("mypy")
     session.run("pyright")
 
@@ -59,7 +60,7 @@ def types(session: nox.Session) -> None:
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
     """The tests, against the built and installed wheel: all of them on the oldest Python, a cut on the others."""
-    session.install(".[cli,testing]", *group("tests"))
+    session.install(f".[{EXTRAS}]", *group("tests"))
     if session.python == OLDEST:
         run_tests(session, *session.posargs, measured=True)
         if not session.posargs:
@@ -71,7 +72,7 @@ def tests(session: nox.Session) -> None:
 @nox.session(name="tests-min-deps", python=OLDEST)
 def tests_min_deps(session: nox.Session) -> None:
     """The tests with the oldest versions of our dependencies that pyproject.toml allows."""
-    session.install(".[cli,testing]", *group("tests"), *map(oldest_version, requirements()))
+    session.install(f".[{EXTRAS}]", *group("tests"), *map(oldest_version, requirements()))
     run_tests(session, *(session.posargs or CUT))
 
 
@@ -92,6 +93,13 @@ def dropin(session: nox.Session) -> None:
         for name in ("test_client.py", "test_systemone.py", "test_type_serialization.py", "test_utils.py")
     ]
     session.run("python", "-m", "pytest", *options, *files, env={"PYTHONPATH": aliases})
+
+
+@nox.session(python=OLDEST)
+def bench(session: nox.Session) -> None:
+    """All benchmarks against all clients, half an hour; `-- --quick` is a smaller one of under 3 minutes."""
+    session.install(".", *group("bench"))
+    session.run("python", "benchmarks/run.py", *session.posargs)
 
 
 @nox.session
@@ -118,10 +126,8 @@ def run_tests(session: nox.Session, *arguments: str, measured: bool = False) -> 
 
 def requirements() -> list[str]:
     project = PYPROJECT["project"]
-    return [
-        *project["dependencies"],
-        *(need for extra in ("cli", "testing") for need in project["optional-dependencies"][extra]),
-    ]
+    extras = project["optional-dependencies"].values()
+    return sorted({*project["dependencies"], *(need for extra in extras for need in extra)})
 
 
 def oldest_version(requirement: str) -> str:

@@ -32,6 +32,9 @@ class Peer(Protocol):
     def leave(self, task: asyncio.Task[int]) -> Any:
         """Stop the stream that a task reads, the way this client is meant to be stopped."""
 
+    def leave_all(self, tasks: list[asyncio.Task[int]]) -> None:
+        """Stop all streams."""
+
     async def close(self) -> None:
         """Close the client."""
 
@@ -64,6 +67,9 @@ class Ours:
 
     def leave(self, task: asyncio.Task[int]) -> Any:
         self._token.abort()
+
+    def leave_all(self, tasks: list[asyncio.Task[int]]) -> None:
+        self._client.abort()
 
     async def close(self) -> None:
         await self._client.aclose()

@@ -8,6 +8,8 @@ handler.
 from __future__ import annotations
 
 import asyncio
+import weakref
+from collections import deque
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ._cancel import Once, in_loop
@@ -257,7 +259,7 @@ class Channel:
         link = self._link
         if link is not None:
             link.sever(self)
-        in_loop(self.loop, self._give_back)
+        in_loop(self.loop, _in_turn, self)
         return True
 
     def teardown(self, end: End) -> None:
@@ -266,16 +268,56 @@ class Channel:
         link = self._link
         if link is not None:
             link.sever(self)
-        self._give_back()
+        self.give_back()
 
     def _decide(self, end: End) -> bool:
         return self._end.decide(end)
 
-    def _give_back(self) -> None:
+    def give_back(self) -> None:
+        """Let go of the link and wake the reader; in the event loop's thread, when the end is decided."""
         link, self._link = self._link, None
         if link is not None:
             link.dispose(self)
         self.wake()
+
+
+class _Turns:
+    """Who is to be given back in a loop, some in each of its rounds.
+
+    One abort may end thousands of channels. Their sockets are shut down when it returns, that is its promise; but to
+    close them all and to wake all their readers in one round would keep the loop from everything else meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._left = _A_ROUND
+        self._waiting: deque[Channel] = deque()
+
+    def take(self, channel: Channel) -> None:
+        if self._left == _A_ROUND:
+            channel.loop.call_soon(self._next_round)
+        if self._left:
+            self._left -= 1
+            channel.give_back()
+        else:
+            self._waiting.append(channel)
+
+    def _next_round(self) -> None:
+        self._left = _A_ROUND
+        for _ in range(min(_A_ROUND, len(self._waiting))):
+            self.take(self._waiting.popleft())
+
+
+# How many channels are given back in one round of a loop: a few milliseconds' worth.
+_A_ROUND = 64
+
+_turns: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Turns] = weakref.WeakKeyDictionary()
+
+
+def _in_turn(channel: Channel) -> None:
+    turns = _turns.get(channel.loop)
+    if turns is None:
+        turns = _turns[channel.loop] = _Turns()
+    turns.take(channel)
 
 
 async def settled(task: asyncio.Task[Any]) -> None:

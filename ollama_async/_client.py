@@ -26,7 +26,6 @@ from ._input import (
 from ._manage import ModelManagement
 from ._merge import ChatMerge, GenerateMerge
 from ._session import CallOptions
-from ._systemone import SystemOneRequest, SystemOneResponse
 from ._tools import encode_tools
 from ._types import ChatResponse, EmbeddingsResponse, EmbedResponse, GenerateResponse, Message
 
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 
     from ._options import Options
     from ._stream import Stream
-    from ._systemone import SystemOneContent, SystemOneQuestion
+    from ._systemone import SystemOneContent, SystemOneQuestion, SystemOneResponse
 
     Messages: TypeAlias = str | Sequence[Mapping[str, Any] | Message] | None
     OptionsLike: TypeAlias = Mapping[str, Any] | Options | None
@@ -448,6 +447,9 @@ class AsyncClient(ModelManagement):
 
         Server: ``POST /v1/systemone`` (from 0.35 on)
         """
+        # Not at the top: see the package's __getattr__.
+        from ._systemone import SystemOneRequest, SystemOneResponse
+
         given = {"model": model_name(model), "state": state, "questions": questions}
         try:
             request = SystemOneRequest.model_validate({**given, "keep_alive": encode_keep_alive(keep_alive)})

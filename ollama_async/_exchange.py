@@ -18,7 +18,7 @@ from ._cancel import drained, in_loop
 from ._channel import Channel, End, Ended, Kind, settled
 from ._errors import AbortError, PhaseTimeout, ProtocolError, StreamClosed
 from ._failures import json_object, status_error, stream_error, translate
-from ._transport import CHANNEL
+from ._transport import ANSWERED, CHANNEL
 from ._types import Origin
 
 if TYPE_CHECKING:
@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from ._cancel import CancelToken, Registration
+    from ._request import Request
     from ._retry import Attempts
     from ._timeouts import Timeouts
+    from ._transport import DirectTransport
 
 __all__ = ["MAX_BODY_BYTES", "Exchange"]
 
@@ -48,7 +50,7 @@ class Exchange(Channel):
     Args:
         client: The httpx client to send with.
         request: The request.
-        owned: Whether to send in the caller's task, over a ``DirectTransport``.
+        transport: The ``DirectTransport`` under the client, if the request can be sent in the caller's task; else None.
         streaming: Whether the answer is settled when the reader has got to its end, not when it has arrived.
         timeouts: How long each phase may last.
         attempts: How often the request may be sent again.
@@ -57,9 +59,9 @@ class Exchange(Channel):
     def __init__(
         self,
         client: httpx.AsyncClient,
-        request: httpx.Request,
+        request: Request,
         *,
-        owned: bool,
+        transport: DirectTransport | None,
         streaming: bool,
         timeouts: Timeouts,
         attempts: Attempts,
@@ -72,7 +74,7 @@ class Exchange(Channel):
         self.ended_at = 0.0
         self._client = client
         self._request = request
-        self._owned = owned
+        self._transport = transport
         self._timeouts = timeouts
         self._attempts = attempts
         # Not before this time of the loop's clock is it sent.
@@ -101,21 +103,19 @@ class Exchange(Channel):
         self.check()
         self._arm()
         await self._wait_until_due()
-        request = self._request
-        connect = self._timeouts.connect
-        limits = {"connect": connect, "pool": connect, "read": None, "write": None}
-        request.extensions = {**request.extensions, "timeout": limits}
         try:
-            if self._owned:
-                request.extensions[CHANNEL] = self
-                response = await self._client.send(request, stream=True)
-                # The response and its stream hold each other; nothing of it is needed but what the channel has.
-                response.stream = httpx.ByteStream(b"")
-            else:
-                errand = _Errand(self, self._client, request)
+            if self._transport is None:
+                errand = _Errand(self, self._client, self._httpx_request())
                 self.attach(errand)
                 self._task = errand.start()
                 await self.wait_for_head()
+            elif self._request.outgoing is None:
+                await self._send_by_httpx()
+            else:
+                await self._transport.send(self, self._request.outgoing, self._timeouts.connect)
+                await self.wait_for_head()
+                if self._concerns_httpx():
+                    await self._send_by_httpx(answered=True)
             self.check()
         except BaseException as exc:
             self.teardown(End("error" if isinstance(exc, Exception) else "cancelled", exc))
@@ -125,7 +125,25 @@ class Exchange(Channel):
             raise
         finally:
             # It holds this exchange, which holds it.
-            request.extensions = {}
+            self._request.forget()
+
+    def _httpx_request(self) -> httpx.Request:
+        request = self._request.http
+        connect = self._timeouts.connect
+        limits = {"connect": connect, "pool": connect, "read": None, "write": None}
+        request.extensions = {**request.extensions, "timeout": limits}
+        return request
+
+    def _concerns_httpx(self) -> bool:
+        """Whether the answer is one that httpx acts upon: it follows redirects and keeps cookies."""
+        return any(name.lower() in (b"location", b"set-cookie") for name, _ in self.headers)
+
+    async def _send_by_httpx(self, *, answered: bool = False) -> None:
+        request = self._httpx_request()
+        request.extensions.update({CHANNEL: self, ANSWERED: answered})
+        response = await self._client.send(request, stream=True)
+        # The response and its stream hold each other; nothing of it is needed but what the channel has.
+        response.stream = httpx.ByteStream(b"")
 
     async def _wait_until_due(self) -> None:
         while self.loop.time() < self._due_at:
@@ -156,7 +174,7 @@ class Exchange(Channel):
         successor = Exchange(
             self._client,
             self._request,
-            owned=self._owned,
+            transport=self._transport,
             streaming=self._streaming,
             timeouts=self._timeouts,
             attempts=self._attempts,
@@ -229,7 +247,7 @@ class Exchange(Channel):
 
     def origin(self, form: type[BaseModel] | None = None) -> Origin:
         """Return what an answer made of this shall know of where it comes from."""
-        return Origin(self.status, httpx.Headers(list(self.headers)), form)
+        return Origin(self.status, self.headers, form)
 
     def settle(self) -> bool:
         """The reader has all it wanted: from now on nothing can end this any more.
@@ -307,7 +325,7 @@ class Exchange(Channel):
         super().take_head(status, reason, headers, version)
         # Decided here, because an answer that comes all at once is at its end before its reader has seen the head.
         error = _encoding_error(headers)
-        if error is not None and self._owned and not 300 <= status < 400:
+        if error is not None and self._transport is not None and not 300 <= status < 400:
             self._decide(End("error", error))
 
     def detach(self) -> None:
@@ -324,9 +342,10 @@ class Exchange(Channel):
             self._unwatch()
         return decided
 
-    def _give_back(self) -> None:
+    def give_back(self) -> None:
+        """Let go of everything and wake the reader."""
         self._release()
-        super()._give_back()
+        super().give_back()
 
     def _unwatch(self) -> None:
         for registration in drained(self._registrations):

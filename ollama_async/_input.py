@@ -241,7 +241,7 @@ class Image(BaseModel):
     A text is a path if there is such a file, else base64. Dumping it reads the file.
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True)
+    model_config = ConfigDict(arbitrary_types_allowed=True, defer_build=True)
 
     value: Any
     """What was given."""

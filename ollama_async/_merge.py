@@ -11,7 +11,7 @@ from ._progress import Meter, ProgressResponse
 from ._types import ChatResponse, GenerateResponse, Model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 __all__ = ["ChatMerge", "Chunk", "GenerateMerge", "Merge", "ProgressMerge"]
 
@@ -62,6 +62,21 @@ class _Lists:
         self.tool_calls: list[Any] = []
         self.logprobs: list[Any] = []
 
+    def take(self, chunk: Mapping[str, Any], part: Mapping[str, Any], text: str) -> None:
+        """Take what is new of a chunk.
+
+        Dicts of fields, not models: this runs for every token, and a field of a pydantic model is looked for in vain in
+        its class before.
+        """
+        if part[text]:
+            self.content.append(part[text])
+        if part["thinking"]:
+            self.thinking.append(part["thinking"])
+        if part["tool_calls"]:
+            self.tool_calls += part["tool_calls"]
+        if chunk["logprobs"]:
+            self.logprobs += chunk["logprobs"]
+
     def update(self) -> dict[str, Any]:
         """Return what the joined fields have, but for the text."""
         fields: dict[str, Any] = {}
@@ -99,15 +114,8 @@ class ChatMerge(_Lists):
     def add(self, chunk: ChatResponse) -> None:
         """Add the next chunk."""
         self._last = chunk
-        message = chunk.message
-        if message.content:
-            self.content.append(message.content)
-        if message.thinking:
-            self.thinking.append(message.thinking)
-        if message.tool_calls:
-            self.tool_calls += message.tool_calls
-        if chunk.logprobs:
-            self.logprobs += chunk.logprobs
+        fields = chunk.__dict__
+        self.take(fields, fields["message"].__dict__, "content")
 
     def text(self) -> str:
         """Return the content so far."""
@@ -139,14 +147,8 @@ class GenerateMerge(_Lists):
     def add(self, chunk: GenerateResponse) -> None:
         """Add the next chunk."""
         self._last = chunk
-        if chunk.response:
-            self.content.append(chunk.response)
-        if chunk.thinking:
-            self.thinking.append(chunk.thinking)
-        if chunk.tool_calls:
-            self.tool_calls += chunk.tool_calls
-        if chunk.logprobs:
-            self.logprobs += chunk.logprobs
+        fields = chunk.__dict__
+        self.take(fields, fields, "response")
 
     def text(self) -> str:
         """Return the response so far."""

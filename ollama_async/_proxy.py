@@ -26,7 +26,7 @@ class ProxyTransport(httpx.AsyncBaseTransport):
     """
 
     def __init__(self, proxy: str | httpx.Proxy, **options: Any) -> None:
-        self._options = {**options, "proxy": proxy, "limits": _LIMITS}
+        self._options: dict[str, Any] = {**options, "proxy": proxy, "limits": _LIMITS}
         try:
             # The first pool, and so an error in the options, is made before anything is sent.
             self._spare: httpx.AsyncHTTPTransport | None = self._make()

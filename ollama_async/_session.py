@@ -20,6 +20,7 @@ from ._http import Origin, header_flaw
 from ._input import encode_json
 from ._ndjson import MAX_LINE_BYTES
 from ._proxy import ProxyTransport
+from ._request import RequestWriter
 from ._retry import Attempts
 from ._stream import Stream
 from ._timeouts import DEFAULT_TIMEOUTS, Timeouts
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from ._channel import End
     from ._merge import ChunkT, Merge
+    from ._request import Request
     from ._types import Model
 
 __all__ = ["CallOptions", "Session", "check_call"]
@@ -114,7 +116,7 @@ class Session:
         self._max_line_bytes = max_line_bytes
         self._owns_http = http_client is None
         self._client: Any = http_client
-        self._direct = False
+        self._direct: DirectTransport | None = None
         self._closed = False
         self._headers = self._default_headers(headers, trust_env=trust_env)
         if http_client is None:
@@ -125,12 +127,14 @@ class Session:
             elif transport is None:
                 transport = DirectTransport(verify=verify, cert=cert, trust_env=trust_env, uds=uds)
                 # Where somebody's code runs within the request, the request needs a task of its own.
-                self._direct = not any(map(options.get, ("auth", "event_hooks", "mounts")))
+                if not any(map(options.get, ("auth", "event_hooks", "mounts"))):
+                    self._direct = transport
             self._client = _HttpClient(
                 transport=transport, follow_redirects=follow_redirects, timeout=None, trust_env=False, **options
             )
         elif transport is not None or proxy is not None or uds is not None or options:
             raise RequestError("with http_client= the options of the connection are that client's; give no others")
+        self._writer = RequestWriter(self._client, self._headers, direct=self._direct is not None)
         # The calls that are under way are under the token in here; abort() takes it out, so that later calls are not
         # aborted. Two calls that begin at once in two threads may put two in.
         self._calls: list[CancelToken] = []
@@ -201,15 +205,14 @@ class Session:
             headers["Authorization"] = f"Bearer {key}"
         return _headers(headers, given) if given else headers
 
-    def _build(self, method: str, path: str, content: Any, headers: Mapping[str, str] | None = None) -> httpx.Request:
-        merged = _headers(self._headers, headers) if headers else self._headers
+    def _build(self, method: str, path: str, content: Any, headers: Mapping[str, str] | None = None) -> Request:
+        merged = _headers(self._headers, headers) if headers else None
         url = path if path.startswith("https://") else self._host.url + path
-        request: httpx.Request = self._client.build_request(method, url, content=content, headers=merged)
-        return request
+        return self._writer.write(method, url, content, merged)
 
     def _start(
         self,
-        request: httpx.Request,
+        request: Request,
         call: CallOptions,
         token: CancelToken | None,
         *,
@@ -223,7 +226,7 @@ class Session:
         retries = call.get("retries")
         attempts = Attempts(self._retries if retries is None else retries, resume=resume)
         exchange = Exchange(
-            self._client, request, owned=self._direct, streaming=streaming, timeouts=timeouts, attempts=attempts
+            self._client, request, transport=self._direct, streaming=streaming, timeouts=timeouts, attempts=attempts
         )
         if early is not None:
             # It came before what the tokens have to say.
@@ -288,7 +291,7 @@ class Session:
         reply.set_origin(exchange.origin())
         return reply
 
-    async def _send(self, request: httpx.Request, call: CallOptions) -> tuple[bytes, Exchange]:
+    async def _send(self, request: Request, call: CallOptions) -> tuple[bytes, Exchange]:
         check_call(call)
         exchange = self._start(request, call, call.get("token"), streaming=False)
         while True:

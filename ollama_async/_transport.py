@@ -21,10 +21,14 @@ from ._upload import Outgoing, Upload
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
 
-__all__ = ["CHANNEL", "DirectTransport"]
+__all__ = ["ANSWERED", "CHANNEL", "DirectTransport"]
 
 # Under this name in ``request.extensions`` the library hands its channel through an httpx client to the transport.
 CHANNEL = "ollama_async.channel"
+
+# Under this name it says that the answer is there already, and httpx is to see to what concerns it alone: redirects
+# and cookies.
+ANSWERED = "ollama_async.answered"
 
 # Shorter than the idle limits of common servers (uvicorn 5 s, nginx 75 s): of two ends that close an idle connection
 # at the same moment the client's next request is the one that suffers.
@@ -205,17 +209,10 @@ class DirectTransport(httpx.AsyncBaseTransport):
         """
         channel = request.extensions.get(CHANNEL) or Channel(asyncio.get_running_loop())
         timeouts: dict[str, float | None] = request.extensions.get("timeout") or {}
-        if channel.status:
-            channel.restart()
         try:
-            outgoing = Outgoing(request)
-            connection = await self._connection(channel, Origin.of(request.url), timeouts.get("connect"))
-            await self._send(channel, connection, outgoing)
-            timer = _limit(channel, timeouts.get("read"))
-            try:
-                await channel.wait_for_head()
-            finally:
-                _stop(timer)
+            # Taken out: httpx hands the extensions on to the request that follows a redirect.
+            if not request.extensions.pop(ANSWERED, False):
+                await self._exchange(channel, request, timeouts)
         except Ended as ended:
             raise _as_httpx(ended.end) from ended
         except BaseException as exc:
@@ -227,6 +224,16 @@ class DirectTransport(httpx.AsyncBaseTransport):
             stream=_Body(channel, timeouts.get("read")),
             extensions={"http_version": channel.http_version, "reason_phrase": channel.reason_phrase},
         )
+
+    async def _exchange(self, channel: Channel, request: httpx.Request, timeouts: dict[str, float | None]) -> None:
+        if channel.status:
+            channel.restart()
+        await self.send(channel, Outgoing.of(request), timeouts.get("connect"))
+        timer = _limit(channel, timeouts.get("read"))
+        try:
+            await channel.wait_for_head()
+        finally:
+            _stop(timer)
 
     async def aclose(self) -> None:
         """Close all connections, of every event loop, at once.
@@ -322,7 +329,21 @@ class DirectTransport(httpx.AsyncBaseTransport):
 
     # -- sending --
 
-    async def _send(self, channel: Channel, connection: Connection, outgoing: Outgoing) -> None:
+    async def send(self, channel: Channel, outgoing: Outgoing, connect_timeout: float | None) -> None:
+        """Send a request over a connection, on which the channel then hangs.
+
+        Args:
+            channel: Where the answer goes.
+            outgoing: The request.
+            connect_timeout: Seconds until a new connection must stand.
+
+        Raises:
+            Ended: The channel was ended meanwhile.
+            httpx.TransportError: No connection, or a body that cannot go.
+
+        Cancellation: the connection is closed at once; so is it when the channel is torn down after an error.
+        """
+        connection = await self._connection(channel, outgoing.origin, connect_timeout)
         channel.touched = channel.sent = channel.loop.time()
         blocks = outgoing.blocks
         connection.begin(channel, outgoing.method, outgoing.data, more=blocks is not None)

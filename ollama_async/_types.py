@@ -51,11 +51,13 @@ __all__ = [
 class Origin:
     """Where an answer comes from: what is known of it besides its body."""
 
-    __slots__ = ("form", "headers", "status_code")
+    __slots__ = ("form", "raw_headers", "status_code")
 
-    def __init__(self, status_code: int, headers: httpx.Headers, form: type[BaseModel] | None = None) -> None:
+    def __init__(
+        self, status_code: int, raw_headers: Sequence[tuple[bytes, bytes]], form: type[BaseModel] | None = None
+    ) -> None:
         self.status_code = status_code
-        self.headers = headers
+        self.raw_headers = raw_headers
         self.form = form
 
 
@@ -66,7 +68,7 @@ class Model(BaseModel):
     __slots__ = ("_origin",)
 
     model_config: ClassVar[ConfigDict] = ConfigDict(
-        extra="allow", protected_namespaces=(), validate_by_name=True, validate_by_alias=True
+        extra="allow", protected_namespaces=(), validate_by_name=True, validate_by_alias=True, defer_build=True
     )
 
     @property
@@ -79,7 +81,7 @@ class Model(BaseModel):
     def headers(self) -> httpx.Headers:
         """The headers of the answer; empty for a part of one."""
         origin = self._answer_origin()
-        return httpx.Headers() if origin is None else origin.headers
+        return httpx.Headers() if origin is None else httpx.Headers(list(origin.raw_headers))
 
     def set_origin(self, origin: Origin) -> None:
         """Note where the answer comes from."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import httpx
 
 from ._channel import Channel, End, settled
-from ._http import Connection, encode_head
+from ._http import Connection, Origin, encode_head
 
 if TYPE_CHECKING:
     import asyncio
@@ -21,26 +21,38 @@ class Outgoing:
     """A request as it goes over the wire; what cannot go is refused here, before there is a connection.
 
     Attributes:
+        method: The request's.
+        origin: Where it goes.
         data: The head, and the body if it is bytes.
         blocks: The body otherwise.
         length: Bytes that ``blocks`` must have in all, ``None`` if they are sent in chunks.
     """
 
-    def __init__(self, request: httpx.Request) -> None:
-        self.method = request.method
-        self.data = encode_head(request)
-        self.length = _body_length(request)
+    __slots__ = ("blocks", "data", "length", "method", "origin")
+
+    def __init__(self, method: str, origin: Origin, data: bytes) -> None:
+        self.method = method
+        self.origin = origin
+        self.data = data
         self.blocks: AsyncIterable[bytes] | None = None
+        self.length: int | None = None
+
+    @classmethod
+    def of(cls, request: httpx.Request) -> Outgoing:
+        """Make it of a request of httpx; raises ``httpx.LocalProtocolError`` or ``httpx.UnsupportedProtocol``."""
+        made = cls(request.method, Origin.of(request.url), encode_head(request))
+        made.length = _body_length(request)
         stream = request.stream
         if isinstance(stream, httpx.ByteStream):
             body = b"".join(stream)
-            if self.length is None:
+            if made.length is None:
                 raise httpx.LocalProtocolError("the request has a Transfer-Encoding, but its body is bytes")
-            if self.length != len(body):
+            if made.length != len(body):
                 raise httpx.LocalProtocolError(_WRONG_LENGTH)
-            self.data += body
+            made.data += body
         else:
-            self.blocks = stream if isinstance(stream, httpx.AsyncByteStream) else _as_async(stream)
+            made.blocks = stream if isinstance(stream, httpx.AsyncByteStream) else _as_async(stream)
+        return made
 
 
 def _body_length(request: httpx.Request) -> int | None:

@@ -1083,7 +1083,7 @@ async def test_a_thread_that_aborts_may_meet_the_reader_anywhere(
         exchange = _exchange.Exchange(
             None,
             None,
-            owned=True,
+            transport=None,
             streaming=True,
             timeouts=Timeouts(),
             attempts=Attempts(0),

@@ -286,7 +286,7 @@ def test_generate_is_stopped_by_ctrl_c_and_keeps_what_came(fake_ollama: FakeOlla
         shown.until("stopped by you after ")
         shown.until("what came is above")
         assert shown.wait() == 130
-        assert re.search(r"after \d+ chunks in \d+\.\d s; what came", shown.output)
+        assert re.search(r"after \d+ tokens in \d+\.\d s; what came", shown.output)
         assert "Traceback" not in shown.output
     assert fake_ollama.requests[0].connection.bytes_after_left == 0
 
@@ -386,10 +386,11 @@ def test_a_broken_pipe_ends_it_quietly(fake_ollama: FakeOllama) -> None:
     assert fake_ollama.requests[0].connection.wait_left()
 
 
-def test_a_full_disk_is_an_error_in_one_line(fake_ollama: FakeOllama) -> None:
+@pytest.mark.parametrize("arguments", [["generate", "fake", "Why?"], ["--help"]])
+def test_a_full_disk_is_an_error_in_one_line(fake_ollama: FakeOllama, arguments: list[str]) -> None:
     with open("/dev/full", "w") as full:
         result = subprocess.run(
-            [sys.executable, "-m", "ollama_async", "--host", fake_ollama.url, "generate", "fake", "Why?"],
+            [sys.executable, "-m", "ollama_async", "--host", fake_ollama.url, *arguments],
             env=environment(),
             stdout=full,
             stderr=subprocess.PIPE,
@@ -449,7 +450,7 @@ def test_chat_goes_on_after_ctrl_c_with_what_came(fake_ollama: FakeOllama) -> No
 
 
 def test_chat_is_left_by_ctrl_c_twice_at_the_prompt(fake_ollama: FakeOllama) -> None:
-    with terminal("--host", fake_ollama.url, "chat", "fake", TERM="xterm-256color") as shown:
+    with terminal("--host", fake_ollama.url, "chat", "fake") as shown:
         shown.until_prompt()
         shown.type(CTRL_C)
         shown.until("press Ctrl-C once more to leave")
@@ -581,7 +582,7 @@ def test_help_needs_no_usable_host() -> None:
     assert run("generate", "--help", OLLAMA_HOST="ftp://x").exit_code == 0
 
 
-@pytest.mark.parametrize("missing", ["typer", "rich"])
+@pytest.mark.parametrize("missing", ["typer", "rich", "markdown_it"])
 def test_without_the_extra_it_says_how_to_install_it(missing: str) -> None:
     code = f"import sys; sys.modules[{missing!r}] = None; from ollama_async.__main__ import main; main()"
     result = subprocess.run(

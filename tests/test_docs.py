@@ -56,6 +56,8 @@ EXAMPLES = {
     "timeout": (["endless"], "[time is up; kept "),
     "race": (["race"], " won: Because."),
 }
+# Those that do not simply run to their end.
+IN_TEST_EXAMPLES = {"fastapi_stop.py", "notebook.ipynb", "supervisor.py"}
 
 FENCE = re.compile(r"^(?:<!-- ([^\n]*) -->\n)?```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -110,13 +112,21 @@ def test_block(needs: str | None, language: str, code: str, tmp_path: Path) -> N
         assert text in output
 
 
-@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
-def test_example(example: Path, tmp_path: Path) -> None:
-    needs, expected = EXAMPLES[example.stem]
+def test_each_example_is_run_by_a_test() -> None:
+    assert {path.name for path in (ROOT / "examples").glob("*.*")} == {
+        f"{name}.py" for name in EXAMPLES
+    } | IN_TEST_EXAMPLES
+    tests = (ROOT / "tests" / "test_examples.py").read_text("utf-8")
+    assert all(Path(name).stem in tests for name in IN_TEST_EXAMPLES)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(name: str, tmp_path: Path) -> None:
+    needs, expected = EXAMPLES[name]
     with FakeOllama(models=["llama3.2", "qwen3"], interval=0.01) as server:
         for which in needs:
             SERVERS[which](server)
-        assert expected in run(str(example), cwd=tmp_path, host=server.url)
+        assert expected in run(str(ROOT / "examples" / f"{name}.py"), cwd=tmp_path, host=server.url)
         for request in server.requests:
             assert request.connection.wait_left()
 

@@ -21,7 +21,7 @@ LAYERS = [
     ["_tools"],
     ["_http"],
     ["_dial", "_upload", "_failures"],
-    ["_transport"],
+    ["_transport", "_request"],
     ["_exchange"],
     ["_stream"],
     ["_session"],

@@ -1,4 +1,4 @@
-"""The command line: ``demo``, ``generate``, ``chat``, and the commands that manage models."""
+"""The command line: ``demo``, ``generate``, ``chat``, ``web``, and the commands that manage models."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-from ollama_async._cancel import CancelToken
-from ollama_async._client import AsyncClient
-from ollama_async._errors import OllamaError
 from ollama_async._timeouts import Timeouts
 
+from ._chat import run_chat
 from ._demo import run_demo
 from ._models import add_commands
-from ._terminal import ERROR, INTERRUPTED, AnyStream, Session, parse_pairs, product_version
+from ._prompt import converse, read_line, use_readline
+from ._screen import Answer, JsonScreen
+from ._terminal import ERROR, INTERRUPTED, Session, give_up_stdout, parse_pairs, product_version
 
 __all__ = ["app", "run"]
 
@@ -37,10 +37,25 @@ def run() -> None:
         # What the terminal cannot show becomes a question mark, never a UnicodeEncodeError.
         stream.reconfigure(errors="replace" if mode == "w" else "strict")
         setattr(sys, name, stream)
-    app(prog_name="ollama-async")
+    try:
+        app(prog_name="ollama-async")
+    except OSError as exc:  # outside of a command: its help, or the version, could not be written
+        give_up_stdout()
+        sys.stderr.write(f"Error: cannot read or write: {exc}\n")
+        sys.exit(ERROR)
 
 
 # -- options --
+
+
+def _set_no_color(wanted: bool) -> None:
+    if wanted:  # rich looks at it, also where typer writes
+        os.environ["NO_COLOR"] = "1"
+
+
+_NoColor = Annotated[
+    bool, typer.Option("--no-color", help="No colours, as with NO_COLOR.", callback=_set_no_color, is_eager=True)
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -56,11 +71,9 @@ def _global_options(
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
-    no_color: Annotated[bool, typer.Option("--no-color", help="No colours, as with NO_COLOR.")] = False,
+    no_color: _NoColor = False,
 ) -> None:
     context.obj = host
-    if no_color:  # rich looks at it, also where typer writes
-        os.environ["NO_COLOR"] = "1"
 
 
 _Model = Annotated[str, typer.Argument(metavar="MODEL", help="Name of the model.")]
@@ -71,6 +84,7 @@ _Option = Annotated[
     list[str] | None,
     typer.Option("--option", metavar="KEY=VALUE", help="Option of the model: JSON, else text. Repeatable."),
 ]
+_Json = Annotated[bool, typer.Option("--json", help="A line of JSON for each chunk, and one for how it ended.")]
 
 # -- generate and chat --
 
@@ -84,35 +98,55 @@ def generate(
     timeout_idle: _Idle = 300.0,
     timeout_total: _Total = None,
     option: _Option = None,
+    as_json: _Json = False,
+    no_color: _NoColor = False,
 ) -> None:
     """Have a model complete a prompt, streaming the answer to stdout.
 
-    Without PROMPT it is read from stdin; on a terminal, one prompt after the other.
+    What comes through a pipe is put before PROMPT. Without PROMPT it is all
+    of the prompt; on a terminal, one prompt after the other is asked for.
 
-    Ctrl-C stops the answer and keeps what came. The exit status is 130 then, to tell it from a whole answer.
-
-    On a terminal without PROMPT it goes on to the next prompt then, and a second Ctrl-C within a second leaves.
+    Ctrl-C stops the answer and keeps what came. The exit status is 130 then.
+    Where prompts are asked for it goes on to the next one, and a second
+    Ctrl-C within a second leaves.
     """
-    session, options = Session(context, model), parse_pairs(option, "--option")
+    session, options = (
+        Session(context, model, screen=JsonScreen() if as_json else None),
+        parse_pairs(option, "--option"),
+    )
     limits = Timeouts(idle=timeout_idle, total=timeout_total)
 
-    def answer(text: str) -> AnyStream:
+    def answer(text: str) -> Answer:
         return session.answer(
             lambda client, token: client.generate(
                 model, text, system=system, options=options, stream=True, token=token, timeout=limits
             )
         )
 
+    def take(text: str) -> bool:
+        return text not in ("/bye", "/quit", "/exit") and bool(answer(text.strip()))
+
     with session.running():
         if prompt is None and sys.stdin.isatty():
-            session.converse(answer)
+            use_readline()
+            session.screen.note(f"{model} at {session.url}: Ctrl-C stops an answer, /quit or Ctrl-D leaves", "dim")
+            converse(session, read_line, take, "/quit")
             return
-        text = sys.stdin.read() if prompt in (None, "-") else prompt
-        if not text:
+        text = _whole_prompt(prompt)
+        if not text.strip():
             raise typer.BadParameter("it is empty", param_hint="PROMPT")
         outcome = answer(text).outcome
         if outcome != "done":
             raise typer.Exit(INTERRUPTED if outcome == "aborted" else ERROR)
+
+
+def _whole_prompt(prompt: str | None) -> str:
+    if prompt in (None, "-"):
+        return sys.stdin.read()
+    if not prompt.strip() or sys.stdin.isatty():
+        return prompt
+    piped = sys.stdin.read().rstrip("\n")
+    return f"{piped}\n\n{prompt}" if piped else prompt
 
 
 @app.command()
@@ -123,42 +157,19 @@ def chat(
     timeout_idle: _Idle = 300.0,
     timeout_total: _Total = None,
     option: _Option = None,
+    as_json: _Json = False,
+    no_color: _NoColor = False,
 ) -> None:
-    """Chat with a model, one line a turn; /bye or the end of the input leaves.
+    """Chat with a model; /help shows what else can be done.
 
-    Ctrl-C stops the answer, keeps what came in the conversation, and goes on; a second Ctrl-C within a second leaves.
+    Esc or Ctrl-C stops the answer and keeps what came in the conversation; a
+    second Ctrl-C within a second leaves. What comes through a pipe is a prompt
+    a line.
     """
-    session, options = (
-        Session(context, model, "is above and stays in the conversation"),
-        parse_pairs(option, "--option"),
-    )
     limits = Timeouts(idle=timeout_idle, total=timeout_total)
-    messages = [{"role": "system", "content": system}] if system else []
-
-    def turn(text: str) -> None:
-        asked, said = [*messages, {"role": "user", "content": text}], ""
-        try:
-            said = session.answer(
-                lambda client, token: client.chat(
-                    model, asked, options=options, stream=True, token=token, timeout=limits
-                )
-            ).text
-        except OllamaError as exc:
-            said = (exc.partial and exc.partial.message.content) or ""
-            raise
-        finally:
-            if said:  # a question that got no answer at all is not kept, it may be asked again
-                messages[:] = [*asked, {"role": "assistant", "content": said}]
-
-    async def check() -> None:
-        token = CancelToken()
-        with session.ctrl_c.aborts(token):
-            async with AsyncClient(session.host) as client:
-                await client.show(model, token=token, timeout=10)
-
-    with session.running():
-        asyncio.run(check())
-        session.converse(turn)
+    status = run_chat(context, model, system, parse_pairs(option, "--option"), limits, as_json=as_json)
+    if status:
+        raise typer.Exit(status)
 
 
 # -- demo --
@@ -178,6 +189,41 @@ def demo(
     with session.running():
         if not asyncio.run(run_demo(session, model)):
             raise typer.Exit(ERROR)
+
+
+# -- web --
+
+
+@app.command()
+def web(
+    context: typer.Context,
+    address: Annotated[
+        str, typer.Option("--host", help="Address to listen on; the Ollama server's --host stands before 'web'.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None,
+        typer.Option(help="Port to listen on: 0 for a free one; 11480 unless told.", min=0, max=65535),
+    ] = None,
+    browser: Annotated[bool, typer.Option(help="Show the page in a browser.")] = True,
+    timeout_idle: _Idle = 300.0,
+    timeout_total: _Total = None,
+) -> None:
+    """Serve a chat page for this machine: models, streaming answers, and Stop.
+
+    It uses your Ollama server when one answers and has a model, else an embedded one, and says so. Needs the extra web.
+    """
+    session = Session(context, "")
+    try:
+        from ._web import serve
+    except ModuleNotFoundError as exc:
+        if (exc.name or "").partition(".")[0] == "ollama_async":
+            raise
+        how = 'install it with: pip install "ollama-async[web]"'
+        session.screen.note(f"Error: the chat page needs {exc.name}; {how}", "red")
+        raise typer.Exit(ERROR) from None
+    limits = Timeouts(idle=timeout_idle, total=timeout_total)
+    with session.running():
+        serve(session, address, port, limits, open_browser=browser)
 
 
 add_commands(app)

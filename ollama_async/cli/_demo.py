@@ -18,7 +18,8 @@ from ollama_async._errors import AbortError, ConnectError, OllamaError, PhaseTim
 from ollama_async._timeouts import Timeouts
 from ollama_async.testing import ConnectionRecord, FakeOllama
 
-from ._terminal import CTRL_C, Screen, Session, printable
+from ._screen import Screen, printable
+from ._terminal import CTRL_C, Session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from ollama_async._stream import Stream
     from ollama_async._types import ChatResponse, ListResponse
 
-__all__ = ["run_demo"]
+__all__ = ["list_models", "look", "pick", "run_demo"]
 
 _SHOW_SECONDS = 1.0
 _LOOK_TIMEOUTS = Timeouts(connect=2, total=4)
@@ -171,7 +172,7 @@ def _summarise(all_stopped: list[_Stopped], screen: Screen) -> bool:
     return not failures
 
 
-def _pick(models: ListResponse, loaded: set[str], wanted: str | None) -> str | None:
+def pick(models: ListResponse, loaded: set[str], wanted: str | None) -> str | None:
     """Return the model to use: the wanted one, else one that can chat and will answer soon."""
     # Read like dicts: pyright mixes the nested classes up with their base, which has the same name.
     names = {str(model.get("name")): model for model in models.models}
@@ -191,18 +192,23 @@ def _pick(models: ListResponse, loaded: set[str], wanted: str | None) -> str | N
     return min(filter(can_chat, names), key=slowness, default=None)
 
 
-async def _look(session: Session, token: CancelToken, wanted: str | None) -> tuple[str | None, str]:
+async def list_models(client: AsyncClient) -> tuple[ListResponse, set[str]]:
+    """Return the models that the server has, and the names of those that are loaded."""
+    models = await client.list(timeout=_LOOK_TIMEOUTS)
+    return models, {str(model.get("name")) for model in (await client.ps(timeout=_LOOK_TIMEOUTS)).models}
+
+
+async def look(session: Session, token: CancelToken, wanted: str | None) -> tuple[str | None, str]:
     """Look for a model on the user's server; return ``None`` if there is none, and why it is so."""
     async with AsyncClient(session.host, token=token) as client:
         try:
-            models = await client.list(timeout=_LOOK_TIMEOUTS)
-            loaded = {str(model.get("name")) for model in (await client.ps(timeout=_LOOK_TIMEOUTS)).models}
+            models, loaded = await list_models(client)
         except AbortError:
             raise
         except OllamaError as exc:
             why = "" if isinstance(exc, ConnectError) else f" ({exc})"
             return None, f"no Ollama server answers at {session.url}{why}"
-    model = _pick(models, loaded, wanted)
+    model = pick(models, loaded, wanted)
     return model, f"it answers at {session.url}" if model else f"the server at {session.url} has no model that chats"
 
 
@@ -210,7 +216,7 @@ async def run_demo(session: Session, wanted: str | None) -> bool:
     """Show all ways, and return whether everything held."""
     token = CancelToken()
     with session.ctrl_c.aborts(token), contextlib.ExitStack() as stack:
-        model, why = await _look(session, token, wanted)
+        model, why = await look(session, token, wanted)
         server = None if model else stack.enter_context(FakeOllama())
         session.model = model or "fake"
         which = "an embedded fake server (no model computes anything)" if server else "your Ollama server"

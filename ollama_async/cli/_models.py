@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import re
@@ -16,15 +15,16 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from ollama_async._cancel import CancelToken
-from ollama_async._client import AsyncClient
 from ollama_async._errors import AbortError, NotFoundError, OllamaError
 
-from ._terminal import ERROR, INTERRUPTED, Session, parse_pairs, printable, product_version
+from ._screen import printable
+from ._terminal import ERROR, INTERRUPTED, Session, parse_pairs, product_version
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
+    from collections.abc import AsyncIterator, Callable, Generator, Iterable
 
+    from ollama_async._cancel import CancelToken
+    from ollama_async._client import AsyncClient
     from ollama_async._progress import ProgressResponse
     from ollama_async._types import Model
 
@@ -62,17 +62,6 @@ class _Run:
         self.session = Session(context, model)
         self.as_json = as_json
         self._stopped = stopped
-
-    def ask(self, work: Callable[[AsyncClient, CancelToken], Awaitable[T]]) -> T:
-        """Do something with a client, until Ctrl-C aborts it."""
-
-        async def run() -> T:
-            token = CancelToken()
-            with self.session.ctrl_c.aborts(token):
-                async with AsyncClient(self.session.host) as client:
-                    return await work(client, token)
-
-        return asyncio.run(run())
 
     @contextlib.contextmanager
     def running(self) -> Generator[None]:
@@ -136,7 +125,7 @@ def list_models(context: typer.Context, as_json: _Json = False) -> None:
     """List the models that the server has."""
     run = _Run(context, as_json=as_json)
     with run.running():
-        answer = run.ask(lambda client, token: client.list(token=token))
+        answer = run.session.ask(lambda client, token: client.list(token=token))
         if not run.show(answer):
             rows = [
                 (model.name or "", _short(model.digest), _size(model.size), _when(model.modified_at))
@@ -149,7 +138,7 @@ def ps(context: typer.Context, as_json: _Json = False) -> None:
     """List the models that are loaded."""
     run = _Run(context, as_json=as_json)
     with run.running():
-        answer = run.ask(lambda client, token: client.ps(token=token))
+        answer = run.session.ask(lambda client, token: client.ps(token=token))
         if not run.show(answer):
             rows = [
                 (
@@ -174,7 +163,7 @@ def show(
     """Show what the server knows of a model."""
     run = _Run(context, as_json=as_json, model=model)
     with run.running():
-        answer = run.ask(lambda client, token: client.show(model, verbose=verbose, token=token))
+        answer = run.session.ask(lambda client, token: client.show(model, verbose=verbose, token=token))
         if run.show(answer):
             return
         details = answer.details.model_dump(exclude_none=True) if answer.details is not None else {}
@@ -193,7 +182,7 @@ def version(context: typer.Context, as_json: _Json = False) -> None:
     """Show the versions of the server and of this program."""
     run = _Run(context, as_json=as_json)
     with run.running():
-        answer = run.ask(lambda client, token: client.version(token=token, timeout=10))
+        answer = run.session.ask(lambda client, token: client.version(token=token, timeout=10))
         if as_json:
             _write(json.dumps({"version": answer.version, "ollama-async": product_version()}))
         else:
@@ -212,7 +201,7 @@ def cp(
     """Give a model a second name."""
     run = _Run(context, as_json=as_json, model=source)
     with run.running():
-        answer = run.ask(lambda client, token: client.copy(source, destination, token=token))
+        answer = run.session.ask(lambda client, token: client.copy(source, destination, token=token))
         run.say(answer, f"{source} is {destination} as well")
 
 
@@ -227,7 +216,7 @@ def rm(
         run = _Run(context, as_json=as_json, model=model)
         with run.running():
             try:
-                answer = run.ask(lambda client, token, model=model: client.delete(model, token=token))  # type: ignore[misc]
+                answer = run.session.ask(lambda client, token, model=model: client.delete(model, token=token))  # type: ignore[misc]
                 run.say(answer, f"{model} is deleted")
             except NotFoundError as exc:
                 run.complain(run.explain(exc))
@@ -248,7 +237,7 @@ def load(
     run = _Run(context, as_json=as_json, model=model, stopped=": the server gives the load up")
     with run.running():
         kept = _number(keep_alive)
-        answer = run.ask(lambda client, token: client.load(model, kept, token=token))
+        answer = run.session.ask(lambda client, token: client.load(model, kept, token=token))
         run.say(answer, f"{model} is loaded")
 
 
@@ -256,7 +245,7 @@ def unload(context: typer.Context, model: _Model, as_json: _Json = False) -> Non
     """Unload a model, once the answers that it is giving are done."""
     run = _Run(context, as_json=as_json, model=model)
     with run.running():
-        answer = run.ask(lambda client, token: client.unload(model, token=token))
+        answer = run.session.ask(lambda client, token: client.unload(model, token=token))
         run.say(answer, f"{model} is unloaded")
 
 
@@ -319,7 +308,7 @@ def create(
             _follow(run, lambda client, token: client.create(model, from_=base, stream=True, token=token, **given))
         else:
             with _display(run) as display:
-                run.ask(
+                run.session.ask(
                     lambda client, token: client.create_from(model, file, on_progress=display, token=token, **given)
                 )
 
@@ -331,7 +320,7 @@ def _follow(run: _Run, start: Callable[[AsyncClient, CancelToken], AsyncIterator
             async for step in start(client, token):
                 display(step)
 
-        run.ask(work)
+        run.session.ask(work)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,233 @@
+"""All questions to all clients in one run, by turns: ``python benchmarks/run.py [--quick] [--out FOLDER]``.
+
+Each measurement is a process of its own against a load server that is another one. In each round every case is put to
+every client, in an order that turns from round to round, so that whatever else the machine is doing hits all alike.
+Out come ``results.json``, ``results.md`` (medians, with the least and the most in brackets, and ratios to
+ollama-python's median) and plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import imports
+
+HERE = Path(__file__).parent
+OURS = "ollama_async"
+REFERENCE = "ollama-python"
+ALL = [OURS, "floor", "aiohttp", "httpx2", "httpx", "openai", REFERENCE, "ollama-js"]
+DISTRIBUTIONS = ["ollama", "openai", "aiohttp", "httpx", "httpx2", "httptools", "pydantic", "uvloop"]
+OLLAMA_JS = "ollama@0.6.4"
+
+
+@dataclass
+class Case:
+    """A question: a script, its options, and whom it is put to."""
+
+    name: str
+    script: str
+    options: dict[str, Any] = field(default_factory=dict)
+    peers: list[str] = field(default_factory=lambda: ALL)
+    loops: tuple[str, ...] = ("asyncio",)
+
+
+def cases(*, quick: bool) -> Iterator[Case]:
+    both = ("asyncio", "uvloop")
+    yield Case(
+        "1 stream, burst", "streams.py", {"streams": 1, "tokens": 20_000 if quick else 100_000, "rate": 0}, loops=both
+    )
+    seconds = 2 if quick else 4
+    for streams in (100, 500, 1000):
+        options = {"streams": streams, "tokens": 50 * seconds, "rate": 50}
+        peers = [OURS, "floor", "aiohttp", REFERENCE] if quick else ALL
+        if not quick or streams == 500:
+            yield Case(f"{streams} streams, 50 tokens/s each", "streams.py", options, peers)
+    yield Case("a short request", "short.py", {"requests": 200 if quick else 2000}, loops=both)
+    yield Case("abort", "abort.py", {"aborts": 30 if quick else 500}, [name for name in ALL if name != "floor"])
+    yield Case(
+        "memory of an idle stream",
+        "memory.py",
+        {"streams": 100},  # the most that ollama-python opens at a time
+        [name for name in ALL if name != "ollama-js"],
+    )
+    yield Case("slow reader, endless stream", "memory.py", {"seconds": 1 if quick else 5}, [OURS, "aiohttp", REFERENCE])
+    for streams in (1, 100, 1000) if quick else (1, 10, 100, 500, 1000, 2000):
+        options = {"streams": streams, "tokens": 20 if quick else 50, "rate": 10}
+        yield Case(f"growth: {streams} streams, 10 tokens/s each", "streams.py", options, [OURS, "floor"])
+    for streams in (0, 500) if quick else (0, 500, 1000, 2000):
+        yield Case(
+            f"abort 1 beside {streams} others", "abort.py", {"aborts": 20 if quick else 100, "others": streams}, [OURS]
+        )
+    for streams in (500, 2000) if quick else (250, 500, 1000, 2000):
+        yield Case(f"abort all of {streams}", "abort_all.py", {"streams": streams}, [OURS])
+    yield Case("a token's registrations", "registrations.py", peers=[OURS])
+
+
+@contextmanager
+def load_server() -> Iterator[str]:
+    with subprocess.Popen([sys.executable, HERE / "load_server.py"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.terminate()
+
+
+def javascript(folder: Path) -> list[str] | None:
+    """Install ollama-js; None where there is no Node."""
+    if not (shutil.which("node") and shutil.which("npm")):
+        return None
+    shutil.copy(HERE / "peer.mjs", folder)
+    (folder / "package.json").write_text("{}")
+    subprocess.run(["npm", "install", "--silent", "--no-fund", "--no-audit", OLLAMA_JS], cwd=folder, check=True)
+    return ["node", str(folder / "peer.mjs")]
+
+
+def measure(case: Case, peer: str, loop: str, url: str, node: list[str] | None) -> dict[str, float] | None:
+    options = json.dumps(case.options)
+    if peer == "ollama-js":
+        if node is None or loop == "uvloop":
+            return None
+        command = [*node, case.script, url, options]
+    else:
+        command = [sys.executable, str(HERE / case.script), peer, url, "--loop", loop, "--options", options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode:
+        print(f"{case.name}, {peer}: failed\n{done.stderr}", file=sys.stderr)
+        return None
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def machine() -> dict[str, Any]:
+    versions = {}
+    for name in DISTRIBUTIONS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "missing"
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "load": os.getloadavg()[0],
+        "versions": versions,
+    }
+
+
+Results = dict[str, dict[str, dict[str, list[float]]]]  # case, client, figure: one value a round
+
+
+def run(rounds: int, folder: Path, *, quick: bool) -> Results:
+    node = javascript(folder)
+    results: Results = {}
+    with load_server() as url:
+        for turn in range(rounds):
+            for case in cases(quick=quick):
+                peers = case.peers[turn % len(case.peers) :] + case.peers[: turn % len(case.peers)]
+                for loop in case.loops:
+                    for peer in peers:
+                        figures = measure(case, peer, loop, url, node)
+                        name = peer if loop == "asyncio" else f"{peer}, {loop}"
+                        for figure, value in (figures or {}).items():
+                            results.setdefault(case.name, {}).setdefault(name, {}).setdefault(figure, []).append(value)
+                print(f"round {turn + 1} of {rounds}: {case.name}", file=sys.stderr)
+    results["import"] = imports.measure(3 if quick else 15)
+    return results
+
+
+def shown(values: list[float]) -> str:
+    low, middle, high = min(values), statistics.median(values), max(values)
+    digits = 0 if middle >= 100 else 1 if middle >= 10 else 2
+    return f"{middle:,.{digits}f} ({low:,.{digits}f}-{high:,.{digits}f})"
+
+
+def markdown(results: Results, about: dict[str, Any], command: str) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    where = f"{about['cores']} cores of {about['cpu']}, Python {about['python']}, {about['system']}"
+    lines = [f"`{command}` on {where}; {versions}; load average at the start {about['load']:.1f}."]
+    for case, clients in results.items():
+        figures = list(dict.fromkeys(figure for seen in clients.values() for figure in seen))
+        reference = clients.get(REFERENCE, {})
+        lines += ["", f"**{case}**", "", "| client | " + " | ".join(figures) + " |", "|---|" + "---|" * len(figures)]
+        for client, seen in clients.items():
+            cells = []
+            for figure in figures:
+                values = seen.get(figure)
+                cell = shown(values) if values else ""
+                if values and client != REFERENCE and reference.get(figure):
+                    ratio = statistics.median(reference[figure]) / max(statistics.median(values), 1e-9)
+                    cell += f", {ratio:.2f}x"
+                cells.append(cell)
+            lines.append(f"| {client} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: Results, folder: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    for client in (OURS, "floor"):
+        points = sorted(
+            (int(case.split()[1]), statistics.median(clients[client]["cpu_us_per_token"]))
+            for case, clients in results.items()
+            if case.startswith("growth") and client in clients
+        )
+        left.plot(*zip(*points, strict=True), marker="o", label=client)
+    left.set(title="CPU per token", xlabel="streams, 10 tokens/s each", ylabel="µs", xscale="log", ylim=(0, None))
+    left.legend()
+    case = next(name for name in results if name.endswith("50 tokens/s each") and "500" in name)
+    clients = results[case]
+    names = sorted(clients, key=lambda name: statistics.median(clients[name]["cpu_us_per_token"]))
+    right.barh(names, [statistics.median(clients[name]["cpu_us_per_token"]) for name in names])
+    right.set(title=f"CPU per token, {case}", xlabel="µs")
+    figure.tight_layout()
+    figure.savefig(folder / "results.png", dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one round of smaller cases, in under 3 minutes")
+    parser.add_argument("--rounds", type=int, help="default 5, with --quick 1")
+    parser.add_argument("--out", type=Path, default=Path("build", "bench"))
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    rounds = given.rounds or (1 if given.quick else 5)
+    about = machine()
+    begun = time.monotonic()
+    results = run(rounds, given.out, quick=given.quick)
+    command = f"nox -s bench -- {'--quick ' if given.quick else ''}--rounds {rounds}"
+    (given.out / "results.json").write_text(
+        json.dumps({"machine": about, "command": command, "results": results}, indent=1)
+    )
+    text = markdown(results, about, command)
+    (given.out / "results.md").write_text(text)
+    plot(results, given.out)
+    print(text)
+    print(f"{time.monotonic() - begun:.0f} s; everything is in {given.out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""A request: as bytes where nobody else's code is on its way, as a request of httpx where somebody's is."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from ._http import Origin, encode_head
+from ._upload import Outgoing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Request", "RequestWriter"]
+
+# More than there are endpoints; the rest are digests, of which each is asked for once.
+_HEADS = 64
+
+
+class Request:
+    """A request.
+
+    Attributes:
+        outgoing: Its bytes, if it needs nothing of httpx; else None.
+    """
+
+    __slots__ = ("_http", "_make", "outgoing")
+
+    def __init__(
+        self, make: Callable[[], httpx.Request], outgoing: Outgoing | None = None, http: httpx.Request | None = None
+    ) -> None:
+        self._make = make
+        self._http = http
+        self.outgoing = outgoing
+
+    @property
+    def http(self) -> httpx.Request:
+        """The same as a request of httpx."""
+        if self._http is None:
+            self._http = self._make()
+        return self._http
+
+    def forget(self) -> None:
+        """Drop what was put into the extensions of the request of httpx."""
+        if self._http is not None:
+            self._http.extensions = {}
+
+
+class RequestWriter:
+    """Writes the requests of a client.
+
+    httpx takes longer to make and send a request than everything else of a short call together. What it adds to a
+    request of a client without cookies is always the same; so the head is made by it once for each endpoint.
+
+    Args:
+        client: The httpx client.
+        headers: The headers of all requests.
+        direct: Whether nothing is between the client and a ``DirectTransport``.
+    """
+
+    def __init__(self, client: Any, headers: httpx.Headers, *, direct: bool) -> None:
+        self._client = client
+        self._headers = headers
+        self._direct = direct
+
+        # Not a method: the cache would hold this object, and this object the cache.
+        @lru_cache(_HEADS)
+        def head_of(method: str, url: str, *, has_body: bool) -> tuple[Origin, bytes] | None:
+            request = client.build_request(method, url, content=b"{}" if has_body else None, headers=headers)
+            if has_body:
+                del request.headers["content-length"]
+            try:
+                return Origin.of(request.url), encode_head(request).removesuffix(b"\r\n")
+            except (httpx.LocalProtocolError, httpx.UnsupportedProtocol):
+                # Told when it is sent, as everything that is wrong with a request.
+                return None
+
+        self._head_of = head_of
+
+    def write(self, method: str, url: str, content: Any, headers: httpx.Headers | None) -> Request:
+        """Write a request.
+
+        Args:
+            method: Its method.
+            url: Where to.
+            content: Its body, as httpx takes it.
+            headers: In place of the client's, if it has its own.
+        """
+
+        def make() -> httpx.Request:
+            given = self._headers if headers is None else headers
+            made: httpx.Request = self._client.build_request(method, url, content=content, headers=given)
+            return made
+
+        plain = self._direct and headers is None and (content is None or type(content) is bytes)
+        head = self._head_of(method, url, has_body=content is not None) if plain and not self._client.cookies else None
+        if head is None:
+            return Request(make, http=make())
+        origin, data = head
+        end = b"\r\n" if content is None else b"Content-Length: %d\r\n\r\n%b" % (len(content), content)
+        return Request(make, Outgoing(method, origin, data + end))

@@ -1,0 +1,254 @@
+"""An answer on a terminal as Markdown, drawn anew while it grows, with a line under it that tells how it goes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from markdown_it import MarkdownIt
+from rich.console import Group
+from rich.live import Live
+from rich.markdown import Markdown
+from rich.padding import Padding
+from rich.segment import Segment, Segments
+from rich.text import Text
+
+from ._screen import Answer, AnyChunk, Screen, parts, plural, printable, style_of
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from rich.console import Console, RenderableType
+
+__all__ = ["Growing", "MarkdownScreen"]
+
+# Nothing of what a model says may vanish: HTML and definitions of links are shown as they are, and so are the addresses
+# of images and links.
+_PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable(["reference", "image"])
+
+_Line: TypeAlias = list[Segment]
+
+_DRAW_SECONDS = 0.08
+# Of the loop's time, at most that part goes into drawing: a long block takes longer to render.
+_DRAW_SHARE = 0.2
+# Of a block that is longer, the end is drawn as it is until the block is finished.
+_LONG = 20_000
+_SILENT_SECONDS = 3.0
+
+
+class Growing:
+    """Markdown that grows: what of it is finished, and what may still change."""
+
+    def __init__(self) -> None:
+        self.rest = ""
+        self._looked: int = 0
+
+    def add(self, text: str) -> None:
+        """Add to its end."""
+        self.rest += text
+
+    def finished(self) -> str:
+        """Take out the blocks that no text to come can change, and return them."""
+        # A line that is not complete can still become something else: "#" is a heading, and "#1" is none.
+        end = self.rest.rfind("\n") + 1
+        # To look again and again at a block that is long would take all the time there is.
+        if end == self._looked or end - self._looked < end // 50:
+            return ""
+        self._looked = end
+        lines = self.rest[:end].splitlines(keepends=True)
+        starts = [
+            token.map[0]
+            for token in _PARSER.parse(self.rest[:end])
+            if not token.level and token.map and token.nesting >= 0
+        ]
+        taken = "".join(lines[: starts[-1]]) if len(starts) > 1 else ""
+        self.rest = self.rest[len(taken) :]
+        self._looked = end - len(taken)
+        return taken
+
+
+def _rendered(text: str) -> Markdown:
+    markdown = Markdown("", hyperlinks=False)
+    markdown.parsed = _PARSER.parse(text)
+    for token in markdown.parsed:
+        for child in token.children or ():
+            if child.type == "softbreak":  # models end lines where they mean it: poems, addresses
+                child.type = "hardbreak"
+    return markdown
+
+
+def _is_empty(line: _Line) -> bool:
+    return all(not part.text.strip() and not (part.style and part.style.bgcolor) for part in line)
+
+
+def _joined(lines: list[_Line]) -> Segments:
+    return Segments([part for line in lines for part in (*line, Segment.line())])
+
+
+def _thought(text: str) -> RenderableType:
+    return Padding(Text(text, style="dim italic"), (0, 0, 0, 2))
+
+
+class MarkdownScreen(Screen):
+    """The answer on a terminal, as Markdown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._notes = self.out  # the terminal is all there is, wherever stderr goes
+        self._drawing = _Drawing(self.out, "")
+
+    @contextlib.contextmanager
+    def waiting(self, model: str) -> Generator[None]:
+        """Begin an answer: draw it as it comes, until the block ends."""
+        self._begin()
+        self._drawing = _Drawing(self.out, printable(model))
+        with self._drawing.running():
+            yield
+
+    def add(self, chunk: AnyChunk) -> None:
+        """Take a chunk, which is drawn soon."""
+        thinking, text = parts(chunk)
+        self.tokens += bool(thinking or text)
+        self._shown += len(text)
+        self._drawing.add(printable(thinking), printable(text), self.tokens)
+
+    def finish(self, whole: str) -> None:
+        """Print the rest of the answer."""
+        self._drawing.add("", printable(whole[self._shown :]), self.tokens)
+        self._drawing.finish()
+
+    def end(self, answer: Answer, said: str) -> None:
+        """Say how the answer ended."""
+        self.note(said, style_of(answer))
+        self.out.print()
+
+
+class _Drawing:
+    """One answer on a terminal.
+
+    Blocks that are finished are printed, and scroll away with all else; the one that still grows is drawn anew, as much
+    of its end as the terminal is high. So nothing is lost that scrolls off, and only little is ever drawn twice.
+    """
+
+    def __init__(self, console: Console, model: str) -> None:
+        self._console = console
+        self._model = model
+        self._answer, self._thoughts = Growing(), ""
+        # What was printed last.
+        self._last: Literal["", "thoughts", "text"] = ""
+        self._tokens = 0
+        self._began, self._first_at, self._last_at = time.monotonic(), 0.0, 0.0
+        self._answering = False
+        self._drawn_state: str = ""
+        self._changed = False
+        # Neither a thread of rich's, nor its hands on sys.stdout: only the loop draws.
+        self._live = Live(
+            console=console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False
+        )
+        self._timer: asyncio.TimerHandle | None = None
+
+    @contextlib.contextmanager
+    def running(self) -> Generator[None]:
+        """Draw again and again, until the block ends."""
+        loop = asyncio.get_running_loop()
+
+        def tick() -> None:
+            began = time.monotonic()
+            self._draw()
+            spent = time.monotonic() - began
+            self._timer = loop.call_later(max(_DRAW_SECONDS, spent / _DRAW_SHARE), tick)
+
+        try:
+            with self._live:
+                tick()
+                yield
+        finally:
+            self._stop()
+
+    def add(self, thinking: str, text: str, tokens: int) -> None:
+        """Take what has come, and how much that is all in all."""
+        if not (thinking or text):
+            return
+        self._thoughts += thinking
+        self._answer.add(text)
+        self._answering = self._answering or bool(text)
+        self._tokens, self._changed = tokens, True
+        self._last_at = time.monotonic()
+        self._first_at = self._first_at or self._last_at
+
+    def finish(self) -> None:
+        """Print all that is not printed."""
+        self._stop()
+        thoughts, rest = self._thoughts, self._answer.rest
+        self._thoughts, self._answer = "", Growing()
+        self._live.update("")
+        self._print(thoughts, rest)
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _draw(self) -> None:
+        state = self._state()
+        if not self._changed and state == self._drawn_state:
+            return
+        self._changed, self._drawn_state = False, state
+        # Of what the model thinks a line is finished when it is complete; all of it, when the answer begins.
+        end = len(self._thoughts) if self._answering else self._thoughts.rfind("\n") + 1
+        thoughts, self._thoughts = self._thoughts[:end], self._thoughts[end:]
+        finished = self._answer.finished()
+        # What is printed and what is drawn below it are one write: nothing is seen twice, nothing flickers.
+        if not self._print(thoughts, finished, state):
+            self._live.update(self._growing(state), refresh=True)
+
+    def _print(self, thoughts: str, text: str, state: str | None = None) -> bool:
+        lines: list[_Line] = []
+        if thoughts.strip():
+            lines += self._lines(_thought(thoughts))
+            self._last = "thoughts"
+        if text.strip():
+            lines += self._gap() + self._lines(_rendered(text))
+            self._last = "text"
+        if lines:
+            if state is not None:
+                self._live.update(self._growing(state))
+            self._console.print(_joined(lines), end="")
+        return bool(lines)
+
+    def _growing(self, state: str) -> RenderableType:
+        lines: list[_Line] = []
+        height = max(1, self._console.height - 3)
+        rest = self._answer.rest
+        if len(rest) > _LONG:
+            lines = self._lines(Text(rest[-height * self._console.width :]))
+        elif rest.strip():
+            lines = self._gap() + self._lines(_rendered(rest))
+        elif self._thoughts.strip():
+            lines = self._lines(_thought(self._thoughts))
+        return Group(_joined(lines[-height:]), Text(state, style="dim", no_wrap=True, overflow="ellipsis"))
+
+    def _gap(self) -> list[_Line]:
+        return [[]] if self._last else []
+
+    def _lines(self, shown: RenderableType) -> list[_Line]:
+        """Render it, without the empty lines around it."""
+        lines = self._console.render_lines(shown, pad=False)
+        while lines and _is_empty(lines[0]):
+            del lines[0]
+        while lines and _is_empty(lines[-1]):
+            del lines[-1]
+        return lines
+
+    def _state(self) -> str:
+        now = time.monotonic()
+        if not self._tokens:
+            waited = int(now - self._began)
+            return f"waiting for the model {self._model} (it may be loading), {waited} s; Esc stops"
+        doing = "answering" if self._answering else "thinking"
+        span = self._last_at - self._first_at
+        speed = f", {(self._tokens - 1) / span:.1f} tokens/s" if span > 0 else ""
+        silent = now - self._last_at
+        silence = f", nothing for {int(silent)} s" if silent > _SILENT_SECONDS else ""
+        return f"{doing}: {plural(self._tokens, 'token')}{speed}{silence}; Esc stops"

@@ -1,0 +1,309 @@
+"""The chat page: who may use it, what it asks for, and the server that serves it on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import socket
+import sys
+import threading
+import webbrowser
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+from urllib.parse import urlsplit
+
+import typer
+import uvicorn
+from pydantic import BaseModel, ValidationError
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware import Middleware
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from ollama_async._cancel import CancelToken
+from ollama_async._client import AsyncClient
+from ollama_async._errors import OllamaError
+from ollama_async.asgi import StreamResponse, stop_route
+from ollama_async.registry import AbortRegistry
+from ollama_async.testing import FakeOllama, Reply
+
+from ._demo import list_models, look, pick
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
+
+    from starlette.requests import Request
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from ollama_async._timeouts import Timeouts
+
+    from ._terminal import Session
+
+__all__ = ["PORT", "Chats", "Guard", "serve"]
+
+PORT = 11480
+"""Where the page is, unless something else is there."""
+
+_PAGE = Path(__file__).with_name("web")
+
+# Whatever a model gets into the page runs no script, loads nothing, sends nothing and goes nowhere; the page's own
+# script can set markup only through the sanitiser; no other site can have the page in a frame.
+_POLICY = "; ".join(
+    [
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self'",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",
+        "trusted-types dompurify",
+    ]
+)
+_HEADERS = {
+    "Content-Security-Policy": _POLICY,
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    # The page belongs to the version that serves it: a newer one is never mixed with files of an older one.
+    "Cache-Control": "no-store",
+}
+
+
+class Guard:
+    """Keeps other web sites away from the user's models.
+
+    A site that the user visits can have his browser send requests to this machine. It cannot hide that: the ``Host``
+    shows the name of a site that has made its name point here (DNS rebinding), the ``Origin`` and ``Sec-Fetch-Site``
+    who asks, and a body of JSON makes every browser ask first.
+    """
+
+    def __init__(self, app: ASGIApp, name: str) -> None:
+        self._app = app
+        self._name = name
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(_HEADERS)
+            await send(message)
+
+        refusal = self._refusal(scope["method"], scope["path"], Headers(scope=scope))
+        app = self._app
+        if refusal is not None:
+            status, text = refusal
+            app = JSONResponse({"error": text, "status_code": status}, status)
+        await app(scope, receive, guarded)
+
+    def _refusal(self, method: str, path: str, headers: Headers) -> tuple[int, str] | None:
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if not self._is_ours(host):
+            return 403, f"this page is not at {host!r}: open it under the address that 'ollama-async web' has printed"
+        if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
+            return 403, "another web site asked for this: only the page itself may"
+        # A link from elsewhere to the page itself is fine.
+        if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and path != "/":
+            return 403, "another web site asked for this: only the page itself may"
+        if method == "POST" and headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+            return 415, "send JSON, with Content-Type: application/json"
+        return None
+
+    def _is_ours(self, host: str) -> bool:
+        name = ""
+        # Any port, for who forwards one; and any address, since only a name can be made to point elsewhere.
+        with contextlib.suppress(ValueError):
+            name = urlsplit(f"//{host}").hostname or ""
+            ipaddress.ip_address(name)
+            return True
+        return name in ("localhost", self._name)
+
+
+# -- what the page asks for --
+
+
+class _Said(BaseModel):
+    """One turn of the conversation; no more than text, since the client would read a picture's path from this disk."""
+
+    role: Literal["user", "assistant"]
+    content: str
+
+
+class _Asked(BaseModel):
+    """What the page sends to have an answer."""
+
+    model: str
+    messages: list[_Said]
+
+
+class Chats:
+    """The page's routes."""
+
+    def __init__(self, session: Session, client: AsyncClient, limits: Timeouts, notice: str = "") -> None:
+        self._session = session
+        self._client = client
+        self._limits = limits
+        self._notice = notice
+        self._registry = AbortRegistry.from_url("memory://")
+
+    def app(self, name: str = "") -> Starlette:
+        """Make the application.
+
+        Args:
+            name: By which this machine is reached, beside ``localhost`` and its addresses.
+        """
+        routes = [
+            Route("/", self._page),
+            Route("/api/models", self._models),
+            Route("/api/chat", self._chat, methods=["POST"]),
+            stop_route("/api/stop", self._registry),
+            Mount("/", StaticFiles(directory=_PAGE)),
+        ]
+        return Starlette(routes=routes, middleware=[Middleware(Guard, name=name)])
+
+    async def _page(self, _: Request) -> Response:
+        return FileResponse(_PAGE / "index.html")
+
+    async def _models(self, _: Request) -> Response:
+        try:
+            models, loaded = await list_models(self._client)
+        except OllamaError as exc:
+            return _problem(502, self._session.explain(exc))
+        names = [str(model.get("name")) for model in models.models]
+        return JSONResponse({"models": names, "default": pick(models, loaded, None), "notice": self._notice})
+
+    async def _chat(self, request: Request) -> Response:
+        try:
+            asked = _Asked.model_validate_json(await request.body())
+        except ValidationError as exc:
+            return _problem(400, f"this is no question to a model: {exc.errors()[0]['msg']}")
+        messages = [said.model_dump() for said in asked.messages]
+        stream = self._client.chat(asked.model, messages, stream=True, timeout=self._limits)
+        return StreamResponse(stream, registry=self._registry)
+
+
+def _problem(status: int, text: str) -> JSONResponse:
+    return JSONResponse({"error": text, "status_code": status}, status)
+
+
+# -- serving --
+
+
+class _Server(uvicorn.Server):
+    """A server that ends at the first Ctrl-C, also while answers come: they are aborted first."""
+
+    def __init__(self, app: Starlette, token: CancelToken, started: Callable[[], None]) -> None:
+        super().__init__(uvicorn.Config(app, log_level="warning", access_log=False, ws="none", lifespan="off"))
+        self._token = token
+        self._started = started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to answer, and tell."""
+        await super().startup(sockets)
+        self._started()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """End: at once, since uvicorn waits for the answers that are under way."""
+        self._token.abort("ollama-async web is ending")
+        super().handle_exit(sig, frame)
+
+
+def serve(session: Session, address: str, port: int | None, limits: Timeouts, *, open_browser: bool) -> None:
+    """Serve the page until Ctrl-C.
+
+    Args:
+        session: What the command line was told.
+        address: What to listen on.
+        port: Which; 0 for a free one, ``None`` for the usual one, or a free one if that is taken.
+        limits: For each answer.
+        open_browser: Show the page.
+    """
+    with _listen(address, port) as listener:
+        bound, number = listener.getsockname()[:2]
+        ip = ipaddress.ip_address(bound)
+        if not ip.is_loopback:
+            session.screen.note("Everybody who can reach this machine can use this page and your models.", "yellow")
+        if ip.is_unspecified:  # no browser goes there
+            bound = "::1" if ip.version == 6 else "127.0.0.1"
+        url = f"http://{bound if ':' not in bound else f'[{bound}]'}:{number}/"
+
+        def started() -> None:
+            typer.echo(f"The chat page is at {url} (Ctrl-C ends it)")
+            sys.stdout.flush()
+            if open_browser:
+                # A browser for terminals stays in the call until it is left.
+                threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
+
+        asyncio.run(_serve(session, listener, address, limits, started))
+
+
+async def _serve(
+    session: Session, listener: socket.socket, name: str, limits: Timeouts, started: Callable[[], None]
+) -> None:
+    token = CancelToken()
+    with contextlib.ExitStack() as stack:
+        with session.ctrl_c.aborts(token):
+            model, why = await look(session, token, None)
+        host, notice = session.host, ""
+        if model is None:
+            server = stack.enter_context(FakeOllama(models=["demonstration"]))
+            server.script("/api/chat", _DEMONSTRATION, always=True)
+            host, notice = server.url, f"This is a demonstration, no model computes anything: {why}."
+            typer.echo(notice)
+        async with AsyncClient(host, token=token) as client:
+            app = Chats(session, client, limits, notice).app(name)
+            await _Server(app, token, started).serve(sockets=[listener])
+
+
+def _listen(address: str, port: int | None) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    if port is None:
+        with contextlib.suppress(OSError):
+            return socket.create_server((address, PORT), family=family)
+    try:
+        return socket.create_server((address, port or 0), family=family)
+    except OSError as exc:
+        where = f"port {port} of {address}" if port else address
+        raise typer.BadParameter(f"cannot listen at {where}: {exc.strerror}") from exc
+
+
+# -- what the embedded server says --
+
+_TEXT = """\
+This answer is **always the same**: no Ollama server was found, so a small one inside of `ollama-async` plays it.
+
+## What you can try
+
+- Press **Stop**, or `Esc`: the server is left at once, and what came stays.
+- Then *Continue*, or *Retry*.
+
+```python
+async for chunk in client.chat("llama3.2", "Why?", stream=True):
+    print(chunk.message.content, end="")
+```
+
+| to get a real answer | |
+|---|---|
+| install a server | see [ollama.com](https://ollama.com/download) |
+| start it | `ollama serve` |
+| get a model | `ollama-async pull llama3.2` |
+
+Then start `ollama-async web` anew.
+"""
+_DEMONSTRATION = Reply.chat(
+    *_TEXT.replace(" ", "\0 ").split("\0"),
+    interval=0.05,
+    model="demonstration",
+    thinking="The user has no server yet. So I say what this page can do.".replace(" ", "\0 ").split("\0"),
+)

@@ -1,0 +1,191 @@
+"""``AbortRegistry``: streams are registered under an id, and stopped by it from anywhere.
+
+In memory that is another task of the same process; over Redis (extra ``redis``) it is another process, or machine.
+"""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from ollama_async._cancel import CancelToken
+from ollama_async._errors import RequestError
+
+from ._errors import RegistryClosed, RegistryUnavailable
+from ._local import Book, Name, checked_reason
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+    from types import TracebackType
+    from typing import Self
+
+    from ._redis import Link
+
+__all__ = ["AbortRegistry", "Name", "RegistryClosed", "RegistryUnavailable", "Stopped"]
+
+Stopped: TypeAlias = Literal["stopped", "kept", "queued"]
+
+_MAX_NAMESPACE = 100
+# Thirty years.
+_ENDLESS = 1e9
+
+
+class AbortRegistry:
+    """Streams by owner and id, and the Stops for them.
+
+    An id is for one stream: a Stop holds for its ttl, and whatever is registered under that owner and id meanwhile is
+    aborted at once. That is what keeps a Stop from being lost that comes before its stream. The owner is part of the
+    address, so that a Stop by anybody else concerns another stream, and learns nothing of this one.
+
+    A registry belongs to one event loop. Close it with ``await registry.aclose()`` or ``async with``.
+
+    Example:
+        >>> registry = AbortRegistry.from_url("memory://")
+        >>> async with registry.token("4f1c", owner="ann") as token:
+        ...     answer = await client.chat("llama3.2", "hi", stream=True, token=token).collect()
+        >>> await registry.abort("4f1c", "Stop was pressed", owner="ann")  # meanwhile, from anywhere
+        'stopped'
+    """
+
+    def __init__(self, *, ttl: float = 600.0) -> None:
+        given: object = ttl
+        if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given < _ENDLESS:
+            raise RequestError(f"ttl={ttl!r}: give a number of seconds above 0")
+        self._book = Book(ttl)
+        self._link: Link | None = None
+        self._closed = False
+
+    @classmethod
+    def from_url(cls, url: str, *, ttl: float = 600.0, namespace: str = "ollama-async") -> AbortRegistry:
+        """Return a registry; nothing is connected before it is first used.
+
+        Args:
+            url: ``memory://`` for this process alone; ``redis://``, ``rediss://`` or ``unix://``, as redis-py reads
+                them, for all processes that use the same Redis.
+            ttl: How many seconds a Stop holds: longer than the time between a Stop and its stream's registration, and
+                than any time in which Redis is away.
+            namespace: What the names of keys and channels begin with, in Redis.
+
+        Raises:
+            RequestError: The url, the ttl or the namespace is none.
+            ImportError: The extra ``redis`` is not installed.
+        """
+        registry = cls(ttl=ttl)
+        scheme = str(url).partition("://")[0]
+        if scheme == "memory":
+            return registry
+        if scheme not in {"redis", "rediss", "unix"}:
+            raise RequestError("the registry's url begins with memory://, redis://, rediss:// or unix://")
+        if not namespace or len(namespace) > _MAX_NAMESPACE:
+            raise RequestError(f"namespace={namespace!r}: give a text of 1 to {_MAX_NAMESPACE} characters")
+        try:
+            from ._redis import Link
+        except ModuleNotFoundError as exc:
+            raise ImportError(
+                f'{scheme}:// needs {exc.name}; install it with: pip install "ollama-async[redis]"'
+            ) from exc
+        try:
+            registry._link = Link(url, registry._book, namespace)
+        except ValueError as exc:
+            raise RequestError(f"the registry's url is none: {exc}") from exc
+        return registry
+
+    @asynccontextmanager
+    async def token(self, id: str, *, owner: str = "") -> AsyncGenerator[CancelToken]:  # noqa: A002
+        """Register a stream for as long as the block lasts, and give the token that a Stop for it aborts.
+
+        If a Stop for it has come already, the token is aborted when the block begins. While Redis is away the block
+        begins all the same: Stops that are given in this process work, others when Redis is back.
+
+        Args:
+            id: The stream's, of at most 200 characters; one that nobody can guess, used for this stream only.
+            owner: Who may stop it.
+
+        Raises:
+            RequestError: The id or the owner is none.
+            RegistryClosed: The registry is closed.
+
+        Cancellation: safe; the registration is taken back at once.
+        """
+        name = Name.of(owner, id)
+        self._check_open()
+        token = CancelToken()
+        self._book.add(name, token)
+        try:
+            if self._link is not None:
+                await self._link.added(name)
+            yield token
+        finally:
+            self._book.remove(name, token)
+            if self._link is not None:
+                self._link.removed(name)
+
+    async def abort(self, id: str, reason: str | None = None, *, owner: str = "") -> Stopped:  # noqa: A002
+        """Stop the stream of an owner and id, wherever it is; in this process, before anything is awaited.
+
+        Args:
+            id: The stream's.
+            reason: What ``AbortError.reason`` will be; of at most 1,000 characters.
+            owner: Who started the stream.
+
+        Returns:
+            ``"stopped"``: there is such a stream, and it was told. ``"kept"``: there is none (any more, or yet); one
+            that begins while the Stop holds is aborted. ``"queued"``: there is none in this process, and Redis is away;
+            the Stop is given to Redis when that is back.
+
+        Raises:
+            RequestError: The id, the owner or the reason is none.
+            RegistryClosed: The registry is closed.
+
+        Cancellation: safe; the Stop holds all the same.
+        """
+        name, reason = Name.of(owner, id), checked_reason(reason)
+        self._check_open()
+        self._book.keep(name, reason)
+        here = self._book.abort(name, reason)
+        if self._link is None:
+            return "stopped" if here else "kept"
+        elsewhere = await self._link.send(name)
+        if here or elsewhere:
+            return "stopped"
+        return "queued" if elsewhere is None else "kept"
+
+    async def list(self, owner: str | None = None) -> list[Name]:
+        """Return owner and id of all streams that are registered now, sorted; over Redis those of all processes.
+
+        Args:
+            owner: Whose; ``None`` for everybody's.
+
+        Raises:
+            RegistryUnavailable: Redis is away.
+            RegistryClosed: The registry is closed.
+        """
+        self._check_open()
+        names = self._book.names() if self._link is None else await self._link.names()
+        return sorted(name for name in names if owner in (None, name.owner))
+
+    @property
+    def connected(self) -> bool:
+        """Whether Stops reach all processes now: False before the first use, while Redis is away, and when closed."""
+        return not self._closed and (self._link is None or self._link.connected)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RegistryClosed("the registry is closed")
+
+    async def aclose(self) -> None:
+        """Let go of Redis; idempotent. Streams that are registered go on, and nobody can stop them here any more.
+
+        Cancellation: safe, it is closed in any case.
+        """
+        self._closed = True
+        if self._link is not None:
+            await self._link.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()

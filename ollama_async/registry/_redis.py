@@ -1,0 +1,314 @@
+"""The registry's link to Redis, for Stops that land in another process than their stream.
+
+A Stop is a key with a TTL, set first, and a message to the stream's channel, published afterwards. A stream subscribes
+first and looks at the key afterwards. One of both sees the other, whatever comes in between. The same again after each
+loss of the connection: channels are subscribed anew, then all their keys are looked at, and what was stopped here is
+set and published once more, since a Redis that was restarted may have forgotten it.
+
+Only one task talks to Redis: a caller that is cancelled in the middle of a command would take the connection with it
+that all the others share. So whatever callers want is noted, and the task does it for all of them together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NoReturn
+from urllib.parse import quote, unquote
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
+from redis.exceptions import RedisError
+
+from ollama_async._errors import RequestError
+
+from ._errors import RegistryUnavailable
+from ._local import Book, Name, checked_reason
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["Link"]
+
+_log = logging.getLogger("ollama_async.registry")
+
+# How long a caller waits for Redis; a stream begins without it, and a Stop is kept for it.
+_PATIENCE = 2.0
+# How long Redis may be silent: then it is asked for a sign of life, and has as long again for it.
+_SILENCE = 10.0
+_CONNECT = 5.0
+_LONGEST_PAUSE = 3.0
+# Channels or keys in one command.
+_AT_ONCE = 500
+
+# What the connection can end with, beside what Redis itself says.
+_LOST = (RedisError, OSError, asyncio.TimeoutError)
+
+
+class Link:
+    """What a registry has in Redis."""
+
+    def __init__(self, url: str, book: Book, namespace: str) -> None:
+        self._book = book
+        self._prefix = quote(namespace, safe="")
+        # Two connections at most, used by the one task: that of the pub/sub, and one for commands.
+        untyped: Any = Redis
+        self._redis: Any = untyped.from_url(
+            url,
+            socket_connect_timeout=_CONNECT,
+            socket_timeout=_CONNECT,
+            socket_keepalive=True,
+            retry=Retry(NoBackoff(), 0),  # connecting again is the task's
+            decode_responses=False,
+        )
+        self._backoff = ExponentialWithJitterBackoff(cap=_LONGEST_PAUSE, base=0.05)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: asyncio.Task[NoReturn] | None = None
+        self._wake = asyncio.Event()
+        self.connected = False
+        # Not at the first attempt: callers wait for that one.
+        self._away = False
+        # Names that were registered or taken back since the task last looked.
+        self._changed: set[Name] = set()
+        # Names that the present connection was told to subscribe.
+        self._asked: set[Name] = set()
+        # Names whose keys are to be looked at.
+        self._unread: set[Name] = set()
+        # Names whose Stops are to be given to Redis.
+        self._unsent: set[Name] = set()
+        self._entering: dict[Name, set[asyncio.Future[bool]]] = {}
+        self._stopping: dict[Name, set[asyncio.Future[int | None]]] = {}
+
+    # -- for the registry --
+
+    async def added(self, name: Name) -> None:
+        """Have a name subscribed, and wait until it is known whether it has been stopped, if Redis can be reached."""
+        self._start()
+        self._note(self._changed, name)
+        await self._wait(self._entering, name)
+
+    def removed(self, name: Name) -> None:
+        """Have a name unsubscribed, unless it is still in use."""
+        self._note(self._changed, name)
+
+    async def send(self, name: Name) -> int | None:
+        """Give the Stop of a name to Redis.
+
+        Returns:
+            How many processes have such a stream; ``None`` if Redis is away.
+        """
+        self._start()
+        self._note(self._unsent, name)
+        reached: int | None = await self._wait(self._stopping, name)
+        return reached
+
+    async def names(self) -> list[Name]:
+        """Return the names that are registered in all processes: those of the channels that somebody has subscribed."""
+        try:
+            channels = await self._redis.pubsub_channels(f"{self._prefix}:stop:*")
+        except _LOST as exc:
+            raise RegistryUnavailable(f"Redis does not answer: {exc}") from exc
+        names = [self._name(channel) for channel in channels]
+        return [name for name in names if name is not None]
+
+    async def aclose(self) -> None:
+        """End the task and the connections."""
+        task, self._task = self._task, None
+        if task is None:
+            await self._redis.aclose()
+            return
+        task.cancel()
+        await asyncio.wait({task})
+
+    def _start(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._task is None:
+            self._loop = loop
+            self._task = loop.create_task(self._run(), name="ollama_async registry")
+        elif self._loop is not loop:
+            raise RequestError("the registry belongs to another event loop; make one for each")
+
+    def _note(self, names: set[Name], name: Name) -> None:
+        # While Redis is away nothing is collected: the book has it all, and it is looked at when Redis is back.
+        if not self._away:
+            names.add(name)
+            self._wake.set()
+
+    async def _wait(self, waiting: dict[Name, set[asyncio.Future[Any]]], name: Name) -> Any:
+        if self._away:
+            return None
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        waiting.setdefault(name, set()).add(future)
+        try:
+            # Not wait_for(): what comes with a cancellation at the same time would be lost there.
+            await asyncio.wait({future}, timeout=_PATIENCE)
+            return future.result() if future.done() else None
+        finally:
+            futures = waiting.get(name)
+            if futures is not None:
+                futures.discard(future)
+                if not futures:
+                    del waiting[name]
+
+    # -- the task --
+
+    async def _run(self) -> NoReturn:
+        failures = 0
+        try:
+            while True:
+                try:
+                    await self._serve()
+                except _LOST as exc:
+                    failures = 1 if self.connected else failures + 1
+                    self._lost(exc)
+                await asyncio.sleep(self._backoff.compute(failures))
+        finally:
+            self.connected = False
+            self._away = True
+            self._give_up_waiting()
+            await self._redis.aclose()
+
+    def _lost(self, error: BaseException) -> None:
+        if not self._away:
+            _log.warning("Redis is away (%s): until it is back, a Stop works for streams of its own process", error)
+        self.connected = False
+        self._away = True
+        self._give_up_waiting()
+
+    def _give_up_waiting(self) -> None:
+        for name in list(self._entering):
+            self._resolve(self._entering, name, False)
+        for name in list(self._stopping):
+            self._resolve(self._stopping, name, None)
+
+    async def _serve(self) -> NoReturn:
+        """Be connected, until that ends by an error."""
+        pubsub = self._redis.pubsub()
+        reader: asyncio.Task[NoReturn] | None = None
+        try:
+            # A channel of its own, so that there is always one: without any, nothing can be read.
+            await pubsub.subscribe(f"{self._prefix}:link")
+            reader = asyncio.create_task(self._read(pubsub))
+            self._start_over()
+            while True:
+                self._wake.clear()
+                await self._subscribe(pubsub)
+                await self._look()
+                await self._send_stops()
+                await self._until_woken(reader)
+        finally:
+            if reader is not None:
+                reader.cancel()
+                with suppress(asyncio.CancelledError, *_LOST):
+                    await reader
+            await pubsub.aclose()
+
+    def _start_over(self) -> None:
+        """Take up a new connection, which knows of nothing."""
+        if self._away:
+            _log.info("Redis is back")
+        self._asked.clear()
+        self._unread.clear()
+        self._changed = set(self._book.names())
+        self._unsent = set(self._book.stops())
+        self.connected, self._away = True, False
+
+    async def _until_woken(self, reader: asyncio.Task[NoReturn]) -> None:
+        woken = asyncio.ensure_future(self._wake.wait())
+        try:
+            await asyncio.wait({woken, reader}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            woken.cancel()
+        if reader.done():
+            reader.result()
+
+    async def _read(self, pubsub: Any) -> NoReturn:
+        silent = False
+        while True:
+            message = await pubsub.get_message(timeout=_SILENCE)
+            if message is None:
+                if silent:
+                    raise TimeoutError(f"Redis was silent for {2 * _SILENCE:g} s")
+                silent = True
+                await pubsub.ping()
+                continue
+            silent = False
+            name = self._name(message["channel"])
+            if name is not None and message["type"] == "message":
+                self._book.abort(name, _reason(message["data"]))
+            elif name is not None and message["type"] == "subscribe":
+                # Only now: a Stop that came before the subscription is in the key.
+                self._unread.add(name)
+                self._wake.set()
+
+    async def _subscribe(self, pubsub: Any) -> None:
+        changed, self._changed = self._changed, set()
+        wanted = {name for name in changed if name in self._book}
+        # Registered anew before it was unsubscribed: a message may have come while nobody was there for it.
+        self._unread |= wanted & self._asked
+        new, gone = wanted - self._asked, (changed - wanted) & self._asked
+        self._asked = (self._asked | new) - gone
+        for names in _portions(gone):
+            await pubsub.unsubscribe(*map(self._channel, names))
+        for names in _portions(new):
+            await pubsub.subscribe(*map(self._channel, names))
+
+    async def _look(self) -> None:
+        unread, self._unread = self._unread, set()
+        for names in _portions(name for name in unread if name in self._book):
+            # The key of a Stop has the name of its channel.
+            for name, found in zip(names, await self._redis.mget(map(self._channel, names)), strict=True):
+                if found is not None:
+                    self._book.abort(name, _reason(found))
+                self._resolve(self._entering, name, True)
+
+    async def _send_stops(self) -> None:
+        unsent, self._unsent = self._unsent, set()
+        for portion in _portions(unsent):
+            stops = {name: stop for name in portion if (stop := self._book.stop(name)) is not None}
+            pipeline = self._redis.pipeline(transaction=False)
+            for name, stop in stops.items():
+                data = json.dumps({"reason": stop.reason})
+                left = math.ceil((stop.until - time.monotonic()) * 1000)
+                pipeline.set(self._channel(name), data, px=max(left, 1))
+                pipeline.publish(self._channel(name), data)
+            answers = await pipeline.execute()
+            for name, reached in zip(stops, answers[1::2], strict=True):
+                self._resolve(self._stopping, name, reached)
+
+    @staticmethod
+    def _resolve(waiting: dict[Name, set[asyncio.Future[Any]]], name: Name, result: Any) -> None:
+        for future in waiting.pop(name, ()):
+            if not future.done():
+                future.set_result(result)
+
+    # -- names --
+
+    def _channel(self, name: Name) -> str:
+        # Escaped, so that no id can be read as another one, as another namespace, or as a pattern.
+        return f"{self._prefix}:stop:{quote(name.owner, safe='')}:{quote(name.id, safe='')}"
+
+    def _name(self, channel: Any) -> Name | None:
+        with suppress(ValueError, AttributeError):
+            prefix, kind, owner, stream_id = channel.decode("ascii").split(":")
+            if (prefix, kind) == (self._prefix, "stop"):
+                return Name(unquote(owner, errors="strict"), unquote(stream_id, errors="strict"))
+        return None
+
+
+def _portions(names: Iterable[Name]) -> Iterable[list[Name]]:
+    every = list(names)
+    return (every[start : start + _AT_ONCE] for start in range(0, len(every), _AT_ONCE))
+
+
+def _reason(data: bytes) -> str | None:
+    # Others can write to Redis, too.
+    try:
+        return checked_reason(json.loads(data)["reason"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None

@@ -1,0 +1,81 @@
+"""A real Redis server for tests: started, killed, started again, and asked what it sees. Everything here blocks."""
+
+import contextlib
+import random
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import redis
+
+BOUND = 20.0
+
+
+def find_redis() -> Path | None:
+    found = shutil.which("redis-server")
+    return Path(found) if found else None
+
+
+class RealRedis:
+    """`redis-server` as a child process that keeps nothing: killed, it has forgotten all. A context manager."""
+
+    def __init__(self, binary: Path, folder: Path) -> None:
+        self._binary = binary
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+        self.port = _free_port()
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.kill()
+
+    def start(self) -> None:
+        """Start it on its port; returns when it answers."""
+        options = {"port": self.port, "bind": "127.0.0.1", "save": "", "appendonly": "no", "dir": self._folder}
+        arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+        with (self._folder / "redis.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [self._binary, *arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        end = time.monotonic() + BOUND
+        while True:
+            with contextlib.suppress(redis.ConnectionError):
+                self.ask("PING")
+                return
+            log_text = (self._folder / "redis.log").read_text()
+            assert self._process.poll() is None, log_text
+            assert time.monotonic() < end, log_text
+            time.sleep(0.01)
+
+    def kill(self) -> None:
+        """End it at once, as a crash would."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait(BOUND)
+
+    def ask(self, *command: str) -> Any:
+        """Give it a command."""
+        with redis.Redis(port=self.port, decode_responses=True) as client:
+            return client.execute_command(*command)
+
+
+def _free_port() -> int:
+    # Not one that the kernel gives to whoever asks for any: it has to be free again after a restart.
+    for port in random.sample(range(20_000, 30_000), 100):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("no free port")

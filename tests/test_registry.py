@@ -1,0 +1,351 @@
+"""The registry of streams: in memory, and what one over Redis does while that is away."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import sys
+import threading
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from ollama_async import AbortError, AsyncClient, OllamaError, RequestError
+from ollama_async.registry import AbortRegistry, Name, RegistryClosed, RegistryUnavailable, _local, _redis
+from ollama_async.testing import FakeOllama, Reply
+
+BOUND = 20.0
+
+# Texts that could be taken for something else on their way: separators, patterns, escapes, other namespaces.
+NASTY = [
+    "a:b",
+    "a%3Ab",
+    "*",
+    "[a-z]",
+    "x?",
+    "\\*",
+    "../x",
+    "\0",
+    "\r\nPUBLISH x y",
+    "\u00fc\u2028\U0001f600",
+    " ",
+    "link",
+]
+
+
+@pytest_asyncio.fixture
+async def registry() -> AsyncIterator[AbortRegistry]:
+    async with AbortRegistry.from_url("memory://") as made:
+        yield made
+
+
+class Clock:
+    """In place of ``time.monotonic``."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(_local, "time", made)
+    return made
+
+
+async def test_a_stream_is_stopped_by_its_id(registry: AbortRegistry, fake_ollama: FakeOllama) -> None:
+    fake_ollama.script("/api/chat", Reply.endless_chat(0.01))
+    async with AsyncClient(fake_ollama.url) as client, registry.token("one") as token:
+        stream = client.chat("fake", "hi", stream=True, token=token)
+        await anext(stream)
+        stopping = registry.abort("one", "Stop was pressed")
+        # A stream of this process is stopped before anything is awaited: not even a loop is needed to go round.
+        with pytest.raises(StopIteration) as returned:
+            stopping.send(None)
+        assert returned.value.value == "stopped"
+        assert fake_ollama.connections[0].wait_left()
+        with pytest.raises(AbortError, match="Stop was pressed"):
+            await anext(stream)
+    assert await registry.list() == []
+
+
+async def test_a_stop_that_comes_before_its_stream(registry: AbortRegistry) -> None:
+    assert await registry.abort("early", "reason") == "kept"
+    async with registry.token("early") as token:
+        assert (token.aborted, token.reason) == (True, "reason")
+
+
+async def test_a_stop_holds_for_its_time(clock: Clock) -> None:
+    registry = AbortRegistry.from_url("memory://", ttl=60)
+    await registry.abort("early")
+    clock.now += 59
+    async with registry.token("early") as token:
+        assert token.aborted
+    clock.now += 2
+    async with registry.token("early") as token:
+        assert not token.aborted
+
+
+async def test_a_stop_for_what_has_ended_concerns_nobody_else(registry: AbortRegistry) -> None:
+    async with registry.token("one"), registry.token("two") as two:
+        pass
+    assert await registry.abort("one") == "kept"
+    async with registry.token("three") as three:
+        assert not two.aborted
+        assert not three.aborted
+
+
+async def test_stopped_twice_the_first_reason_stays(registry: AbortRegistry) -> None:
+    async with registry.token("one") as token:
+        assert await registry.abort("one", "first") == "stopped"
+        assert await registry.abort("one", "second") == "stopped"
+        assert token.reason == "first"
+    await registry.abort("one", "third")
+    async with registry.token("one") as late:
+        assert late.reason == "first"
+
+
+async def test_a_stop_by_somebody_else(registry: AbortRegistry) -> None:
+    async with registry.token("one", owner="ann") as token:
+        for owner in ("bob", "", "ANN", "ann "):
+            assert await registry.abort("one", owner=owner) == "kept"
+        assert not token.aborted
+        assert await registry.abort("one", owner="ann") == "stopped"
+        assert token.aborted
+
+
+async def test_owner_and_id_cannot_be_mixed_up(registry: AbortRegistry) -> None:
+    async with registry.token("b", owner="a:") as token:
+        await registry.abort(":b", owner="a")
+        await registry.abort("a::b")
+        assert not token.aborted
+
+
+async def test_several_streams_under_one_id(registry: AbortRegistry) -> None:
+    async with registry.token("one") as first:
+        async with registry.token("one") as second:
+            assert await registry.list() == [("", "one")]
+        await registry.abort("one")
+        assert (first.aborted, second.aborted) == (True, False)
+
+
+async def test_the_list(registry: AbortRegistry) -> None:
+    async with registry.token("2", owner="ann"), registry.token("1", owner="ann"), registry.token("1", owner="bob"):
+        assert await registry.list() == [("ann", "1"), ("ann", "2"), ("bob", "1")]
+        assert await registry.list("ann") == [Name("ann", "1"), Name("ann", "2")]
+        assert await registry.list("") == []
+    assert await registry.list() == []
+
+
+@pytest.mark.parametrize("ending", [RuntimeError, asyncio.CancelledError])
+async def test_a_registration_is_taken_back_on_every_way_out(
+    registry: AbortRegistry, ending: type[BaseException]
+) -> None:
+    with pytest.raises(ending):
+        async with registry.token("one"):
+            raise ending
+    assert await registry.list() == []
+
+
+@pytest.mark.parametrize("bad", ["", "x" * 201, None, 7, b"bytes", "\ud800"])
+async def test_what_is_no_id(registry: AbortRegistry, bad: Any) -> None:
+    with pytest.raises(RequestError, match="id"):
+        async with registry.token(bad):
+            pass
+    with pytest.raises(RequestError, match="id"):
+        await registry.abort(bad)
+    assert await registry.list() == []
+
+
+@pytest.mark.parametrize("bad", ["x" * 201, None, 7, "\ud800"])
+async def test_what_is_no_owner(registry: AbortRegistry, bad: Any) -> None:
+    with pytest.raises(RequestError, match="owner"):
+        await registry.abort("one", owner=bad)
+
+
+@pytest.mark.parametrize("bad", ["x" * 1001, 7, ["why"]])
+async def test_what_is_no_reason(registry: AbortRegistry, bad: Any) -> None:
+    async with registry.token("one") as token:
+        with pytest.raises(RequestError, match="reason"):
+            await registry.abort("one", bad)
+        assert not token.aborted
+
+
+async def test_there_is_an_end_to_the_stops_that_are_kept(
+    registry: AbortRegistry, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    monkeypatch.setattr(_local, "_MAX_STOPS", 3)
+    for number in range(5):
+        await registry.abort(str(number))
+    aborted = []
+    for number in range(5):
+        async with registry.token(str(number)) as token:
+            aborted.append(token.aborted)
+    assert aborted == [False, False, True, True, True]
+    clock.now += 601
+    await registry.abort("new")
+    assert len(registry._book._stops) == 1
+
+
+async def test_a_closed_registry(registry: AbortRegistry) -> None:
+    assert registry.connected
+    async with registry.token("one"):
+        await registry.aclose()
+        await registry.aclose()
+        with pytest.raises(RegistryClosed):
+            await registry.abort("one")
+    with pytest.raises(RegistryClosed):
+        async with registry.token("two"):
+            pass
+    with pytest.raises(RegistryClosed):
+        await registry.list()
+    assert not registry.connected
+
+
+@pytest.mark.parametrize(
+    ("url", "options", "text"),
+    [
+        ("", {}, "begins with memory://"),
+        ("http://secret@x", {}, "begins with memory://"),
+        (None, {}, "begins with memory://"),
+        ("memory://", {"ttl": 0}, "ttl"),
+        ("memory://", {"ttl": float("nan")}, "ttl"),
+        ("redis://x", {"ttl": True}, "ttl"),
+        ("redis://x", {"namespace": ""}, "namespace"),
+        ("redis://x", {"namespace": "x" * 101}, "namespace"),
+        ("redis://:secret@x?db=x", {}, "'db'"),
+    ],
+)
+def test_bad_parameters(url: Any, options: dict[str, Any], text: str) -> None:
+    with pytest.raises(RequestError, match=text) as caught:
+        AbortRegistry.from_url(url, **options)
+    assert "secret" not in str(caught.value)
+
+
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "ollama_async.registry._redis")
+    monkeypatch.setitem(sys.modules, "redis.asyncio", None)
+    with pytest.raises(ImportError, match=r'pip install "ollama-async\[redis\]"'):
+        AbortRegistry.from_url("redis://x")
+
+
+def test_names_in_redis_cannot_be_taken_for_others() -> None:
+    book = _local.Book(1)
+    link = _redis.Link("redis://127.0.0.1", book, "a:*")
+    names = [Name(owner, stream_id) for owner in ["", *NASTY] for stream_id in NASTY]
+    channels = [link._channel(name) for name in names]
+    assert len(set(channels)) == len(names)
+    assert [link._name(channel.encode()) for channel in channels] == names
+    for channel in channels:
+        assert channel.startswith("a%3A%2A:stop:")
+        assert channel.count(":") == 3
+        assert not set(channel) & set("*?[]\\ \r\n\0")
+        assert channel.isascii()
+    for foreign in (b"a%3A%2A:link", b"b:stop:x:y", b"a%3A%2A:stop:x", b"a%3A%2A:stop:%ff:x", b"\xff", "text", None):
+        assert link._name(foreign) is None
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b'"x"', b'{"reason": 7}', b"\xff", b"[" * 100_000, None, 7])
+def test_a_message_that_is_none(data: Any) -> None:
+    assert _redis._reason(data) is None
+
+
+# -- over Redis, while there is none --
+
+
+@pytest.fixture
+def nowhere() -> Any:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        yield f"redis://:secret@127.0.0.1:{taken.getsockname()[1]}/0"
+
+
+async def test_while_redis_is_away(nowhere: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "ollama_async.registry"):
+        async with AbortRegistry.from_url(nowhere) as registry:
+            async with registry.token("one") as token:
+                assert not token.aborted
+                assert not registry.connected
+                assert await registry.abort("two") == "queued"
+                assert await registry.abort("one", "here") == "stopped"
+                assert token.reason == "here"
+                with pytest.raises(RegistryUnavailable, match="Redis does not answer") as caught:
+                    await registry.list()
+                assert isinstance(caught.value, OllamaError)
+                assert isinstance(caught.value, ConnectionError)
+            async with registry.token("two") as token:
+                assert token.aborted
+            # What comes and goes meanwhile is not collected.
+            assert registry._link is not None
+            assert {name.id for name in registry._link._changed} <= {"one"}
+    assert "until it is back" in caplog.text
+    assert len(caplog.records) == 1
+    assert "secret" not in caplog.text
+
+
+async def test_a_redis_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_redis, "_PATIENCE", 0.05)
+
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        registry = AbortRegistry.from_url(f"redis://127.0.0.1:{port}")
+        async with registry, asyncio.timeout(BOUND), registry.token("one") as token:
+            assert await registry.abort("two") == "queued"
+            assert await registry.abort("one") == "stopped"
+            assert token.aborted
+
+
+async def test_a_registration_that_is_cancelled(nowhere: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Before it is known that Redis is away.
+    async with AbortRegistry.from_url(nowhere) as registry:
+
+        async def register() -> None:
+            async with registry.token("one"):
+                raise AssertionError
+
+        task = asyncio.create_task(register())
+        await asyncio.sleep(0)
+        assert "one" in [name.id for name in registry._book.names()]
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert registry._book.names() == []
+        assert registry._link is not None
+        assert not registry._link._entering
+
+
+async def test_a_registry_has_one_event_loop(nowhere: str) -> None:
+    caught: list[BaseException] = []
+
+    async def use(registry: AbortRegistry) -> None:
+        try:
+            await registry.abort("one")
+        except RequestError as exc:
+            caught.append(exc)
+
+    async with AbortRegistry.from_url(nowhere) as registry:
+        await registry.abort("one")
+        thread = threading.Thread(target=lambda: asyncio.run(use(registry)))
+        thread.start()
+        await asyncio.to_thread(thread.join, BOUND)
+    assert "another event loop" in str(caught[0])
+
+
+async def test_closing_leaves_nothing(nowhere: str) -> None:
+    before = asyncio.all_tasks()
+    registry = AbortRegistry.from_url(nowhere)
+    async with registry.token("one"):
+        await registry.aclose()
+    assert asyncio.all_tasks() == before
+    unused = AbortRegistry.from_url(nowhere)
+    await unused.aclose()

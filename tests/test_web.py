@@ -1,0 +1,310 @@
+"""The chat page's server, without a browser: who may use it, what it passes on, and the command. The page itself is in
+tests/real/test_web.py."""
+
+import asyncio
+import json
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import pytest_asyncio
+
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+
+from real.web_page import BOUND, environment, web_page
+from typer.testing import CliRunner
+
+import ollama_async.cli
+from ollama_async import AsyncClient, Timeouts
+from ollama_async.cli._web import PORT, Chats, Guard
+from ollama_async.testing import FakeOllama, Reply, Stall
+
+ASKED = {"model": "fake", "messages": [{"role": "user", "content": "hi"}]}
+HELP = (["--help"], ["web", "--help"])
+ID = "0123456789abcdefghijklmnopqrstuv"
+
+
+class Said:
+    """In place of the command line's session."""
+
+    def explain(self, error: Exception) -> str:
+        return f"explained: {error}"
+
+
+@pytest_asyncio.fixture
+async def page(fake_ollama: FakeOllama) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the page's server, as its own page would be one."""
+    async with AsyncClient(fake_ollama.url) as client:
+        chats: Any = Chats(Said(), client, Timeouts(), "a notice")  # type: ignore[arg-type]
+        transport = httpx.ASGITransport(chats.app("box.local"))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:11480") as made:
+            yield made
+
+
+# -- who may use it --
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1:11480", "127.0.0.1", "localhost:9", "[::1]:11480", "192.168.1.7:80", "box.local", "LOCALHOST"]
+)
+async def test_hosts_that_nobody_else_can_have(page: httpx.AsyncClient, host: str) -> None:
+    answer = await page.get("/", headers={"Host": host})
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["", "attacker.test", "attacker.test:11480", "localhost.attacker.test", "127.0.0.1.attacker.test", "[::1", "a b"],
+)
+@pytest.mark.parametrize("path", ["/", "/page.js", "/api/models", "/nowhere"])
+async def test_other_hosts_are_refused(page: httpx.AsyncClient, host: str, path: str) -> None:
+    answer = await page.get(path, headers={"Host": host})
+    assert answer.status_code == 403
+    assert "open it under the address" in answer.json()["error"]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "http://attacker.test"},
+        {"Origin": "null"},
+        {"Origin": "http://localhost:11480"},
+        {"Origin": "http://127.0.0.1:3000"},
+        {"Origin": ""},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+    ],
+)
+@pytest.mark.parametrize(("method", "path"), [("POST", "/api/chat"), ("POST", f"/api/stop/{ID}"), ("GET", "/page.js")])
+async def test_other_sites_are_refused(
+    page: httpx.AsyncClient, fake_ollama: FakeOllama, headers: dict[str, str], method: str, path: str
+) -> None:
+    answer = await page.request(method, path, json=ASKED, headers=headers)
+    assert answer.status_code == 403
+    assert "access-control-allow-origin" not in answer.headers
+    assert fake_ollama.requests == ()
+
+
+async def test_the_page_itself_may(page: httpx.AsyncClient) -> None:
+    headers = {"Origin": "http://127.0.0.1:11480", "Sec-Fetch-Site": "same-origin"}
+    assert (await page.post("/api/chat", json=ASKED, headers=headers)).status_code == 200
+
+
+async def test_a_link_from_elsewhere_leads_to_the_page(page: httpx.AsyncClient) -> None:
+    assert (await page.get("/", headers={"Sec-Fetch-Site": "cross-site"})).status_code == 200
+
+
+@pytest.mark.parametrize("media_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
+async def test_only_json_is_taken(page: httpx.AsyncClient, fake_ollama: FakeOllama, media_type: str) -> None:
+    answer = await page.post("/api/chat", content=json.dumps(ASKED), headers={"Content-Type": media_type})
+    assert answer.status_code == 415
+    assert fake_ollama.requests == ()
+
+
+@pytest.mark.parametrize("path", ["/", "/page.js", "/api/models", "/nowhere", "/vendor/marked.js"])
+async def test_each_answer_has_the_policy(page: httpx.AsyncClient, path: str) -> None:
+    headers = (await page.get(path)).headers
+    policy = headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'; script-src 'self'; ")
+    assert "require-trusted-types-for 'script'" in policy
+    assert "unsafe" not in policy
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["cache-control"] == "no-store"
+
+
+async def test_a_refusal_has_it_too(page: httpx.AsyncClient) -> None:
+    assert "content-security-policy" in (await page.get("/", headers={"Host": "attacker.test"})).headers
+
+
+async def test_what_is_no_request_is_passed_on() -> None:
+    passed: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        passed.append(scope["type"])
+
+    await Guard(app, "")({"type": "lifespan"}, None, None)  # type: ignore[arg-type]
+    assert passed == ["lifespan"]
+
+
+# -- what it serves --
+
+
+async def test_all_of_the_page_is_in_the_package(page: httpx.AsyncClient) -> None:
+    """Nothing is loaded from elsewhere: each file that a file names is there."""
+    seen: set[str] = set()
+    left = ["index.html"]
+    while left:
+        path = left.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        answer = await page.get(f"/{path}")
+        assert answer.status_code == 200, path
+        if path.endswith(".js"):
+            assert "javascript" in answer.headers["content-type"]
+        if not path.startswith("vendor/"):
+            assert not re.search(r"""(src|href|from|url)\W{1,3}(https?:)?//""", answer.text), path
+        left += re.findall(r"""(?:src|href)="([\w./]+)\"""", answer.text) if path.endswith(".html") else []
+        left += re.findall(r"""^import .* from "\./([\w./]+)";$""", answer.text, re.MULTILINE)
+    assert {"page.js", "page.css", "icon.svg", "vendor/marked.js", "vendor/purify.js"} <= seen
+    folder = Path(ollama_async.cli.__file__).with_name("web") / "vendor"
+    assert sorted(file.name for file in folder.glob("LICENSE*")) == ["LICENSE-dompurify.txt", "LICENSE-marked.txt"]
+
+
+async def test_the_models(page: httpx.AsyncClient, fake_ollama: FakeOllama) -> None:
+    answer = await page.get("/api/models")
+    assert answer.json() == {"models": ["fake:latest"], "default": "fake:latest", "notice": "a notice"}
+    fake_ollama.stop()
+    answer = await page.get("/api/models")
+    assert answer.status_code == 502
+    assert answer.json()["error"].startswith("explained: Failed to connect")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "hi",
+        [],
+        {"model": "fake"},
+        {"model": 1, "messages": []},
+        {"model": "fake", "messages": [{"role": "tool", "content": "x"}]},
+        {"model": "fake", "messages": [{"role": "user", "content": ["x"]}]},
+    ],
+)
+async def test_what_is_no_question_is_refused(page: httpx.AsyncClient, fake_ollama: FakeOllama, asked: Any) -> None:
+    answer = await page.post("/api/chat", json=asked)
+    assert answer.status_code == 400
+    assert answer.json()["error"].startswith("this is no question to a model: ")
+    assert fake_ollama.requests == ()
+
+
+async def test_only_text_is_passed_on(page: httpx.AsyncClient, fake_ollama: FakeOllama, tmp_path: Path) -> None:
+    """A picture could be a path, and the client would read that from this disk."""
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(b"\x89PNG\r\n\x1a\nsecret")
+    said = {"role": "user", "content": "hi", "images": [str(secret)]}
+    answer = await page.post("/api/chat", json={"model": "fake", "messages": [said], "options": {"num_predict": -1}})
+    assert answer.status_code == 200
+    [request] = [request for request in fake_ollama.requests if request.route == "/api/chat"]
+    assert request.json()["messages"] == [{"role": "user", "content": "hi"}]
+    assert "options" not in request.json()
+
+
+async def test_a_stop_that_comes_before_its_question(page: httpx.AsyncClient, fake_ollama: FakeOllama) -> None:
+    assert (await page.post(f"/api/stop/{ID}", json={"reason": "early"})).status_code == 404
+    answer = await page.post("/api/chat", json=ASKED, headers={"X-Stream-Id": ID})
+    end = json.loads(answer.text.rpartition("event: end\ndata: ")[2])
+    assert (end["outcome"], end["reason"], end["text"]) == ("aborted", "early", "")
+
+
+async def test_an_error_of_the_model_server_keeps_its_words(page: httpx.AsyncClient, fake_ollama: FakeOllama) -> None:
+    answer = await page.post("/api/chat", json=ASKED | {"model": "nope"})
+    assert (answer.status_code, answer.json()["error"]) == (404, "model 'nope' not found")
+
+
+# -- the command --
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ollama_async", *arguments]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=BOUND, check=False)
+
+
+def test_help_shows_it() -> None:
+    assert re.search(
+        r"^\W*web +Serve a chat page", CliRunner().invoke(ollama_async.cli.app, ["--help"]).output, re.MULTILINE
+    )
+    assert str(PORT) in CliRunner().invoke(ollama_async.cli.app, ["web", "--help"], env={"COLUMNS": "200"}).output
+
+
+@pytest.mark.parametrize("missing", ["starlette", "uvicorn"])
+def test_without_the_extra_it_says_how_to_install_it(missing: str) -> None:
+    code = f"import sys; sys.modules[{missing!r}] = None; from ollama_async.__main__ import main; main()"
+    command = [sys.executable, "-c", code, "web"]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=BOUND, check=False)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert 'pip install "ollama-async[web]"' in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_port_that_is_taken(fake_ollama: FakeOllama) -> None:
+    result = run("--host", fake_ollama.url, "web", "--no-browser", "--port", str(fake_ollama.port))
+    assert result.returncode == 2
+    assert f"cannot listen at port {fake_ollama.port} of 127.0.0.1" in " ".join(result.stderr.replace("│", "").split())
+
+
+def test_the_usual_port_or_another_one(fake_ollama: FakeOllama) -> None:
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            other.bind(("127.0.0.1", PORT))
+            other.listen()
+        except OSError:
+            pass  # somebody else has it, which is as good
+        with web_page(fake_ollama.url, port=None) as served:
+            assert str(PORT) not in served.url
+            assert httpx.get(served.url, trust_env=False).status_code == 200
+
+
+@pytest.mark.parametrize("address", ["localhost", "::1"])
+def test_other_names_of_this_machine(fake_ollama: FakeOllama, address: str) -> None:
+    with web_page(fake_ollama.url, "--host", address) as served:
+        assert httpx.get(served.url, trust_env=False).status_code == 200
+        assert "Everybody" not in served.said
+
+
+def test_an_address_that_others_can_reach_is_warned_about(fake_ollama: FakeOllama) -> None:
+    with web_page(fake_ollama.url, "--host", "0.0.0.0") as served:
+        assert served.url.startswith("http://127.0.0.1:")
+        assert "Everybody who can reach this machine can use this page and your models." in served.said
+
+
+def test_the_embedded_server_stands_in(tmp_path: Path) -> None:
+    with FakeOllama(models=[]) as empty, web_page(empty.url) as served:
+        assert f"the server at {empty.url} has no model that chats" in served.said
+        answer = httpx.get(f"{served.url}api/models", trust_env=False).json()
+        assert answer["models"] == ["demonstration:latest"]
+        assert "no model computes anything" in answer["notice"]
+
+
+def test_a_browser_is_shown_the_page(fake_ollama: FakeOllama, tmp_path: Path) -> None:
+    """The one that BROWSER names, as in Python's webbrowser."""
+    shown = tmp_path / "shown"
+    browser = tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {shown}.part && mv {shown}.part {shown}\n')
+    browser.chmod(0o755)
+    with web_page(fake_ollama.url, browser=str(browser)) as served:
+        asyncio.run(asyncio.wait_for(_exists(shown), BOUND))
+        assert shown.read_text().strip() == served.url
+
+
+async def _exists(path: Path) -> None:
+    while not path.exists():
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "reply", [Reply.endless_chat(0.01), Reply(before_head=[Stall()])], ids=["answering", "loading"]
+)
+def test_ctrl_c_ends_it_and_the_answers(fake_ollama: FakeOllama, reply: Reply) -> None:
+    fake_ollama.script("/api/chat", reply)
+    with web_page(fake_ollama.url) as served:
+        url = httpx.URL(served.url)
+        body = json.dumps(ASKED).encode()
+        head = f"POST /api/chat HTTP/1.1\r\nHost: {url.host}\r\nContent-Type: application/json\r\n"
+        with socket.create_connection((url.host, url.port), BOUND) as client:
+            client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            [request] = fake_ollama.wait_for_requests(path="/api/chat", timeout=BOUND)
+            assert served.end() == (130, "")
+            assert request.connection.wait_left(BOUND)
+            came = b""
+            while part := client.recv(65536):
+                came += part
+    assert b"ollama-async web is ending" in came
