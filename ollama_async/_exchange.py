@@ -22,7 +22,7 @@ from ._transport import ANSWERED, CHANNEL
 from ._types import Origin
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from pydantic import BaseModel
 
@@ -329,16 +329,9 @@ class Exchange(Channel):
         self.touched = self.loop.time()
         super().take_head(status, reason, headers, version)
         # Decided here, because an answer that comes all at once is at its end before its reader has seen the head.
-        if self._transport is not None and not 300 <= status < 400:
-            self._refuse_encoding()
-
-    def _refuse_encoding(self) -> None:
-        for name, value in self.headers:
-            if name.lower() == b"content-encoding" and value.lower() not in (b"", b"identity"):
-                shown = value.decode("latin-1")
-                self._decide(
-                    End("error", ProtocolError(f"the answer is encoded as {shown!r}, which was not asked for"))
-                )
+        error = _encoding_error(headers)
+        if error is not None and self._transport is not None and not 300 <= status < 400:
+            self._decide(End("error", error))
 
     def detach(self) -> None:
         """Let go of the link; if the answer is settled, nothing can come any more."""
@@ -496,6 +489,10 @@ class _Errand:
             response.headers.raw,
             response.extensions.get("http_version", b"HTTP/1.1"),
         )
+        error = _encoding_error(response.headers.raw)
+        if error is not None:
+            # Not even httpx shall unpack it: a block of it may become a thousand times as much.
+            raise error
         exchange.wake()
         async for block in response.aiter_bytes():
             exchange.now = exchange.loop.time()
@@ -504,6 +501,14 @@ class _Errand:
             if not room:
                 self._room.clear()
                 await self._room.wait()
+
+
+def _encoding_error(headers: Iterable[tuple[bytes, bytes]]) -> ProtocolError | None:
+    """Refuse what is packed: it was not asked for, and nobody can know its size before it is unpacked."""
+    for name, value in headers:
+        if name.lower() == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
+            return ProtocolError(f"the answer is encoded as {value.decode('latin-1')!r}, which was not asked for")
+    return None
 
 
 _CLOSED = {

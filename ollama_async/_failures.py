@@ -139,12 +139,17 @@ def _error_text(error: object) -> str:
     if isinstance(error, dict):
         # As the OpenAI-compatible routes and many gateways send it.
         error = cast("dict[str, object]", error).get("message", cast("object", error))
-    return error if isinstance(error, str) else json.dumps(error)
+    return _showable(error) if isinstance(error, str) else json.dumps(error)
 
 
 def _sign_in(error: ResponseError, frame: dict[str, Any]) -> None:
     url = frame.get("signin_url")
-    error.signin_url = url if isinstance(url, str) else None
+    error.signin_url = _showable(url) if isinstance(url, str) else None
+
+
+def _showable(text: str) -> str:
+    """Replace halves of characters, which JSON can have and no log or terminal can take."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def stream_error(frame: dict[str, Any], channel: Channel) -> StreamError:

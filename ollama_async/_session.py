@@ -16,7 +16,7 @@ from ._channel import Ended
 from ._errors import AbortError, ProtocolError, RequestError, ResponseError, StreamClosed
 from ._exchange import Exchange
 from ._host import env_api_key, env_proxy, is_loopback, is_ollama_com, parse_host
-from ._http import header_flaw
+from ._http import Origin, header_flaw
 from ._input import encode_json
 from ._ndjson import MAX_LINE_BYTES
 from ._proxy import ProxyTransport
@@ -129,7 +129,7 @@ class Session:
                 # Where somebody's code runs within the request, the request needs a task of its own.
                 if not any(map(options.get, ("auth", "event_hooks", "mounts"))):
                     self._direct = transport
-            self._client = httpx.AsyncClient(
+            self._client = _HttpClient(
                 transport=transport, follow_redirects=follow_redirects, timeout=None, trust_env=False, **options
             )
         elif transport is not None or proxy is not None or uds is not None or options:
@@ -332,14 +332,35 @@ class Session:
             raise
 
 
+class _HttpClient(httpx.AsyncClient):
+    """httpx's, but for what goes along when a server redirects to another one."""
+
+    def _redirect_headers(self, request: httpx.Request, url: httpx.URL, method: str) -> httpx.Headers:
+        headers = super()._redirect_headers(request, url, method)
+        here, there = Origin.of(request.url), Origin.of(url)
+        if here == there or (here.host, here.port, there.port) == (there.host, 80, 443):
+            return headers
+        if here.scheme == "https" and there.scheme == "http":
+            raise httpx.RemoteProtocolError(f"the server redirects from https to plain http, to {there}")
+        # httpx takes away Authorization and cookies. Keys have other names as well, so all but our own go.
+        return httpx.Headers([pair for pair in headers.raw if pair[0].lower() in _NO_SECRETS])
+
+
+_NO_SECRETS = {
+    b"host", b"accept", b"accept-encoding", b"content-type", b"content-length", b"transfer-encoding", b"user-agent",
+}  # fmt: skip
+
+
 def _headers(defaults: httpx.Headers, given: Mapping[str, str]) -> httpx.Headers:
     merged = httpx.Headers(defaults)
+    kind = ""
     try:
         merged.update(given)
     except (TypeError, ValueError, AttributeError) as exc:
-        # The value is not shown: it may be a key.
         kind = type(exc).__name__
-        raise RequestError(f"the headers cannot be sent: give a dict of ASCII strings ({kind})") from None
+    if kind:
+        # Raised out here, where that error is no context: it has the value, which may be a key.
+        raise RequestError(f"the headers cannot be sent: give a dict of ASCII strings ({kind})")
     # Not every transport looks, and what breaks out of a header may be a request of its own.
     flaw = next(filter(None, (header_flaw(name, value) for name, value in merged.raw)), None)
     if flaw is not None:

@@ -6,11 +6,13 @@ Every model keeps fields that it does not know, so that a newer server's are nev
 
 from __future__ import annotations
 
+import base64
+import os
 from collections.abc import Sequence  # noqa: TC003  (pydantic reads the annotations)
 from typing import Any, ClassVar
 
 import httpx
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from ._errors import ParseError
 
@@ -144,6 +146,30 @@ class Message(Model):
     """Of a message with role ``"tool"``: whose result it is."""
     tool_call_id: str | None = None
     """Of a message with role ``"tool"``: the id of the call whose result it is."""
+
+    @field_validator("images")
+    @classmethod
+    def _received(cls, images: Sequence[Any] | None, info: ValidationInfo) -> Sequence[Any] | None:
+        # A caller's text may be a path. A server's, in the message that it answered and that is sent back to it as part
+        # of the conversation, would have us read any file for it.
+        if info.mode == "json" and not all(map(_is_base64, images or ())):
+            raise ValueError("an image in JSON is base64, never the path of a file")
+        return images
+
+
+def _is_base64(image: object) -> bool:
+    if not isinstance(image, str):
+        return False
+    try:
+        base64.b64decode(image, validate=True)
+    except ValueError:
+        return False
+    # "//etc/passwd" is base64, too.
+    return len(image) > _MAX_PATH or not os.path.lexists(image)
+
+
+# Longer than any path that a system takes.
+_MAX_PATH = 4096
 
 
 class TokenLogprob(Model):

@@ -23,7 +23,7 @@ settings.register_profile(
     # A failure that takes its time would take it again for each attempt to make it smaller.
     phases=[Phase.explicit, Phase.generate],
 )
-settings.register_profile("full", max_examples=5000, deadline=None, print_blob=True, suppress_health_check=_SLOW)
+settings.register_profile("full", max_examples=1500, deadline=None, print_blob=True, suppress_health_check=_SLOW)
 settings.load_profile("ci")
 
 ON_BOTH_LOOPS = ("teardown", "test_transport.py", "test_real_stops.py")

@@ -17,7 +17,15 @@ import pytest
 from ollama_async.testing import Cut, FakeOllama, Reply, Stall
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted(
+    [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "CHANGELOG.md",
+        ROOT / "SECURITY.md",
+        *(ROOT / "docs").glob("*.md"),
+    ]
+)
 TIMEOUT = 60.0
 
 WEATHER = {"name": "weather", "arguments": {"city": "Lima"}}

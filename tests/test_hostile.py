@@ -1,0 +1,402 @@
+"""Hostile servers: whatever they send is an answer or a typed error, how ever it is cut, in bounded memory."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import itertools
+import json
+import socket
+import sys
+import zlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from teardown.harness import BOUND, nothing_left_behind
+
+from ollama_async import (
+    AsyncClient,
+    ChatResponse,
+    DirectTransport,
+    OllamaError,
+    ProtocolError,
+    ResponseError,
+    StreamError,
+)
+from ollama_async._channel import Channel
+from ollama_async._http import MAX_HEAD_BYTES, Connection, GuardedSocket, Origin
+from ollama_async._ndjson import LineSplitter
+from ollama_async.testing import Cut, Endless, FakeOllama, Reply, Stall
+
+OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+HELLO = OK + b"Content-Length: 5\r\n\r\nhello"
+POISON = OK + b"Content-Length: 6\r\n\r\npoison"
+URL = "/x"
+
+
+def line(text: str, *, done: bool = False) -> bytes:
+    message = {"role": "assistant", "content": text}
+    return json.dumps({"model": "m", "message": message, "done": done}).encode() + b"\n"
+
+
+# -- lines --
+
+
+@given(body=st.binary(max_size=200), cuts=st.lists(st.integers(0, 200), max_size=8))
+def test_lines_do_not_depend_on_how_they_are_cut(body: bytes, cuts: list[int]) -> None:
+    splitter, lines = LineSplitter(), []
+    for piece in pieces(body, cuts):
+        lines += splitter.feed(piece)
+    rest = splitter.flush()
+    assert [*lines, *([rest] if rest else [])] == [part for part in body.split(b"\n") if part.strip(b" \t\r\v\f")]
+
+
+@given(body=st.binary(max_size=120), cuts=st.lists(st.integers(0, 120), max_size=8), limit=st.integers(1, 20))
+def test_what_is_held_of_a_line_has_a_limit(body: bytes, cuts: list[int], limit: int) -> None:
+    body = body.replace(b"\x01", b"\n")
+    splitter, lines, refused = LineSplitter(limit), [], False
+    try:
+        for piece in pieces(body, cuts):
+            lines += splitter.feed(piece)
+            assert sum(map(len, splitter._parts)) <= limit + len(piece)
+        splitter.check()
+    except ProtocolError:
+        refused = True
+    whole = body.split(b"\n")
+    first_long = next((place for place, part in enumerate(whole) if len(part) > limit), None)
+    assert refused is (first_long is not None)
+    if refused:
+        assert lines == [part for part in whole[:first_long] if part.strip(b" \t\r\v\f")]
+
+
+def pieces(body: bytes, cuts: list[int]) -> list[bytes]:
+    places = sorted({0, len(body), *(cut for cut in cuts if cut < len(body))})
+    return [body[start:end] for start, end in itertools.pairwise(places)]
+
+
+# -- HTTP --
+
+ANSWERS = [
+    HELLO,
+    CHUNKED + b"5\r\nhello\r\n0\r\n\r\n",
+    CHUNKED + b"3;a=b\r\nhel\r\n2\r\nlo\r\n0\r\nX-T: 1\r\n\r\n",
+    OK + b"Connection: close\r\n\r\nhello",
+    b"HTTP/1.1 100 Continue\r\n\r\n" + HELLO,
+    b"HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\nhello",
+    b"HTTP/1.1 204 No Content\r\n\r\n",
+    HELLO + POISON,
+]
+TRICKS = [
+    b"Content-Length: 5\r\n",
+    b"Content-Length: 6\r\n",
+    b"Transfer-Encoding: chunked\r\n",
+    b"Transfer-Encoding : chunked\r\n",
+    b"Transfer-Encoding: chunked, identity\r\n",
+    b"Transfer-Encoding:\x0bchunked\r\n",
+    b"Transfer-Encoding: xchunked\r\n",
+    b"Connection: keep-alive\r\n",
+    b"Upgrade: x\r\nConnection: upgrade\r\n",
+    b" folded\r\n",
+    b"\tfolded\r\n",
+    b"\r",
+    b"\n",
+    b"\r\n",
+    b"\x00",
+    b"0\r\n\r\n",
+    b"fffffffffffffffff\r\n",
+    b"-1\r\n",
+    b"HTTP/1.1 200 OK\r\n",
+    b": \r\n",
+    b"\xff",
+    b"5",
+]
+
+
+@st.composite
+def mangled(draw: st.DrawFn) -> bytes:
+    """An answer, with something wrong with it."""
+    data = bytearray(draw(st.sampled_from(ANSWERS)))
+    for _ in range(draw(st.integers(0, 3))):
+        at = draw(st.integers(0, len(data)))
+        match draw(st.sampled_from(["insert", "flip", "delete", "truncate", "repeat"])):
+            case "insert":
+                data[at:at] = draw(st.sampled_from(TRICKS) | st.binary(max_size=4))
+            case "flip" if at < len(data):
+                data[at] ^= 1 << draw(st.integers(0, 7))
+            case "delete":
+                del data[at : at + draw(st.integers(1, 8))]
+            case "truncate":
+                del data[at:]
+            case "repeat":
+                data[at:at] = data[max(0, at - draw(st.integers(1, 40))) : at]
+    return bytes(data)
+
+
+class Wire:
+    """What a connection needs of asyncio's transport."""
+
+    def __init__(self) -> None:
+        self.closed = False
+
+    def write(self, data: bytes) -> None: ...
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def abort(self) -> None:
+        self.closed = True
+
+    def pause_reading(self) -> None: ...
+    def resume_reading(self) -> None: ...
+
+
+async def fed(*received: bytes) -> tuple[Any, ...]:
+    """All that comes of an answer which arrives like this, up to its end."""
+    idle: list[Connection] = []
+    sock = GuardedSocket(socket.AF_INET)
+    wire = Wire()
+    connection = Connection(sock, Origin("http", "h", 80), idle.append, lambda _: None)
+    connection.connection_made(wire)  # type: ignore[arg-type]
+    channel = Channel(asyncio.get_running_loop())
+    connection.begin(channel, "GET", b"", more=False)
+    for block in received:
+        # As asyncio: nothing is read from what has been closed.
+        if not wire.closed:
+            connection.data_received(block)
+    kept = bool(idle) and not wire.closed
+    if not wire.closed:
+        connection.eof_received()
+    sock.close()
+    assert channel.arrived != (channel._failure is not None)
+    assert channel._failure is None or isinstance(channel._failure, httpx.RemoteProtocolError)
+    assert channel._size <= sum(map(len, received))
+    return channel.status, list(channel.headers), channel.arrived, channel.take(), kept
+
+
+@given(sent=mangled(), cuts=st.lists(st.integers(0, 300), max_size=6))
+@settings(max_examples=300)
+@example(sent=HELLO + POISON, cuts=[10])
+@example(sent=OK + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", cuts=[40])
+def test_a_mangled_answer_is_the_same_how_ever_it_is_cut(sent: bytes, cuts: list[int]) -> None:
+    async def both() -> None:
+        whole, cut = await fed(sent), await fed(*pieces(sent, cuts))
+        # Bytes after the answer close an idle connection as well as one that is just done.
+        assert cut == whole
+
+    asyncio.run(both())
+
+
+SMUGGLED = {
+    "after the answer": HELLO + POISON,
+    "two lengths, the same": OK + b"Content-Length: 5\r\nContent-Length: 5\r\n\r\nhello",
+    "two lengths": OK + b"Content-Length: 5\r\nContent-Length: 11\r\n\r\nhello",
+    "a length and chunks": OK + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "chunks and a length": OK + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n",
+    "a blank before the colon": OK + b"Transfer-Encoding : chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n",
+    "chunked is not the last": OK + b"Transfer-Encoding: chunked, identity\r\nContent-Length: 5\r\n\r\n0\r\n\r\n",
+    "no such encoding": OK + b"Transfer-Encoding: xchunked\r\nContent-Length: 5\r\n\r\nhello",
+    "a folded header": OK + b"X-A: b\r\n Content-Length: 40\r\nContent-Length: 5\r\n\r\nhello",
+    "bare line feeds": b"HTTP/1.1 200 OK\nContent-Length: 5\n\nhello",
+    "a bare carriage return": OK + b"X-A: b\rContent-Length: 40\r\nContent-Length: 5\r\n\r\nhello",
+    "a length in a trailer": CHUNKED + b"5\r\nhello\r\n0\r\nContent-Length: 40\r\n\r\n",
+    "a line feed in a chunk's extension": CHUNKED + b"5;a\n;b\r\nhello\r\n0\r\n\r\n",
+    "NUL": OK + b"X-A: b\x00\r\nContent-Length: 5\r\n\r\nhello",
+    "204 with a body": b"HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\n",
+    "304 with chunks": b"HTTP/1.1 304 Not Modified\r\nTransfer-Encoding: chunked\r\n\r\n",
+    "1xx with a length": b"HTTP/1.1 103 Early Hints\r\nContent-Length: 5\r\n\r\n" + HELLO,
+}
+
+
+@pytest.mark.parametrize("sent", SMUGGLED.values(), ids=SMUGGLED)
+async def test_no_answer_is_smuggled_to_the_next_request(fake_ollama: FakeOllama, sent: bytes) -> None:
+    # Whatever one takes the first answer for: what stands behind it was meant for the next request.
+    fake_ollama.script(URL, Reply([Stall()], raw=sent + POISON), Reply(raw=HELLO))
+    async with httpx.AsyncClient(transport=DirectTransport(), base_url=fake_ollama.url) as http:
+        try:
+            first = await asyncio.wait_for(http.get(URL), BOUND)
+        except httpx.RemoteProtocolError:
+            first = None
+        assert first is None or b"poison" not in first.content
+        second = await asyncio.wait_for(http.get(URL), BOUND)
+        assert second.content == b"hello"
+        assert len(fake_ollama.connections) == 2
+
+
+ENDLESS = {
+    "an extension of a chunk": (CHUNKED + b"5;", b"x" * 1000),
+    "the size of a chunk": (CHUNKED, b"0" * 1000),
+    "blanks before the answer": (b"\r\n", b"\r\n" * 500),
+    "the version": (b"HTTP/1.", b"1" * 1000),
+}
+
+
+@pytest.mark.parametrize(("start", "more"), ENDLESS.values(), ids=ENDLESS)
+async def test_what_is_no_body_has_an_end(fake_ollama: FakeOllama, start: bytes, more: bytes) -> None:
+    fake_ollama.script("/api/version", Reply([Endless(lambda _: more)], raw=start))
+    async with nothing_left_behind(), AsyncClient(fake_ollama.url) as client:
+        with pytest.raises(ProtocolError):
+            await asyncio.wait_for(client.version(), BOUND)
+        assert await asyncio.to_thread(fake_ollama.connections[0].wait_left, BOUND)
+        # Some of it is in the kernel's buffers.
+        assert fake_ollama.connections[0].bytes_sent < 16 * 1024 * 1024 + MAX_HEAD_BYTES
+
+
+# -- whole answers --
+
+STREAM = b"".join(map(line, ["one ", "two "])) + line("", done=True)
+
+
+@st.composite
+def mangled_body(draw: st.DrawFn) -> bytes:
+    data = bytearray(STREAM)
+    for _ in range(draw(st.integers(1, 3))):
+        at = draw(st.integers(0, len(data) - 1))
+        match draw(st.sampled_from(["flip", "delete", "truncate", "nest", "number", "error", "bytes"])):
+            case "flip":
+                data[at] ^= 1 << draw(st.integers(0, 7))
+            case "delete":
+                del data[at : at + draw(st.integers(1, 20))]
+            case "truncate":
+                del data[max(1, at) :]
+            case "nest":
+                data[at:at] = draw(st.sampled_from([b"[", b'{"a":'])) * draw(st.sampled_from([1, 300, 60_000]))
+            case "number":
+                data[at:at] = draw(st.sampled_from([b"9" * 5000, b"1e999", b"-0", b"NaN", b"0.1" * 9]))
+            case "error":
+                data[at:at] = draw(
+                    st.sampled_from([b'{"error":"\\ud800"}\n', b'{"error":[[{}]]}\n', b'{"error":{"message":1}}\n'])
+                )
+            case "bytes":
+                data[at:at] = draw(st.binary(max_size=5))
+        if not data:
+            return b"\n"
+    return bytes(data)
+
+
+async def outcome(client: AsyncClient, *, streaming: bool) -> Any:
+    try:
+        if streaming:
+            return await client.chat("m", "hi", stream=True).collect()
+        return await client.chat("m", "hi")
+    except OllamaError as error:
+        return error
+
+
+async def attacked(replies: list[Reply], *, streaming: bool) -> None:
+    with FakeOllama() as server:
+        async with nothing_left_behind(BOUND), AsyncClient(server.url) as client:
+            for reply in replies:
+                server.script("/api/chat", reply)
+                answer = await asyncio.wait_for(outcome(client, streaming=streaming), BOUND)
+                assert isinstance(answer, ChatResponse | OllamaError)
+                # An error can be shown.
+                str(answer).encode("utf-8")
+            # A kept connection whose FIN is still on its way costs one attempt.
+            assert (await client.version(retries=3)).version
+
+
+@given(bodies=st.lists(mangled_body(), min_size=1, max_size=8), streaming=st.booleans())
+@settings(max_examples=40)
+def test_a_mangled_body_is_an_answer_or_a_typed_error(bodies: list[bytes], streaming: bool) -> None:
+    asyncio.run(attacked([Reply([body]) for body in bodies], streaming=streaming))
+
+
+@given(answers=st.lists(mangled(), min_size=1, max_size=8), streaming=st.booleans())
+@settings(max_examples=40)
+def test_mangled_http_is_an_answer_or_a_typed_error(answers: list[bytes], streaming: bool) -> None:
+    asyncio.run(attacked([Reply([Cut()], raw=sent or b"H") for sent in answers], streaming=streaming))
+
+
+@pytest.mark.parametrize(
+    "frame", [b'{"error":"\\ud800"}\n', b'{"error":' + b"[" * 5000 + b"]" * 5000 + b"}\n"], ids=["surrogate", "deep"]
+)
+async def test_an_error_frame_that_cannot_be_shown_can_be_shown(fake_ollama: FakeOllama, frame: bytes) -> None:
+    fake_ollama.script("/api/chat", Reply([frame]))
+    async with AsyncClient(fake_ollama.url) as client:
+        with pytest.raises((StreamError, ProtocolError)) as caught:
+            await client.chat("m", "hi", stream=True).collect()
+    assert str(caught.value).encode("utf-8")
+
+
+async def test_an_error_body_with_a_lone_surrogate_can_be_shown(fake_ollama: FakeOllama) -> None:
+    fake_ollama.script("/api/chat", Reply([b'{"error":"\\ud800", "signin_url": "\\ud800"}'], status=500))
+    async with AsyncClient(fake_ollama.url) as client:
+        with pytest.raises(ResponseError) as caught:
+            await client.chat("m", "hi")
+    assert str(caught.value).encode("utf-8")
+
+
+# -- bombs --
+
+
+def bomb(form: str) -> tuple[bytes, str]:
+    zeros = b'{"model":"' + b"0" * 16 * 1024 * 1024
+    if form == "gzip":
+        return gzip.compress(zeros), "gzip"
+    return zlib.compress(zeros), "deflate"
+
+
+@pytest.mark.parametrize("form", ["gzip", "deflate"])
+@pytest.mark.parametrize("foreign", [False, True], ids=["direct", "foreign"])
+@pytest.mark.parametrize("streaming", [False, True], ids=["call", "stream"])
+async def test_a_compressed_bomb_is_never_unpacked(
+    fake_ollama: FakeOllama, monkeypatch: pytest.MonkeyPatch, form: str, foreign: bool, streaming: bool
+) -> None:
+    def unpack(*_: object) -> bytes:
+        raise AssertionError("it was unpacked")
+
+    packed, name = bomb(form)
+    monkeypatch.setattr("httpx._decoders.GZipDecoder.decode", unpack)
+    monkeypatch.setattr("httpx._decoders.DeflateDecoder.decode", unpack)
+    fake_ollama.script("/api/chat", Reply([packed], headers={"Content-Encoding": name}))
+    transport = httpx.AsyncHTTPTransport() if foreign else None
+    async with AsyncClient(fake_ollama.url, transport=transport) as client:
+        with pytest.raises(ProtocolError, match=f"encoded as '{name}', which was not asked for"):
+            call: Any = client.chat("m", "hi", stream=streaming)
+            await (call.collect() if streaming else call)
+
+
+async def test_an_endless_line_is_held_up_to_the_limit(fake_ollama: FakeOllama) -> None:
+    fake_ollama.script("/api/chat", Reply([Endless(lambda _: b"x" * 65536)]))
+    async with nothing_left_behind(), AsyncClient(fake_ollama.url, max_line_bytes=1024 * 1024) as client:
+        with pytest.raises(ProtocolError, match="1,048,576"):
+            await asyncio.wait_for(client.chat("m", "hi", stream=True).collect(), BOUND)
+
+
+async def test_blank_lines_for_ever_starve_nobody_and_can_be_aborted(fake_ollama: FakeOllama) -> None:
+    fake_ollama.script("/api/chat", Reply([Endless(lambda _: b"\n" * 65536)]))
+    async with nothing_left_behind(), AsyncClient(fake_ollama.url) as client:
+        stream = client.chat("m", "hi", stream=True)
+        reading = asyncio.create_task(stream.collect())
+        for _ in range(40):
+            await asyncio.sleep(0.001)
+        stream.abort("enough")
+        with pytest.raises(OllamaError):
+            await asyncio.wait_for(reading, BOUND)
+
+
+async def test_redirects_in_a_circle_end(fake_ollama: FakeOllama) -> None:
+    fake_ollama.script("/api/version", Reply(status=307, headers={"Location": "/api/version"}), always=True)
+    async with nothing_left_behind(), AsyncClient(fake_ollama.url) as client:
+        with pytest.raises(ProtocolError):
+            await asyncio.wait_for(client.version(), BOUND)
+    assert len(fake_ollama.requests) < 30
+
+
+async def test_a_body_without_an_end_is_held_up_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["ollama_async._exchange"], "MAX_BODY_BYTES", 1024 * 1024)
+
+    async def forever() -> AsyncIterator[bytes]:
+        while True:
+            yield b"x" * 65536
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, content=forever())
+
+    async with AsyncClient(transport=httpx.MockTransport(handler)) as client:
+        with pytest.raises(ProtocolError, match="1,048,576"):
+            await asyncio.wait_for(client.version(), BOUND)
