@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import uvloop
-from real.needs import needs, pytest_terminal_summary
-from real.ollama_server import RealOllama, find_server
+from real.needs import pytest_terminal_summary
+from real.ollama_server import RealOllama, need_server
 
 __all__ = ["pytest_terminal_summary"]  # pytest takes its hooks from here
 
@@ -39,10 +39,7 @@ pytest_plugins = ("ollama_async.testing.pytest_plugin", "pytester")
 
 @pytest.fixture(scope="session")
 def _ollama_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealOllama]:
-    binary = find_server()
-    if binary is None:
-        needs("an Ollama server", how="run .ci/install-ollama (it needs Go), or set OLLAMA_ASYNC_TEST_SERVER")
-    with RealOllama(binary, tmp_path_factory.mktemp("ollama")) as server:
+    with RealOllama(need_server(), tmp_path_factory.mktemp("ollama")) as server:
         yield server
 
 
