@@ -94,6 +94,21 @@ def dropin(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", *options, *files, env={"PYTHONPATH": aliases})
 
 
+@nox.session(python=OLDEST)
+def soak(session: nox.Session) -> None:
+    """10,000 streams that are stopped at random moments, and 1,000 of a real server; a few minutes."""
+    session.install(".[cli,testing]", *group("tests"))
+    session.env["OLLAMA_ASYNC_SOAK"] = "10000"
+    run_tests(session, "-s", "tests/test_soak.py", *session.posargs)
+
+
+@nox.session(name="server-leak", python=OLDEST)
+def server_leak(session: nox.Session) -> None:
+    """How soon a real server with one slot hangs when answers are left early, by several clients; a few minutes."""
+    session.install(".", *group("tests"), f"ollama=={OLLAMA_PYTHON}")
+    session.run("python", "benchmarks/server_leak.py", *session.posargs)
+
+
 @nox.session
 def coverage(session: nox.Session) -> None:
     """What the tests have covered."""

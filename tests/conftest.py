@@ -11,7 +11,7 @@ from real.ollama_server import RealOllama, need_server
 
 __all__ = ["pytest_terminal_summary"]  # pytest takes its hooks from here
 
-ON_BOTH_LOOPS = ("teardown", "test_transport.py", "test_real_stops.py")
+ON_BOTH_LOOPS = ("teardown", "test_soak.py", "test_transport.py", "test_real_stops.py")
 
 
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, Callable[[], Any]]:

@@ -192,6 +192,11 @@ class RealOllama:
         answer: dict[str, Any] = json.loads(self._request("POST", path, json.dumps(body).encode(), timeout=timeout))
         return answer
 
+    def get(self, path: str, *, timeout: float = 10) -> dict[str, Any]:
+        """Ask the server what it says of itself."""
+        answer: dict[str, Any] = json.loads(self._request("GET", path, timeout=timeout))
+        return answer
+
     # -- what the server saw
 
     def log(self, mark: int = 0) -> str:
