@@ -1,7 +1,9 @@
 import asyncio
 import gc
 import signal
+import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,7 +21,20 @@ def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> d
     factories: dict[str, Callable[[], Any]] = {"asyncio": asyncio.new_event_loop}
     if any(part in ON_BOTH_LOOPS for part in item.path.parts):
         factories["uvloop"] = uvloop.new_event_loop
+    if config.getoption("full") and "teardown" in item.path.parts and sys.version_info >= (3, 12):
+        factories |= {f"{name}-eager": partial(eager, factory) for name, factory in factories.items()}
     return factories
+
+
+def eager(factory: Callable[[], asyncio.AbstractEventLoop]) -> asyncio.AbstractEventLoop:
+    """A loop whose tasks begin to run when they are made."""
+    loop = factory()
+    loop.set_task_factory(asyncio.eager_task_factory)
+    return loop
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="leave nothing of the teardown matrix out; it takes hours")
 
 
 def pytest_configure() -> None:

@@ -20,10 +20,12 @@ from ollama_async import (
     AsyncClient,
     ConnectError,
     ConnectionBroken,
+    PhaseTimeout,
     ServerBusyError,
     ServerError,
     Stream,
     StreamError,
+    Timeouts,
 )
 
 pytestmark = pytest.mark.real
@@ -154,5 +156,23 @@ async def test_a_full_server_and_an_abort_in_its_queue(client: AsyncClient, mort
     mark = mortal.mark()
     busy.abort("make room")
     await asyncio.to_thread(mortal.wait_for_request_end, mark)
+    await asyncio.to_thread(mortal.unload)
+    assert (await asyncio.wait_for(client.chat(mortal.model, "hi", options=ONE), PATIENCE)).done
+
+
+async def test_a_limit_that_goes_off_where_no_slot_is_free_says_what_to_look_at(
+    client: AsyncClient, mortal: RealOllama
+) -> None:
+    busy = client.chat(mortal.model, "hi", stream=True, options=ENDLESS)
+    await anext(busy)
+    with pytest.raises(PhaseTimeout, match=r"/api/version and /api/ps answer.*keep_alive=0") as caught:
+        await client.chat(mortal.model, "hi", options=ONE, timeout=Timeouts(first_chunk=0.5))
+    assert caught.value.phase == "first_chunk"
+    assert (await client.version()).version
+    assert [model.model for model in (await client.ps()).models] == [f"{mortal.model}:latest"]
+    mark = mortal.mark()
+    busy.abort("make room")
+    await asyncio.to_thread(mortal.wait_for_request_end, mark)
+    # Whether that abort has lost the slot or not: this gives it back.
     await asyncio.to_thread(mortal.unload)
     assert (await asyncio.wait_for(client.chat(mortal.model, "hi", options=ONE), PATIENCE)).done

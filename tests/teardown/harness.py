@@ -13,8 +13,13 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+
 from ollama_async import AsyncClient, CancelToken, Stream
 from ollama_async.testing import ConnectionRecord, FakeOllama
+
+over_the_network = pytest.mark.parametrize("server", ["tcp", "tls"], indirect=True)
+"""For what has no meaning over a unix socket, or makes clients of its own that know an address only."""
 
 BOUND = 5.0
 """Seconds after which a wait for something that must come counts as failed."""

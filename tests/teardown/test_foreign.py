@@ -15,7 +15,7 @@ import httpx
 import httpx2
 import pytest
 import pytest_asyncio
-from teardown.harness import BOUND, Baseline, read_all, registrations, saw_leave, ticks, until
+from teardown.harness import BOUND, Baseline, over_the_network, read_all, registrations, saw_leave, ticks, until
 
 from ollama_async import AbortError, AsyncClient, CancelToken, DirectTransport, StreamClosed, Timeouts
 from ollama_async.testing import Block, FakeOllama, Reply, Stall
@@ -32,6 +32,9 @@ class Auth(httpx.Auth):
         await asyncio.sleep(0)
         request.headers["Authorization"] = "Bearer made-up"
         yield request
+
+
+pytestmark = over_the_network  # test_matrix.py has unix sockets, too
 
 
 async def hook(_: object) -> None:
