@@ -140,7 +140,7 @@ async def test_a_stop_before_the_headers_does_not_wait_for_the_network(
 async def test_the_idle_limit_goes_off_in_a_black_hole_and_keeps_what_had_come(
     network: Toxiproxy, client: AsyncClient, real_ollama: RealOllama
 ) -> None:
-    stream = client.chat(real_ollama.model, "hi", stream=True, options=ENDLESS, timeout=Timeouts(idle=0.5))
+    stream = client.chat(real_ollama.model, "hi", stream=True, options=ENDLESS, timeout=Timeouts(idle=2))
     seen = [(await anext(stream)).message.content]
     infect(network, "black_hole")
     with pytest.raises(PhaseTimeout) as caught:
@@ -167,7 +167,7 @@ async def test_the_total_limit_goes_off_in_a_trickle(
     network: Toxiproxy, client: AsyncClient, real_ollama: RealOllama
 ) -> None:
     infect(network, "bandwidth")
-    stream = client.chat(real_ollama.model, "hi", stream=True, options=ENDLESS, timeout=Timeouts(total=2))
+    stream = client.chat(real_ollama.model, "hi", stream=True, options=ENDLESS, timeout=Timeouts(total=4))
     with pytest.raises(PhaseTimeout) as caught:
         await stream.collect()
     gone(network)

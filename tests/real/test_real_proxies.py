@@ -16,7 +16,7 @@ import pytest
 import pytest_asyncio
 from real.ollama_server import RealOllama
 from real.proxies import Haproxy, Nginx, Program, snippet, without
-from teardown.harness import BOUND, Baseline, nothing_left_behind, ticks
+from teardown.harness import BOUND, Baseline, nothing_left_behind, ticks, until
 
 from ollama_async import (
     AbortError,
@@ -195,8 +195,7 @@ async def test_a_stop_reaches_ollama(real_ollama: RealOllama, proxy: Program) ->
                 token.abort("stop")
             else:
                 reader = asyncio.create_task(stream.collect())
-                while not stream.timing.chunks:
-                    await asyncio.sleep(0.001)
+                await until(lambda stream=stream: stream.timing.chunks, "the first chunk")
                 reader.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await reader
