@@ -161,7 +161,11 @@ async def soak(url: str, models: tuple[str, ...], streams: int, *, seed: int = 1
             assert sum(run.outcomes.values()) == streams
             assert registrations(run.token) == 0
             assert (await client.chat(*NEXT[models], options={"num_predict": 1})).done
-        port = int(url.rpartition(":")[2])
+            # Those that may be used again are kept for 4 seconds. What was stopped is not among them.
+            port, begun = int(url.rpartition(":")[2]), time.monotonic()
+            while established(port) and models == MODELS:
+                assert time.monotonic() - begun < PATIENCE, f"{established(port)} connections were left open"
+                await asyncio.sleep(0.05)
         await until(lambda: established(port) == 0, "every connection closed")
     return run
 

@@ -90,6 +90,8 @@ STOPS: dict[str, tuple[Stop, Stop | None]] = {
     "cancel_cancel": (stop_cancel, stop_cancel),
 }
 
+# Where a connection that was stopped is closed before the next request: nobody else's pool decides it.
+OWN = {"direct", "proxy"}
 # Whose pool loses its place when it is cancelled in a certain round or two, so that the next request waits in vain.
 LOSES = {"httpx"}
 # Whose socket stays open until the garbage collector comes, when the call is stopped during the TLS handshake.
@@ -106,7 +108,7 @@ class Runs:
 
 
 async def one_run(
-    server: FakeOllama, client: AsyncClient, stops: tuple[Stop, Stop | None], tick: int, gap: int, runs: Runs
+    server: FakeOllama, client: AsyncClient, path: str, stops: tuple[Stop, Stop | None], tick: int, gap: int, runs: Runs
 ) -> None:
     where = f"tick {tick}, gap {gap}"
     server.script("/api/chat", Reply(BODY))
@@ -141,6 +143,10 @@ async def one_run(
         assert (await asyncio.wait_for(client.version(), BOUND)).version
     except PhaseTimeout:
         runs.lost.append((tick, gap))
+    if path in OWN:
+        # The connection that was stopped has been left, and this one is new; or it is whole, and used again.
+        for record in server.connections[:-1]:
+            assert record.wait_left(BOUND), f"{where}: {record!r} was left open"
 
 
 async def look_for_sockets(server: FakeOllama, path: str, where: tuple[int, int], runs: Runs) -> None:
@@ -182,7 +188,7 @@ async def test_stops_at_every_tick(
             uds = str(tmp_path / "s") if server.uds else None
             with FakeOllama(ssl=context, uds=uds) as fresh:
                 async with path_to(fresh, path, client_tls) as client:
-                    await one_run(fresh, client, act, tick, gap, runs)
+                    await one_run(fresh, client, path, act, tick, gap, runs)
                 await look_for_sockets(fresh, path, (tick, gap), runs)
     await until(lambda: len(open_fds()) <= before, f"descriptors left: {open_fds()}, {before} before")
     count_runs(runs.count)
@@ -224,7 +230,7 @@ async def test_stops_at_every_tick_over_a_mock(
                 return httpx.Response(200, stream=bodies[-1])
 
             async with AsyncClient(transport=httpx.MockTransport(answer)) as client:
-                await one_run(server, client, act, tick, gap, runs)
+                await one_run(server, client, "mock", act, tick, gap, runs)
             assert all(body.ended for body in bodies), f"tick {tick}, gap {gap}: the answer was not closed"
     server.forget()
     count_runs(runs.count)
