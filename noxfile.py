@@ -12,7 +12,7 @@ nox.needs_version = ">=2025.10.14"
 nox.options.default_venv_backend = "venv"
 nox.options.download_python = "never"
 nox.options.error_on_missing_interpreters = False  # they are skipped, and named in nox's summary
-nox.options.sessions = ["lint", "types", "dropin", "tests", "tests-min-deps"]
+nox.options.sessions = ["lint", "types", "dropin", "teardown", "tests", "tests-min-deps"]
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = nox.project.python_versions(PYPROJECT)
@@ -21,6 +21,8 @@ EXTRAS = ",".join(PYPROJECT["project"]["optional-dependencies"])
 # What runs beside the whole on the oldest Python: without the real server and the browser, and without the fourth of
 # the four combinations of event loop and transport.
 CUT = ["-m", "not real and not browser", "-k", "not (uvloop and tls)"]
+TEARDOWN = ["tests/teardown", "tests/test_cancel.py"]
+WITHOUT_TEARDOWN = [f"--ignore={path}" for path in TEARDOWN]
 # The release of ollama-python that we can stand in for.
 OLLAMA_PYTHON = "0.6.3"
 COVERAGE = Path(".nox", "coverage-data").absolute()
@@ -57,12 +59,42 @@ def types(session: nox.Session) -> None:
     session.run("pyright")
 
 
+@nox.session(python=OLDEST)
+def teardown(session: nox.Session) -> None:
+    """Every way to stop, on every path: a cut of the matrix; `-- --full` all of it, on each installed Python."""
+    session.install(f".[{EXTRAS}]", *group("tests"))
+    if "--full" not in session.posargs:
+        run_tests(session, *TEARDOWN, *session.posargs, measured=True)
+        return
+    run_tests(session, *TEARDOWN, *session.posargs)
+    for python in PYTHONS[1:]:
+        session.notify(f"teardown-full-{python}", session.posargs)
+    session.notify("teardown-full-min-deps", session.posargs)
+
+
+@nox.session(name="teardown-full", python=PYTHONS[1:])
+def teardown_full(session: nox.Session) -> None:
+    """The teardown matrix on a newer Python; follows `teardown -- --full` by itself."""
+    session.install(f".[{EXTRAS}]", *group("tests"))
+    run_tests(session, *TEARDOWN, *session.posargs)
+
+
+@nox.session(name="teardown-full-min-deps", python=OLDEST)
+def teardown_full_min_deps(session: nox.Session) -> None:
+    """The teardown matrix with the oldest dependencies; follows `teardown -- --full` by itself."""
+    session.install(f".[{EXTRAS}]", *group("tests"), *map(oldest_version, requirements()))
+    run_tests(session, *TEARDOWN, *session.posargs)
+
+
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
-    """The tests, against the built and installed wheel: all of them on the oldest Python, a cut on the others."""
+    """The tests, against the built and installed wheel: all of them on the oldest Python, a cut on the others.
+
+    On the oldest Python those of teardown have a session of their own.
+    """
     session.install(f".[{EXTRAS}]", *group("tests"))
     if session.python == OLDEST:
-        run_tests(session, *session.posargs, measured=True)
+        run_tests(session, *(session.posargs or WITHOUT_TEARDOWN), measured=True)
         if not session.posargs:
             session.notify("coverage")
     else:
@@ -102,12 +134,34 @@ def bench(session: nox.Session) -> None:
     session.run("python", "benchmarks/run.py", *session.posargs)
 
 
+@nox.session(python=OLDEST)
+def soak(session: nox.Session) -> None:
+    """10,000 streams that are stopped at random moments, and 1,000 of a real server; a few minutes."""
+    session.install(f".[{EXTRAS}]", *group("tests"))
+    session.env["OLLAMA_ASYNC_SOAK"] = "10000"
+    run_tests(session, "-s", "tests/test_soak.py", *session.posargs)
+
+
+@nox.session(name="server-leak", python=OLDEST)
+def server_leak(session: nox.Session) -> None:
+    """How soon a real server with one slot hangs when answers are left early, by several clients; a few minutes."""
+    session.install(".", *group("tests"), f"ollama=={OLLAMA_PYTHON}")
+    session.run("python", "benchmarks/server_leak.py", *session.posargs)
+
+
+@nox.session(name="contract-table", python=OLDEST)
+def contract_table(session: nox.Session) -> None:
+    """The contract's checks on other clients as well; `-- --write` puts the table into docs/contract.md."""
+    session.install(".[testing]", "httpx2>=2", f"ollama=={OLLAMA_PYTHON}", "openai>=3")
+    session.run("python", "benchmarks/contract_table.py", *session.posargs)
+
+
 @nox.session
 def coverage(session: nox.Session) -> None:
     """What the tests have covered."""
     session.install("coverage[toml]")
     session.env["COVERAGE_FILE"] = str(COVERAGE / ".coverage")
-    session.run("coverage", "combine", "--keep", *map(str, COVERAGE.glob("tests-3*")))
+    session.run("coverage", "combine", "--keep", *map(str, [*COVERAGE.glob("tests-3*"), *COVERAGE.glob("teardown*")]))
     session.run("coverage", "report")
 
 

@@ -7,7 +7,8 @@ what it does:
 * ``burst-N``: N tokens as fast as they are read, each in an HTTP chunk of its own;
 * ``paced-N-RATE``: N tokens, RATE a second, and so for any number of streams;
 * ``endless``: tokens as fast as they are read, without end;
-* ``silent``: one token, then nothing.
+* ``silent``: one token, then nothing;
+* ``mute``: nothing, not even headers.
 
 ``GET /left`` tells when clients have left before the end of their stream, in nanoseconds of the machine's monotonic
 clock, and forgets it; ``GET /pace`` tells how long the slowest of the paced streams took, in seconds.
@@ -127,6 +128,8 @@ class Connection(asyncio.Protocol):
             self.send_json(SHORT[self.style])
             return
         self.streaming, self.begun = True, time.monotonic()
+        if kind == "mute":
+            return
         mime = b"application/x-ndjson" if self.style == "ollama" else b"text/event-stream"
         self.transport.write(HEAD % mime + (token(self.style) if kind == "silent" else b""))
         if kind == "paced":

@@ -142,8 +142,9 @@ _PHASE_TEXT = {
     "connect": "no connection to the server within {seconds} s (connect timeout)",
     "first_chunk": (
         "the server sent nothing within {seconds} s of the request (first_chunk timeout): "
-        "the model may still be loading, or the server's queue may be full; if it goes on while other routes of the "
-        "server answer, its slots may be lost to earlier aborts: unload the model (keep_alive=0) and ask again"
+        "the model may still be loading, or the server's queue may be full; if /api/version and /api/ps answer, the "
+        "model is listed there and the server does nothing, its slots may be lost to earlier aborts: unload the model "
+        "(keep_alive=0) and ask again"
     ),
     "idle": "the server neither sent nor took anything for {seconds} s (idle timeout)",
     "total": "the answer was not complete within {seconds} s (total timeout)",

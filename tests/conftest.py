@@ -1,14 +1,16 @@
 import asyncio
 import gc
 import signal
+import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import uvloop
 from hypothesis import HealthCheck, Phase, settings
-from real.needs import needs, pytest_terminal_summary
-from real.ollama_server import RealOllama, find_server
+from real.needs import pytest_terminal_summary
+from real.ollama_server import RealOllama, need_server
 
 __all__ = ["pytest_terminal_summary"]  # pytest takes its hooks from here
 
@@ -26,7 +28,7 @@ settings.register_profile(
 settings.register_profile("full", max_examples=1500, deadline=None, print_blob=True, suppress_health_check=_SLOW)
 settings.load_profile("ci")
 
-ON_BOTH_LOOPS = ("teardown", "test_transport.py", "test_real_stops.py")
+ON_BOTH_LOOPS = ("teardown", "test_soak.py", "test_transport.py", "test_real_stops.py")
 
 
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, Callable[[], Any]]:
@@ -34,7 +36,20 @@ def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> d
     factories: dict[str, Callable[[], Any]] = {"asyncio": asyncio.new_event_loop}
     if any(part in ON_BOTH_LOOPS for part in item.path.parts):
         factories["uvloop"] = uvloop.new_event_loop
+    if config.getoption("full") and "teardown" in item.path.parts and sys.version_info >= (3, 12):
+        factories |= {f"{name}-eager": partial(eager, factory) for name, factory in factories.items()}
     return factories
+
+
+def eager(factory: Callable[[], asyncio.AbstractEventLoop]) -> asyncio.AbstractEventLoop:
+    """A loop whose tasks begin to run when they are made."""
+    loop = factory()
+    loop.set_task_factory(asyncio.eager_task_factory)
+    return loop
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="leave nothing of the teardown matrix out; it takes hours")
 
 
 def pytest_configure() -> None:
@@ -54,10 +69,7 @@ pytest_plugins = ("ollama_async.testing.pytest_plugin", "pytester")
 
 @pytest.fixture(scope="session")
 def _ollama_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealOllama]:
-    binary = find_server()
-    if binary is None:
-        needs("an Ollama server", how="run .ci/install-ollama (it needs Go), or set OLLAMA_ASYNC_TEST_SERVER")
-    with RealOllama(binary, tmp_path_factory.mktemp("ollama")) as server:
+    with RealOllama(need_server(), tmp_path_factory.mktemp("ollama")) as server:
         yield server
 
 

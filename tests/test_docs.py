@@ -90,7 +90,7 @@ def run(*command: str, cwd: Path, host: str) -> str:
 
 @pytest.mark.parametrize(("needs", "language", "code"), blocks())
 def test_block(needs: str | None, language: str, code: str, tmp_path: Path) -> None:
-    assert language in {"python", "sh", "text"}
+    assert language in {"python", "sh", "text", "nginx", "haproxy"}
     if language != "python":
         return
     kind, _, which = (needs or "").partition(": ")

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from real.needs import needs
 from real.tiny_model import CONTEXT, TEMPLATE, write_tiny_model
 
 VERSION = "v0.24.0"
@@ -83,12 +84,24 @@ def find_server() -> Path | None:
     return Path(installed) if installed else None
 
 
-class RealOllama:
-    """`ollama serve` as a child process, with everything it writes in one folder; a context manager."""
+def need_server() -> Path:
+    """The same, or a skip that says how to get one."""
+    binary = find_server()
+    if binary is None:
+        needs("an Ollama server", how="run .ci/install-ollama (it needs Go), or set OLLAMA_ASYNC_TEST_SERVER")
+    return binary
 
-    def __init__(self, binary: Path, folder: Path) -> None:
+
+class RealOllama:
+    """`ollama serve` as a child process, with everything it writes in one folder; a context manager.
+
+    Settings are further variables of its environment. A server that is started again takes the same port again.
+    """
+
+    def __init__(self, binary: Path, folder: Path, **settings: str) -> None:
         self.model = MODEL
         self.port = 0
+        self._settings = settings
         self._binary = binary
         self._folder = folder
         self._log_file = folder / "server.log"
@@ -124,12 +137,18 @@ class RealOllama:
             )
         try:
             self.port = int(self.wait_for_log(0, LISTENING, timeout=20)[1])
-            _poll(self._answers, "the server's first answer", timeout=20)
+            poll(self._answers, "the server's first answer", timeout=20)
             self._create_model()
             self.generate(1, timeout=30)
         except BaseException:
             self.stop()
             raise
+
+    def kill(self) -> None:
+        """Have the server and its runners die without a word; returns when they are gone."""
+        assert self._process is not None
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self.stop()
 
     def stop(self) -> None:
         """End the server and its runners; returns when they are gone."""
@@ -143,7 +162,7 @@ class RealOllama:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(10)
-        _poll(lambda: not _group(process.pid), "the end of the server's runners", timeout=10)
+        poll(lambda: not _group(process.pid), "the end of the server's runners", timeout=10)
 
     def unload(self) -> None:
         """Unload the model, which ends its runner; the next request loads it again, in about 0.3 s.
@@ -151,7 +170,7 @@ class RealOllama:
         This gives back every slot that the server has lost. Requests that hang for want of one must have been given up.
         """
         self.post("/api/generate", {"model": self.model, "keep_alive": 0})
-        _poll(lambda: not self.runner_pids(), "the end of the runner", timeout=10)
+        poll(lambda: not self.runner_pids(), "the end of the runner", timeout=10)
 
     def make_ready(self) -> None:
         """Between tests: see to it that the model is loaded and has slots to give."""
@@ -173,6 +192,11 @@ class RealOllama:
         answer: dict[str, Any] = json.loads(self._request("POST", path, json.dumps(body).encode(), timeout=timeout))
         return answer
 
+    def get(self, path: str, *, timeout: float = 10) -> dict[str, Any]:
+        """Ask the server what it says of itself."""
+        answer: dict[str, Any] = json.loads(self._request("GET", path, timeout=timeout))
+        return answer
+
     # -- what the server saw
 
     def log(self, mark: int = 0) -> str:
@@ -187,7 +211,7 @@ class RealOllama:
 
     def wait_for_log(self, mark: int, pattern: str | re.Pattern[str], *, timeout: float = 10) -> re.Match[str]:
         """Wait until the pattern is in the log after the mark."""
-        return _poll(lambda: re.search(pattern, self.log(mark)), f"{pattern!r} in the server's log", timeout=timeout)
+        return poll(lambda: re.search(pattern, self.log(mark)), f"{pattern!r} in the server's log", timeout=timeout)
 
     def request_ends(self, mark: int, path: str) -> list[RequestEnd]:
         """The requests to the path that have ended since the mark, oldest first."""
@@ -204,18 +228,18 @@ class RealOllama:
             found = self.request_ends(mark, path)
             return found if len(found) >= count else None
 
-        return _poll(ends, f"the end of {count} requests to {path}", timeout=timeout)
+        return poll(ends, f"the end of {count} requests to {path}", timeout=timeout)
 
     def client_connections(self) -> int:
         """How many connections to the server are open at both ends, by the kernel's table of the server's sockets.
 
         A client's FIN or RST takes its connection off this count at once, before the server has read it.
         """
-        return sum(1 for port, state in _tcp_sockets() if port == self.port and state == TCP_ESTABLISHED)
+        return established(self.port)
 
     def wait_for_connections(self, count: int, *, timeout: float = 10) -> None:
         """Wait until the server has so many open connections."""
-        _poll(lambda: self.client_connections() == count, f"{count} open connections", timeout=timeout)
+        poll(lambda: self.client_connections() == count, f"{count} open connections", timeout=timeout)
 
     def runner_pids(self) -> list[int]:
         """The processes that run models: one a loaded model."""
@@ -237,22 +261,23 @@ class RealOllama:
             time.sleep(IDLE_SAMPLE_INTERVAL)
             return self.runner_cpu_seconds() == before
 
-        _poll(idle, "an idle runner", timeout=timeout)
+        poll(idle, "an idle runner", timeout=timeout)
 
     # -- inner parts
 
     def _environment(self) -> dict[str, str]:
         home = self._folder / "home"
-        home.mkdir()
+        home.mkdir(exist_ok=True)
         return {
             "PATH": os.environ["PATH"],
             "HOME": str(home),
-            "OLLAMA_HOST": "127.0.0.1:0",  # the server takes a free port and logs which
+            "OLLAMA_HOST": f"127.0.0.1:{self.port}",  # with 0 the server takes a free port and logs which
             "OLLAMA_MODELS": str(self._folder / "models"),
             "OLLAMA_NUM_PARALLEL": str(SLOTS),
             "OLLAMA_KEEP_ALIVE": "-1",
             "OLLAMA_DEBUG": "1",  # "context for request finished" is a debug line
             "OLLAMA_NO_CLOUD": "1",  # asks nothing of ollama.com
+            **self._settings,
         }
 
     def _create_model(self) -> None:
@@ -291,7 +316,12 @@ class RealOllama:
         return content
 
 
-def _poll(look: Callable[[], T | None], what: str, *, timeout: float) -> T:
+def established(port: int) -> int:
+    """How many sockets of this machine with that local port are open at both ends."""
+    return sum(1 for local, state in _tcp_sockets() if local == port and state == TCP_ESTABLISHED)
+
+
+def poll(look: Callable[[], T | None], what: str, *, timeout: float) -> T:
     """Look until there is something to see: the server is another process, and it tells nobody."""
     end = time.monotonic() + timeout
     while True:

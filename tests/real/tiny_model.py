@@ -48,10 +48,10 @@ TEMPLATE = (
 )
 
 
-def write_tiny_model(path: Path, *, blocks: int = BLOCKS) -> None:
+def write_tiny_model(path: Path, *, blocks: int = BLOCKS, context: int = CONTEXT) -> None:
     """Write the model; the same bytes each time. Each block more is 140 kB."""
     writer = gguf.GGUFWriter(path, "llama")
-    _add_hyperparameters(writer, blocks)
+    _add_hyperparameters(writer, blocks, context)
     _add_tokenizer(writer)
     _add_tensors(writer, blocks)
     writer.write_header_to_file()
@@ -60,9 +60,9 @@ def write_tiny_model(path: Path, *, blocks: int = BLOCKS) -> None:
     writer.close()
 
 
-def _add_hyperparameters(writer: gguf.GGUFWriter, blocks: int) -> None:
+def _add_hyperparameters(writer: gguf.GGUFWriter, blocks: int, context: int) -> None:
     writer.add_name("tiny")
-    writer.add_context_length(CONTEXT)
+    writer.add_context_length(context)
     writer.add_embedding_length(EMBEDDING)
     writer.add_block_count(blocks)
     writer.add_feed_forward_length(FEED_FORWARD)

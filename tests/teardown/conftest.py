@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import re
 import ssl
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 import pytest_asyncio
@@ -31,11 +32,35 @@ def client_tls(authority: trustme.CA) -> ssl.SSLContext:
     return context
 
 
-@pytest.fixture(params=["tcp", "tls"])
-def server(request: pytest.FixtureRequest, server_tls: ssl.SSLContext) -> Iterator[FakeOllama]:
-    """A fake server, over TCP and over TLS."""
-    with FakeOllama(ssl=server_tls if request.param == "tls" else None) as fake:
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run each test over TCP and TLS, with --full over a unix socket as well."""
+    direct = any("server" in str(mark.args[0]) for mark in metafunc.definition.iter_markers("parametrize"))
+    if "server" in metafunc.fixturenames and not direct:
+        over = ["tcp", "tls", "uds"] if metafunc.config.getoption("full") else ["tcp", "tls"]
+        metafunc.parametrize("server", over, indirect=True)
+
+
+@pytest.fixture
+def server(
+    request: pytest.FixtureRequest, server_tls: ssl.SSLContext, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[FakeOllama]:
+    """A fake server that listens as the parameter says."""
+    context = server_tls if request.param == "tls" else None
+    path = str(tmp_path_factory.mktemp("s") / "s") if request.param == "uds" else None
+    with FakeOllama(ssl=context, uds=path) as fake:
         yield fake
+
+
+@pytest.fixture
+def full(pytestconfig: pytest.Config) -> bool:
+    """Whether nothing may be left out."""
+    return bool(pytestconfig.getoption("full"))
+
+
+@pytest.fixture
+def count_runs(record_property: Callable[[str, object], None]) -> Callable[[int], None]:
+    """Tell how often a test has run its scenario, when that is not once."""
+    return lambda count: record_property("runs", count)
 
 
 @pytest_asyncio.fixture(autouse=True)
@@ -54,3 +79,15 @@ async def client(server: FakeOllama, client_tls: ssl.SSLContext, nothing_left: B
 @pytest.fixture
 def token() -> CancelToken:
     return CancelToken()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Tell how often which scenarios of the contract were run."""
+    passed = [report for report in terminalreporter.stats.get("passed", []) if "teardown/" in report.nodeid]
+    runs = sum(dict(report.user_properties).get("runs", 1) for report in passed)
+    numbers = {number for report in passed for number in re.findall(r"::test_s(\d\d)_", report.nodeid)}
+    if passed:
+        terminalreporter.section("Teardown")
+        terminalreporter.line(
+            f"{runs} runs in {len(passed)} tests, of {len(numbers)} numbered scenarios and the matrix"
+        )

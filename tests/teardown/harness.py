@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
+
 from ollama_async import AsyncClient, Stream
 from ollama_async.testing import ConnectionRecord, FakeOllama, nothing_left_behind
 from ollama_async.testing._left import Watch as Baseline
@@ -24,6 +26,7 @@ __all__ = [
     "live_timers",
     "nothing_left_behind",
     "open_fds",
+    "over_the_network",
     "read_all",
     "registrations",
     "saw_leave",
@@ -31,7 +34,10 @@ __all__ = [
     "until",
 ]
 
-BOUND = 5.0
+over_the_network = pytest.mark.parametrize("server", ["tcp", "tls"], indirect=True)
+"""For what has no meaning over a unix socket, or makes clients of its own that know an address only."""
+
+BOUND = 20.0
 """Seconds after which a wait for something that must come counts as failed."""
 
 

@@ -24,6 +24,7 @@ from teardown.harness import (
     BOUND,
     client_of,
     live_timers,
+    over_the_network,
     read_all,
     registrations,
     saw_leave,
@@ -398,6 +399,7 @@ def child(
 
 @pytest.mark.parametrize("kind", ["asyncio", "uvloop"])
 @pytest.mark.parametrize("way", ["anext", "loop", "task", "opening"])
+@over_the_network
 def test_s73_asyncio_run_returns_with_an_open_stream(
     server: FakeOllama, authority: trustme.CA, tmp_path: pathlib.Path, kind: str, way: str
 ) -> None:
@@ -416,6 +418,7 @@ def test_s73_asyncio_run_returns_with_an_open_stream(
 
 
 @pytest.mark.parametrize("kind", ["asyncio", "uvloop"])
+@over_the_network
 def test_s74_stream_deleted_after_its_loop_was_closed_in_order(
     server: FakeOllama, authority: trustme.CA, tmp_path: pathlib.Path, kind: str
 ) -> None:
@@ -433,6 +436,7 @@ def test_s74_stream_deleted_after_its_loop_was_closed_in_order(
 
 
 @pytest.mark.parametrize("kind", ["asyncio", "uvloop"])
+@over_the_network
 def test_s74_stream_deleted_after_its_loop_was_closed_without_order(
     server: FakeOllama, authority: trustme.CA, tmp_path: pathlib.Path, kind: str
 ) -> None:
@@ -454,6 +458,7 @@ def test_s74_stream_deleted_after_its_loop_was_closed_without_order(
 
 
 @pytest.mark.parametrize("kind", ["asyncio", "uvloop"])
+@over_the_network
 def test_s74_abort_after_the_loop_was_closed(
     server: FakeOllama, authority: trustme.CA, tmp_path: pathlib.Path, kind: str
 ) -> None:

@@ -22,6 +22,7 @@ from teardown.harness import (
     client_of,
     live_timers,
     open_fds,
+    over_the_network,
     read_all,
     registrations,
     saw_leave,
@@ -118,6 +119,7 @@ async def test_s02_an_abort_between_the_call_and_its_first_await_opens_no_connec
     await only_this_was_sent(server, client)
 
 
+@over_the_network
 async def test_s03_an_abort_during_the_name_lookup_does_not_wait_for_it_and_connects_nowhere(
     server: FakeOllama, client_tls: ssl.SSLContext, token: CancelToken, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,6 +268,7 @@ async def test_s09_an_aborted_upload_has_closed_its_file(
     assert registrations(token) == 0
 
 
+@over_the_network
 async def test_s09_the_finally_of_a_body_generator_has_run_when_its_cancelled_request_ends(
     server: FakeOllama, client_tls: ssl.SSLContext
 ) -> None:
