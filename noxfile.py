@@ -134,6 +134,13 @@ def bench(session: nox.Session) -> None:
     session.run("python", "benchmarks/run.py", *session.posargs)
 
 
+@nox.session(name="bench-real", python=OLDEST)
+def bench_real(session: nox.Session) -> None:
+    """The benchmarks that need a real Ollama server: what reading costs, how soon a stop is felt."""
+    session.install(".", *group("bench"), *group("tests"))
+    session.run("python", "benchmarks/real_server.py", *session.posargs)
+
+
 @nox.session(python=OLDEST)
 def soak(session: nox.Session) -> None:
     """10,000 streams that are stopped at random moments, and 1,000 of a real server; a few minutes."""
