@@ -317,8 +317,9 @@ class Worker:
         return reader, writer
 
     async def stop(self, stream_id: str, reason: str) -> int:
-        reader, writer = await self.post(f"/stop/{stream_id}", {"reason": reason})
-        answer = await reader.read()
+        async with asyncio.timeout(BOUND):
+            reader, writer = await self.post(f"/stop/{stream_id}", {"reason": reason})
+            answer = await reader.read()
         writer.close()
         return int(answer.split()[1])
 
@@ -415,8 +416,8 @@ def test_the_example_with_two_workers(redis: RealRedis) -> None:
             assert connection.wait_left(BOUND)
 
 
-# A smaller machine can be given less: OLLAMA_ASYNC_STOPS=200x2.
-STREAMS, PROCESSES = map(int, os.environ.get("OLLAMA_ASYNC_STOPS", "1000x4").split("x"))
+# A cut, for machines that are busy with other things; the whole is OLLAMA_ASYNC_STOPS=1000x4.
+STREAMS, PROCESSES = map(int, os.environ.get("OLLAMA_ASYNC_STOPS", "200x2").split("x"))
 
 
 async def test_many_streams_and_as_many_stops(redis: RealRedis, capsys: pytest.CaptureFixture[str]) -> None:
