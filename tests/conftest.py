@@ -43,8 +43,13 @@ def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> d
 
 def eager(factory: Callable[[], asyncio.AbstractEventLoop]) -> asyncio.AbstractEventLoop:
     """A loop whose tasks begin to run when they are made."""
+
+    def begin(loop: asyncio.AbstractEventLoop, coro: Any, *, eager_start: bool = True, **options: Any) -> Any:
+        # uvloop passes eager_start on, which asyncio's own factory takes from Python 3.13.3 on only.
+        return asyncio.eager_task_factory(loop, coro, **options)
+
     loop = factory()
-    loop.set_task_factory(asyncio.eager_task_factory)
+    loop.set_task_factory(begin)
     return loop
 
 

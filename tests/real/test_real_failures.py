@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import pathlib
 import signal
@@ -131,6 +132,15 @@ async def test_a_model_that_does_not_fit_into_memory(
     assert (await asyncio.wait_for(client.chat(mortal.model, "hi", options=ONE), PATIENCE)).done
 
 
+def has_room(server: RealOllama) -> bool:
+    """Unload the model, which gives lost slots back, and see whether the server answers."""
+    with contextlib.suppress(OSError):
+        server.unload()
+        server.generate(1, timeout=PATIENCE)
+        return True
+    return False
+
+
 async def test_a_full_server_and_an_abort_in_its_queue(client: AsyncClient, mortal: RealOllama) -> None:
     busy = client.chat(mortal.model, "hi", stream=True, options={**ENDLESS, "num_ctx": 512})
     await anext(busy)
@@ -156,7 +166,8 @@ async def test_a_full_server_and_an_abort_in_its_queue(client: AsyncClient, mort
     mark = mortal.mark()
     busy.abort("make room")
     await asyncio.to_thread(mortal.wait_for_request_end, mark)
-    await asyncio.to_thread(mortal.unload)
+    # It takes the server a moment to forget those that waited; until then it is full.
+    await asyncio.to_thread(poll, lambda: has_room(mortal), "room at the server", timeout=PATIENCE)
     assert (await asyncio.wait_for(client.chat(mortal.model, "hi", options=ONE), PATIENCE)).done
 
 
