@@ -57,6 +57,7 @@ def cases(*, quick: bool) -> Iterator[Case]:
         if not quick or streams == 500:
             yield Case(f"{streams} streams, 50 tokens/s each", "streams.py", options, peers)
     yield Case("a short request", "short.py", {"requests": 200 if quick else 2000}, loops=both)
+    yield Case("a stream of one token", "first.py", {"streams": 200 if quick else 2000}, ALL[:-1])
     yield Case("abort", "abort.py", {"aborts": 30 if quick else 500}, [name for name in ALL if name != "floor"])
     yield Case(
         "memory of an idle stream",
