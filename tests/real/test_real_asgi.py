@@ -47,7 +47,9 @@ async def saw_end(server: RealOllama, mark: int, before: int) -> None:
 
 @pytest.mark.parametrize("how", ["fin", "reset"])
 async def test_a_client_that_leaves_in_the_middle_of_the_answer(real_ollama: RealOllama, port: int, how: Any) -> None:
-    mark, before = real_ollama.mark(), real_ollama.client_connections()
+    # Those that the fixture has used may be on their way out.
+    await asyncio.to_thread(real_ollama.wait_for_connections, 0, timeout=BOUND)
+    mark, before = real_ollama.mark(), 0
     tab = await Tab.ask(port, "/chat", {"prompt": "hi"})
     await tab.until("event: chunk")
     assert real_ollama.request_ends(mark, "/api/chat") == []
@@ -59,7 +61,9 @@ async def test_a_client_that_leaves_in_the_middle_of_the_answer(real_ollama: Rea
 async def test_a_client_that_leaves_while_the_model_is_silent(real_ollama: RealOllama, port: int) -> None:
     # Silent because it is loaded first: that is the longest silence there is.
     await asyncio.to_thread(real_ollama.unload)
-    mark, before = real_ollama.mark(), real_ollama.client_connections()
+    # Those that the fixture has used may be on their way out.
+    await asyncio.to_thread(real_ollama.wait_for_connections, 0, timeout=BOUND)
+    mark, before = real_ollama.mark(), 0
     tab = await Tab.ask(port, "/chat", {"prompt": "hi"})
     await asyncio.to_thread(real_ollama.wait_for_connections, before + 1, timeout=BOUND)
     tab.leave()
@@ -67,7 +71,9 @@ async def test_a_client_that_leaves_while_the_model_is_silent(real_ollama: RealO
 
 
 async def test_stop(real_ollama: RealOllama, port: int) -> None:
-    mark, before = real_ollama.mark(), real_ollama.client_connections()
+    # Those that the fixture has used may be on their way out.
+    await asyncio.to_thread(real_ollama.wait_for_connections, 0, timeout=BOUND)
+    mark, before = real_ollama.mark(), 0
     async with (
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=BOUND) as browser,
         browser.stream("POST", "/chat", json={"prompt": "hi"}) as response,
