@@ -245,7 +245,10 @@ async def test_a_key_goes_along_within_one_origin(server: FakeOllama) -> None:
 async def test_nothing_goes_from_https_to_plain_http(server: FakeOllama, authority: trustme.CA) -> None:
     with FakeOllama(ssl=context_of(authority.issue_cert("127.0.0.1"))) as secure:
         secure.script(
-            "/api/chat", Reply(status=307, headers={"Location": f"http://user:pw@127.0.0.1:{server.port}/api/chat"})
+            "/api/chat",
+            Reply(
+                status=307, framing="length", headers={"Location": f"http://user:pw@127.0.0.1:{server.port}/api/chat"}
+            ),
         )
         async with AsyncClient(secure.url, verify=trusting(authority), headers=KEYS["X-API-Key"]) as client:
             error = await asked(client, streaming=False)
