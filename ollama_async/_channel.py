@@ -137,6 +137,13 @@ class Channel:
         """Let go of the link: the answer has arrived, the connection may serve others."""
         self._link = None
 
+    def cut(self) -> None:
+        """Close what the channel hangs on, and leave it to others how it ends."""
+        link, self._link = self._link, None
+        if link is not None:
+            link.sever(self)
+            link.dispose(self)
+
     def take_head(self, status: int, reason: bytes, headers: Sequence[tuple[bytes, bytes]], version: bytes) -> None:
         """Take the head of the answer."""
         self.reason_phrase = reason

@@ -221,7 +221,7 @@ class DirectTransport(httpx.AsyncBaseTransport):
         return httpx.Response(
             channel.status,
             headers=list(channel.headers),
-            stream=_Body(channel, timeouts.get("read")),
+            stream=_Body(channel, timeouts.get("read"), ours=CHANNEL not in request.extensions),
             extensions={"http_version": channel.http_version, "reason_phrase": channel.reason_phrase},
         )
 
@@ -376,9 +376,11 @@ def _stop(timer: asyncio.TimerHandle | None) -> None:
 class _Body(httpx.AsyncByteStream):
     """The body of an answer, for whoever reads it through httpx."""
 
-    def __init__(self, channel: Channel, read_timeout: float | None) -> None:
+    def __init__(self, channel: Channel, read_timeout: float | None, *, ours: bool) -> None:
         self._channel = channel
         self._read_timeout = read_timeout
+        # Whether nobody but the reader of this body says how the channel ends.
+        self._ours = ours
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while True:
@@ -394,5 +396,10 @@ class _Body(httpx.AsyncByteStream):
             yield block
 
     async def aclose(self) -> None:
-        if not self._channel.arrived:
+        if self._channel.arrived:
+            return
+        if self._ours:
             self._channel.teardown(End("closed"))
+        else:
+            # httpx closes a redirect that it does not follow before it says why: the end is what it says then.
+            self._channel.cut()

@@ -80,6 +80,8 @@ def _ollama_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealOll
 
 @pytest.fixture
 def real_ollama(_ollama_server: RealOllama) -> RealOllama:
-    """The session's real Ollama server, with its model loaded and slots free."""
+    """The session's real Ollama server, with its model loaded and slots free, and nobody connected."""
     _ollama_server.make_ready()
+    # Tests count from here: one that is on its way out would be counted as there.
+    _ollama_server.wait_for_connections(0, timeout=20)
     return _ollama_server

@@ -28,7 +28,7 @@ from ollama_async import (
     ProtocolError,
     RequestError,
 )
-from ollama_async.testing import Cut, FakeOllama, Reply
+from ollama_async.testing import Cut, FakeOllama, Reply, Stall
 
 SECRET = "s3cret"
 PART = {"model": "m", "message": {"role": "assistant", "content": "one "}, "done": False}
@@ -242,14 +242,13 @@ async def test_a_key_goes_along_within_one_origin(server: FakeOllama) -> None:
     assert server.requests[1].header("authorization") == f"Bearer {SECRET}"
 
 
-async def test_nothing_goes_from_https_to_plain_http(server: FakeOllama, authority: trustme.CA) -> None:
+@pytest.mark.parametrize("body", [[], [b"<html>", Stall()]], ids=["whole", "still on its way"])
+async def test_nothing_goes_from_https_to_plain_http(
+    server: FakeOllama, authority: trustme.CA, body: list[Any]
+) -> None:
     with FakeOllama(ssl=context_of(authority.issue_cert("127.0.0.1"))) as secure:
-        secure.script(
-            "/api/chat",
-            Reply(
-                status=307, framing="length", headers={"Location": f"http://user:pw@127.0.0.1:{server.port}/api/chat"}
-            ),
-        )
+        location = f"http://user:pw@127.0.0.1:{server.port}/api/chat"
+        secure.script("/api/chat", Reply(body, status=307, headers={"Location": location}))
         async with AsyncClient(secure.url, verify=trusting(authority), headers=KEYS["X-API-Key"]) as client:
             error = await asked(client, streaming=False)
     assert isinstance(error, ProtocolError)
