@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import time
 
@@ -21,6 +22,8 @@ async def measure(peer: Peer, url: str, streams: int) -> Figures:
 
     tasks = [asyncio.create_task(peer.read("silent", tick)) for _ in range(streams)]
     await everyone.wait()
+    # Or the pass over all that has just been made, which is due any time, would be taken for the abort's.
+    gc.collect()
     await asyncio.sleep(0.1)
 
     loop = asyncio.get_running_loop()

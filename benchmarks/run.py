@@ -67,7 +67,7 @@ def cases(*, quick: bool) -> Iterator[Case]:
     )
     yield Case("slow reader, endless stream", "memory.py", {"seconds": 1 if quick else 5}, [OURS, "aiohttp", REFERENCE])
     for streams in (1, 100, 1000) if quick else (1, 10, 100, 500, 1000, 2000):
-        options = {"streams": streams, "tokens": 20 if quick else 50, "rate": 10}
+        options = {"streams": streams, "tokens": 20 if quick else 50, "rate": 10, "watch": False}
         yield Case(f"growth: {streams} streams, 10 tokens/s each", "streams.py", options, [OURS, "floor"])
     for streams in (0, 500) if quick else (0, 500, 1000, 2000):
         yield Case(

@@ -57,6 +57,9 @@ class Link(Protocol):
     def dispose(self, channel: Channel) -> None:
         """Give everything back. In the event loop's thread."""
 
+    def pause(self) -> None:
+        """Take nothing in for now. In the event loop's thread."""
+
     def resume(self) -> None:
         """There is room again. In the event loop's thread."""
 
@@ -298,7 +301,7 @@ class Channel:
         link = self._link
         if link is not None:
             link.sever(self)
-        in_loop(self.loop, _in_turn, self)
+        _in_turn(self)
         return True
 
     def teardown(self, end: End) -> None:
@@ -311,6 +314,11 @@ class Channel:
 
     def _decide(self, end: End) -> bool:
         return self._end.decide(end)
+
+    def pause_link(self) -> None:
+        """Take nothing in any more, until the link is given back; in the event loop's thread."""
+        if self._link is not None:
+            self._link.pause()
 
     def give_back(self) -> None:
         """Let go of the link and wake the reader; in the event loop's thread, when the end is decided."""
@@ -328,22 +336,36 @@ class _Turns:
     """
 
     def __init__(self) -> None:
-        self._left = _A_ROUND
+        self._new: deque[Channel] = deque()
         self._waiting: deque[Channel] = deque()
+        self._scheduled = False
 
-    def take(self, channel: Channel) -> None:
-        if self._left == _A_ROUND:
-            channel.loop.call_soon(self._next_round)
-        if self._left:
-            self._left -= 1
-            channel.give_back()
-        else:
+    def add(self, channel: Channel) -> None:
+        """Put in a channel, from any thread or signal handler."""
+        self._new.append(channel)
+        # A round takes this back before it looks at what is new. So whoever finds it set is seen by a round to come,
+        # and of two who set it at once both are, by one round more than is needed.
+        if not self._scheduled:
+            self._scheduled = True
+            in_loop(channel.loop, self._round, channel.loop)
+
+    def _round(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._scheduled = False
+        for _ in range(_A_ROUND):
+            if self._waiting:
+                self._waiting.popleft().give_back()
+            elif self._new:
+                self._new.popleft().give_back()
+            else:
+                return
+        while self._new:
+            channel = self._new.popleft()
+            # Else the loop would see the ends of all these sockets in this very round.
+            channel.pause_link()
             self._waiting.append(channel)
-
-    def _next_round(self) -> None:
-        self._left = _A_ROUND
-        for _ in range(min(_A_ROUND, len(self._waiting))):
-            self.take(self._waiting.popleft())
+        if self._waiting and not self._scheduled:
+            self._scheduled = True
+            loop.call_soon(self._round, loop)
 
 
 # How many channels are given back in one round of a loop: a few milliseconds' worth.
@@ -355,8 +377,12 @@ _turns: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Turns] = weakref.W
 def _in_turn(channel: Channel) -> None:
     turns = _turns.get(channel.loop)
     if turns is None:
-        turns = _turns[channel.loop] = _Turns()
-    turns.take(channel)
+        # What waits in a loop that was closed holds that loop, which would be kept here for good.
+        for loop in list(_turns):
+            if loop.is_closed():
+                _turns.pop(loop, None)
+        turns = _turns.setdefault(channel.loop, _Turns())
+    turns.add(channel)
 
 
 async def settled(task: asyncio.Task[Any]) -> None:

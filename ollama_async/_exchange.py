@@ -456,6 +456,9 @@ class _Errand:
             self._stopped = True
             self._task.cancel()
 
+    def pause(self) -> None:
+        return
+
     def resume(self) -> None:
         self._room.set()
 

@@ -377,6 +377,11 @@ class Connection(asyncio.Protocol):
                 self._severed = True
                 self.sock.sever()
 
+    def pause(self) -> None:
+        """Read no more for now."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.pause_reading()
+
     def resume(self) -> None:
         """Read on."""
         if self._transport is not None and not self._transport.is_closing():
@@ -406,19 +411,14 @@ class Connection(asyncio.Protocol):
             return
         if not answer.room:
             answer.room = True
-            if self._transport is not None:
-                self._transport.pause_reading()
+            self.pause()
         channel.wake()
 
-    def eof_received(self) -> bool:
+    def eof_received(self) -> None:
         """The peer will send nothing more: that ends a body without framing, and breaks any other."""
-        if self._severed:
-            # Our own doing. Who did it gives the connection back in its turn; if thousands were ended at once, to do so
-            # here would be all in one round of the loop. (Over TLS, asyncio does not let it wait.)
-            return self.origin.scheme == "http"
         answer, channel = self._answer, self._channel
         if answer is None or channel is None:
-            return False
+            return
         if answer.until_close():
             self._let_go()
             channel.complete()
@@ -427,7 +427,6 @@ class Connection(asyncio.Protocol):
             # What a TLS server does with a request in the clear.
             hint = "" if answer.status or self.origin.scheme == "https" else "; if this is a TLS port, use https://"
             self._broken(PeerClosed(f"the server closed the connection {where}{hint}"))
-        return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Gone, by whoever's doing."""

@@ -161,6 +161,9 @@ class _Dialling:
             # Connected in the very moment in which nobody wanted it any more.
             task.result().close()
 
+    def pause(self) -> None:
+        return
+
     def resume(self) -> None:
         return
 

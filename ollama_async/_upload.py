@@ -155,6 +155,10 @@ class Upload:
         self.stop()
         self._connection.dispose(channel)
 
+    def pause(self) -> None:
+        """Read no more for now."""
+        self._connection.pause()
+
     def resume(self) -> None:
         """Read on."""
         self._connection.resume()
