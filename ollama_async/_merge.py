@@ -62,14 +62,8 @@ class _Lists:
         self.tool_calls: list[Any] = []
         self.logprobs: list[Any] = []
 
-    def take(self, chunk: Mapping[str, Any], part: Mapping[str, Any], text: str) -> None:
-        """Take what is new of a chunk.
-
-        Dicts of fields, not models: this runs for every token, and a field of a pydantic model is looked for in vain in
-        its class before.
-        """
-        if part[text]:
-            self.content.append(part[text])
+    def add_rest(self, chunk: Mapping[str, Any], part: Mapping[str, Any]) -> None:
+        """Take what a chunk may have besides text: most have nothing."""
         if part["thinking"]:
             self.thinking.append(part["thinking"])
         if part["tool_calls"]:
@@ -114,8 +108,14 @@ class ChatMerge(_Lists):
     def add(self, chunk: ChatResponse) -> None:
         """Add the next chunk."""
         self._last = chunk
+        # Its fields as a dict: this runs for every token, and a field of a pydantic model is first looked for, in vain,
+        # in its class.
         fields = chunk.__dict__
-        self.take(fields, fields["message"].__dict__, "content")
+        part = fields["message"].__dict__
+        if part["content"]:
+            self.content.append(part["content"])
+        if part["thinking"] or part["tool_calls"] or fields["logprobs"]:
+            self.add_rest(fields, part)
 
     def text(self) -> str:
         """Return the content so far."""
@@ -148,7 +148,10 @@ class GenerateMerge(_Lists):
         """Add the next chunk."""
         self._last = chunk
         fields = chunk.__dict__
-        self.take(fields, fields, "response")
+        if fields["response"]:
+            self.content.append(fields["response"])
+        if fields["thinking"] or fields["tool_calls"] or fields["logprobs"]:
+            self.add_rest(fields, fields)
 
     def text(self) -> str:
         """Return the response so far."""

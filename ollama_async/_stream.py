@@ -83,6 +83,7 @@ class Stream(Generic[ChunkT]):
     ) -> None:
         self._start = start
         self._merge = merge
+        self._add = merge.add
         self._validate: Callable[[bytes], ChunkT] = merge.model.__pydantic_validator__.validate_json
         self._token = token
         self._until = until
@@ -147,7 +148,7 @@ class Stream(Generic[ChunkT]):
         if place < self._plain and not self._decided:
             self._next = place + 1
             chunk = self._chunks[place]
-            self._merge.add(chunk)
+            self._add(chunk)
             return chunk
         while True:
             if self._reading or not (self._lines or self._next < len(self._chunks)):
@@ -451,7 +452,7 @@ class Stream(Generic[ChunkT]):
             self._make_ready(exchange)
         chunk = self._chunks[self._next]
         self._next += 1
-        self._merge.add(chunk)
+        self._add(chunk)
         if chunk.done:
             self._settle(exchange, "done")
         elif self._until is not None:
@@ -550,7 +551,7 @@ class Stream(Generic[ChunkT]):
             if not self._absorbed:
                 self._absorbed = True
                 for chunk in self._not_delivered(exchange):
-                    self._merge.add(chunk)
+                    self._add(chunk)
                     if chunk.done:
                         return
 
