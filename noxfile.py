@@ -18,9 +18,12 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = nox.project.python_versions(PYPROJECT)
 OLDEST = PYTHONS[0]
 EXTRAS = ",".join(PYPROJECT["project"]["optional-dependencies"])
-# What runs beside the whole on the oldest Python: without the real server and the browser, and without the fourth of
-# the four combinations of event loop and transport.
-CUT = ["-m", "not real and not browser", "-k", "not (uvloop and tls)"]
+# What runs beside the whole on the oldest Python: everywhere without the real server and the browser; on one newer
+# Python without the fourth of the four combinations of event loop and transport; on the others, and with the oldest
+# dependencies, on asyncio alone and without what does not depend on these. All of it on each would take CI an hour.
+CUT = ["-m", "not real and not browser", "-k", "not (uvloop and tls) and not test_soak"]
+CUT_OF_OTHERS = [*CUT[:3], "not uvloop and not (test_soak or test_costs or test_hostile or test_model or test_matrix)"]
+THOROUGH = "3.13"
 TEARDOWN = ["tests/teardown", "tests/test_cancel.py"]
 WITHOUT_TEARDOWN = [f"--ignore={path}" for path in TEARDOWN]
 # The release of ollama-python that we can stand in for.
@@ -98,14 +101,14 @@ def tests(session: nox.Session) -> None:
         if not session.posargs:
             session.notify("coverage")
     else:
-        run_tests(session, *(session.posargs or CUT))
+        run_tests(session, *(session.posargs or (CUT if session.python == THOROUGH else CUT_OF_OTHERS)))
 
 
 @nox.session(name="tests-min-deps", python=OLDEST)
 def tests_min_deps(session: nox.Session) -> None:
     """The tests with the oldest versions of our dependencies that pyproject.toml allows."""
     session.install(f".[{EXTRAS}]", *group("tests"), *map(oldest_version, requirements()))
-    run_tests(session, *(session.posargs or CUT))
+    run_tests(session, *(session.posargs or CUT_OF_OTHERS))
 
 
 @nox.session(python=OLDEST)
