@@ -58,7 +58,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """Let Ctrl-C through to what the tests start: what a shell runs with ``&`` ignores it, and so would they."""
+    """Let signals through to what the tests start, who would inherit that they are ignored.
+
+    What a shell runs with ``&`` ignores Ctrl-C, and what nohup runs ignores the end of its terminal.
+    """
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
