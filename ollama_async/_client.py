@@ -86,8 +86,8 @@ class AsyncClient(ModelManagement):
     ``await client.close()`` or ``async with``; what is open when its event loop ends is closed then.
 
     Without ``stream=True`` a call is a coroutine. With it, it is a ``Stream``, and nothing is sent before that is
-    iterated, awaited or entered. Every call takes ``token=`` (a ``CancelToken``), ``timeout=`` (``Timeouts`` or a
-    number of seconds for the whole call; ``None`` for no limit) and ``headers=``.
+    iterated, awaited or entered. Every call takes ``token=`` (a ``CancelToken``), ``timeout=`` (``Timeouts``, an
+    ``httpx.Timeout``, or a number of seconds for the whole call; ``None`` for no limit) and ``headers=``.
 
     Args:
         host: Address of the server, as in ``OLLAMA_HOST``, which is used when none is given; by default
@@ -138,6 +138,17 @@ class AsyncClient(ModelManagement):
         stream: Literal[False] = False,
         **options: Unpack[_ChatOptions],
     ) -> Coroutine[Any, Any, ChatResponse]: ...
+
+    @overload
+    def chat(
+        self,
+        model: str,
+        messages: Messages = None,
+        *,
+        stream: bool,
+        until: Callable[[ChatResponse], object] | None = None,
+        **options: Unpack[_ChatOptions],
+    ) -> Coroutine[Any, Any, ChatResponse] | Stream[ChatResponse]: ...
 
     def chat(
         self,
@@ -232,6 +243,18 @@ class AsyncClient(ModelManagement):
         stream: Literal[False] = False,
         **options: Unpack[_GenerateOptions],
     ) -> Coroutine[Any, Any, GenerateResponse]: ...
+
+    @overload
+    def generate(
+        self,
+        model: str,
+        prompt: str | None = None,
+        suffix: str | None = None,
+        *,
+        stream: bool,
+        until: Callable[[GenerateResponse], object] | None = None,
+        **options: Unpack[_GenerateOptions],
+    ) -> Coroutine[Any, Any, GenerateResponse] | Stream[GenerateResponse]: ...
 
     def generate(
         self,

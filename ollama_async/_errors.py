@@ -69,6 +69,16 @@ class OllamaError(Exception):
     partial: Any = None
     """The merged answer up to the error, such as a ``ChatResponse``; ``None`` if nothing had come."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are copied and pickled by calling their class with their text. Ours are made of other things.
+        return _remade, (type(self), self.args), self.__dict__
+
+
+def _remade(kind: type[OllamaError], args: tuple[Any, ...]) -> OllamaError:
+    error = kind.__new__(kind)
+    error.args = args
+    return error
+
 
 class AbortError(OllamaError):
     """The call was ended by ``abort()`` on its token, its stream or its client.
@@ -84,6 +94,10 @@ class AbortError(OllamaError):
         self.partial = partial
         if isinstance(reason, BaseException):
             self.__cause__ = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The cause is of no other error's making.
+        return type(self), (self.reason, self.partial), self.__dict__
 
 
 class RequestError(OllamaError, ValueError):

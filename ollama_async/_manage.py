@@ -254,6 +254,24 @@ class ModelManagement(FileTransfer):
         **options: Unpack[_CreateOptions],
     ) -> Coroutine[Any, Any, ProgressResponse]: ...
 
+    @overload
+    def create(
+        self,
+        model: str,
+        quantize: str | None = None,
+        from_: str | None = None,
+        files: Mapping[str, str] | None = None,
+        adapters: Mapping[str, str] | None = None,
+        template: str | None = None,
+        license: str | Sequence[str] | None = None,
+        system: str | None = None,
+        parameters: Mapping[str, Any] | BaseModel | None = None,
+        messages: Sequence[Mapping[str, Any] | Message] | None = None,
+        *,
+        stream: bool,
+        **options: Unpack[_CreateOptions],
+    ) -> Coroutine[Any, Any, ProgressResponse] | Stream[ProgressResponse]: ...
+
     def create(
         self,
         model: str,
@@ -361,7 +379,7 @@ class ModelManagement(FileTransfer):
         uploaded = await self._upload_all(files, job)
         extra = None if adapters is None else await self._upload_all(adapters, job)
         given |= job.part()
-        steps = self.create(model, files=uploaded, adapters=extra, stream=True, **given)
+        steps: Stream[ProgressResponse] = self.create(model, files=uploaded, adapters=extra, stream=True, **given)
         async for step in steps:
             job.report(step)
         last = steps.response
@@ -390,6 +408,17 @@ class ModelManagement(FileTransfer):
         resume: bool = False,
         **call: Unpack[CallOptions],
     ) -> Coroutine[Any, Any, ProgressResponse]: ...
+
+    @overload
+    def pull(
+        self,
+        model: str,
+        *,
+        insecure: bool = False,
+        stream: bool,
+        resume: bool = False,
+        **call: Unpack[CallOptions],
+    ) -> Coroutine[Any, Any, ProgressResponse] | Stream[ProgressResponse]: ...
 
     def pull(
         self,
@@ -440,6 +469,11 @@ class ModelManagement(FileTransfer):
     def push(
         self, model: str, *, insecure: bool = False, stream: Literal[False] = False, **call: Unpack[CallOptions]
     ) -> Coroutine[Any, Any, ProgressResponse]: ...
+
+    @overload
+    def push(
+        self, model: str, *, insecure: bool = False, stream: bool, **call: Unpack[CallOptions]
+    ) -> Coroutine[Any, Any, ProgressResponse] | Stream[ProgressResponse]: ...
 
     def push(
         self, model: str, *, insecure: bool = False, stream: bool = False, **call: Unpack[CallOptions]

@@ -63,7 +63,7 @@ class CallOptions(TypedDict, total=False):
 
     token: CancelToken | None
     """Aborts the call."""
-    timeout: Timeouts | float | None
+    timeout: Timeouts | httpx.Timeout | float | None
     """Limits of this call in place of the client's; a number is seconds for the whole call, ``None`` is no limit."""
     headers: Mapping[str, str] | None
     """Headers of this call; they go before the client's."""
@@ -79,7 +79,7 @@ class Session:
         host: str | None = None,
         *,
         headers: Mapping[str, str] | None = None,
-        timeout: Timeouts | float | _Default | None = _DEFAULT,
+        timeout: Timeouts | httpx.Timeout | float | _Default | None = _DEFAULT,
         token: CancelToken | None = None,
         retries: int = 0,
         strict: bool = False,
@@ -103,11 +103,17 @@ class Session:
             raise RequestError(f"transport={type(transport).__name__}: give an httpx.AsyncBaseTransport")
         if http_client is not None and not (hasattr(http_client, "send") and hasattr(http_client, "build_request")):
             raise RequestError(f"http_client={type(http_client).__name__}: give an httpx.AsyncClient")
+        if "base_url" in options:
+            raise RequestError("base_url= is made of the host; give that")
         if uds is not None and (proxy is not None or transport is not None):
             raise RequestError("uds= goes with neither proxy= nor transport=")
         self._host = parse_host(os.environ.get("OLLAMA_HOST") if host is None else host)
-        default = Timeouts.of(None) if compat else DEFAULT_TIMEOUTS
-        self._timeouts = default if isinstance(timeout, _Default) else Timeouts.of(timeout)
+        if isinstance(timeout, _Default):
+            timeout = None if compat else DEFAULT_TIMEOUTS
+        elif compat and isinstance(timeout, (int, float)):
+            # A number is a limit of each phase for httpx, and would cut a long answer that flows.
+            timeout = httpx.Timeout(timeout)
+        self._timeouts = Timeouts.of(timeout)
         self._retries = _retries(retries)
         self._compat = compat
         self._trust_env = trust_env

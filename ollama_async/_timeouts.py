@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Final
 
+import httpx
+
 from ._errors import RequestError
 
 # Thirty years; who means "for ever" says None.
@@ -46,18 +48,21 @@ class Timeouts:
                 )
 
     @classmethod
-    def of(cls, value: Timeouts | float | None) -> Timeouts:
+    def of(cls, value: Timeouts | httpx.Timeout | float | None) -> Timeouts:
         """Read the ``timeout=`` parameter of a call or client.
 
         Args:
             value: ``Timeouts`` as they are; a number of seconds for the whole call (``total``), the connect
-                timeout being no longer than that; ``None`` for no limit at all.
+                timeout being no longer than that; ``None`` for no limit at all; or an ``httpx.Timeout``, whose ``read``
+                is the limit of each silence of the server, before the first chunk and after it.
 
         Raises:
             RequestError: It is none of these.
         """
         if isinstance(value, Timeouts):
             return value
+        if isinstance(value, httpx.Timeout):
+            return cls(connect=value.connect, first_chunk=value.read, idle=value.read)
         if value is None:
             return cls(connect=None, first_chunk=None, idle=None, total=None)
         if not _is_time(value):

@@ -9,10 +9,20 @@ from __future__ import annotations
 import base64
 import os
 from collections.abc import Sequence  # noqa: TC003  (pydantic reads the annotations)
-from typing import Any, ClassVar
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeAlias
 
 import httpx
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from ._errors import ParseError
 
@@ -68,7 +78,14 @@ class Model(BaseModel):
     __slots__ = ("_origin",)
 
     model_config: ClassVar[ConfigDict] = ConfigDict(
-        extra="allow", protected_namespaces=(), validate_by_name=True, validate_by_alias=True, defer_build=True
+        extra="allow",
+        protected_namespaces=(),
+        validate_by_name=True,
+        validate_by_alias=True,
+        defer_build=True,
+        # A class in a class is a name that ollama-python has there, not a field's default. For pydantic it must have no
+        # annotation; to be a type for mypy it must have one, which mypy then takes for a field's.
+        ignored_types=(type(BaseModel),),
     )
 
     @property
@@ -90,6 +107,29 @@ class Model(BaseModel):
     def _answer_origin(self) -> Origin | None:
         origin: Origin | None = getattr(self, "_origin", None)
         return origin
+
+    # A copy, by model_copy() as well, and what comes out of a pickle, come from where the original does.
+
+    def __copy__(self) -> Self:
+        return self._of_same_origin(super().__copy__())
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        return self._of_same_origin(super().__deepcopy__(memo))
+
+    def __getstate__(self) -> dict[Any, Any]:
+        return {**super().__getstate__(), "origin": self._answer_origin()}
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        origin = state.pop("origin", None)
+        super().__setstate__(state)
+        if origin is not None:
+            self.set_origin(origin)
+
+    def _of_same_origin(self, copied: Self) -> Self:
+        origin = self._answer_origin()
+        if origin is not None:
+            copied.set_origin(origin)
+        return copied
 
     def __getitem__(self, key: str) -> Any:
         if key in self:
@@ -129,8 +169,17 @@ class ToolCall(Model):
     """The function to call."""
 
 
+# Within Message its name is taken by the one that it has there in ollama-python.
+_ToolCall: TypeAlias = ToolCall
+
+
 class Message(Model):
     """A message of a chat."""
+
+    if TYPE_CHECKING:
+        ToolCall: TypeAlias = _ToolCall  # type: ignore[misc]
+    else:
+        ToolCall = _ToolCall
 
     role: str
     """``"system"``, ``"user"``, ``"assistant"`` or ``"tool"``."""
@@ -140,7 +189,7 @@ class Message(Model):
     """What the model thought before it answered; of a chunk, the part that is new."""
     images: Sequence[Any] | None = None
     """Images, each as base64."""
-    tool_calls: Sequence[ToolCall] | None = None
+    tool_calls: Sequence[_ToolCall] | None = None
     """The tools that the model wants called."""
     tool_name: str | None = None
     """Of a message with role ``"tool"``: whose result it is."""
@@ -325,6 +374,10 @@ class ModelDetails(Model):
     """Length of its embeddings."""
 
 
+# Servers that are not Ollama's leave it empty where they do not know it.
+_Time = Annotated[datetime | None, BeforeValidator(lambda value: value or None)]
+
+
 class ListedModel(Model):
     """A model that the server has."""
 
@@ -332,9 +385,9 @@ class ListedModel(Model):
     """Name with tag."""
     model: str | None = None
     """Name with tag."""
-    modified_at: str | None = None
-    """When it was last changed, as RFC 3339."""
-    size: int | None = None
+    modified_at: _Time = None
+    """When it was last changed."""
+    size: ByteSize | None = None
     """Bytes on disk."""
     digest: str | None = None
     """SHA-256 of its manifest."""
@@ -351,7 +404,10 @@ class ListedModel(Model):
 class ListResponse(Model):
     """An answer of ``list``."""
 
-    Model: ClassVar[type[ListedModel]] = ListedModel
+    if TYPE_CHECKING:
+        Model: TypeAlias = ListedModel  # type: ignore[misc]
+    else:
+        Model = ListedModel
 
     models: Sequence[ListedModel]
     """The models."""
@@ -364,15 +420,15 @@ class LoadedModel(Model):
     """Name with tag."""
     model: str | None = None
     """Name with tag."""
-    size: int | None = None
+    size: ByteSize | None = None
     """Bytes of memory."""
     digest: str | None = None
     """SHA-256 of its manifest."""
     details: ModelDetails | None = None
     """What kind of model it is."""
-    expires_at: str | None = None
-    """When it will be unloaded, as RFC 3339."""
-    size_vram: int | None = None
+    expires_at: _Time = None
+    """When it will be unloaded."""
+    size_vram: ByteSize | None = None
     """Bytes of it on the GPU."""
     context_length: int | None = None
     """Tokens of context that it was loaded with."""
@@ -381,7 +437,10 @@ class LoadedModel(Model):
 class ProcessResponse(Model):
     """An answer of ``ps``."""
 
-    Model: ClassVar[type[LoadedModel]] = LoadedModel
+    if TYPE_CHECKING:
+        Model: TypeAlias = LoadedModel  # type: ignore[misc]
+    else:
+        Model = LoadedModel
 
     models: Sequence[LoadedModel]
     """The models."""
@@ -431,10 +490,18 @@ class ShowResponse(Model):
     """Names, types and shapes of the tensors (verbose)."""
     capabilities: Sequence[str] | None = None
     """What it can do, such as ``"tools"``."""
-    modified_at: str | None = None
-    """When it was last changed, as RFC 3339."""
+    modified_at: _Time = None
+    """When it was last changed."""
     requires: str | None = None
     """The server version that it needs."""
+
+    @property
+    def modelinfo(self) -> dict[str, Any] | None:
+        """The ``model_info``, by the name that it has in ollama-python."""
+        return self.model_info
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__("model_info" if key == "modelinfo" else key)
 
 
 class VersionResponse(Model):

@@ -37,7 +37,7 @@ LISTED = {
     "name": "llama3.2:latest",
     "digest": "sha256:0123456789abcdef",
     "size": 2_019_393_189,
-    "modified_at": (datetime.now(UTC) - timedelta(days=3)).isoformat(),
+    "modified_at": f"{datetime.now(UTC) - timedelta(days=3):%Y-%m-%dT%H:%M:%SZ}",
     "new_field": 1,
 }
 LOADED = {
@@ -46,7 +46,7 @@ LOADED = {
     "size": 100,
     "size_vram": 25,
     "context_length": 4096,
-    "expires_at": "2318-01-01T00:00:00.123456789Z",
+    "expires_at": "2318-01-01T00:00:00.123456Z",
 }
 SHOWN = {
     "details": {"family": "llama", "parameter_size": "3.2B", "quantization_level": "Q4_K_M"},
@@ -210,10 +210,10 @@ def test_spans(seconds: float, text: str) -> None:
     assert _span(seconds) == text
 
 
-@pytest.mark.parametrize(("stamp", "text"), [(None, ""), ("soon", "soon"), ("2318-01-01T00:00:00Z", "Forever")])
-def test_times(stamp: str | None, text: str) -> None:
-    assert _when(stamp) == text
-    assert _when((datetime.now(UTC) + timedelta(seconds=250)).isoformat()) == "4 minutes from now"
+def test_times() -> None:
+    assert _when(None) == ""
+    assert _when(datetime(2318, 1, 1)) == "Forever"
+    assert _when(datetime.now(UTC) + timedelta(seconds=250)) == "4 minutes from now"
 
 
 @pytest.mark.parametrize(("vram", "text"), [(0, "100% CPU"), (None, "100% CPU"), (100, "100% GPU")])

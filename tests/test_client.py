@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 import json
+import pickle
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -12,25 +14,38 @@ from typing import Any
 import httpx
 import pytest
 import respx
+from pydantic import BaseModel
 
 from ollama_async import (
+    AbortError,
     AsyncClient,
     AuthenticationError,
     BadRequestError,
     ChatResponse,
+    ConnectError,
+    ConnectionBroken,
+    ListResponse,
     Message,
     NotFoundError,
+    OllamaError,
+    ParseError,
     PermissionDeniedError,
+    PhaseTimeout,
+    ProcessResponse,
     ProtocolError,
     RateLimitError,
     RequestError,
     ResponseError,
     ServerBusyError,
     ServerError,
+    ShowResponse,
     Stream,
+    StreamClosed,
     StreamError,
     StreamTruncated,
+    Timeouts,
 )
+from ollama_async._types import Origin
 
 CHAT = {"model": "m", "created_at": "now", "message": {"role": "assistant", "content": "hi"}, "done": True}
 GENERATED = {"model": "m", "response": "hi", "done": True, "context": [1, 2]}
@@ -317,3 +332,92 @@ def test_models_are_read_like_dicts() -> None:
         reply["absent"]
     reply["model"] = "n"
     assert reply.model == "n"
+
+
+def test_a_copy_knows_where_its_original_is_from() -> None:
+    reply = ChatResponse.model_validate(CHAT)
+    reply.set_origin(Origin(201, [(b"x-test", b"1")], Copied))
+    for other in (copy.copy(reply), copy.deepcopy(reply), reply.model_copy(), pickle.loads(pickle.dumps(reply))):
+        assert other == reply
+        assert other is not reply
+        assert (other.status_code, other.headers["x-test"]) == (201, "1")
+        with pytest.raises(ParseError, match="Copied"):
+            other.parsed
+    chunk = ChatResponse.model_validate(CHAT)
+    assert pickle.loads(pickle.dumps(chunk)).status_code is None
+    assert copy.copy(chunk).status_code is None
+
+
+class Copied(BaseModel):
+    number: int
+
+
+ERRORS: list[OllamaError] = [
+    AbortError("stopped", "partial"),
+    AbortError(KeyError("why")),
+    AbortError(),
+    RequestError("wrong"),
+    ConnectError("127.0.0.1:1: refused"),
+    ConnectionBroken("cut", "partial"),
+    PhaseTimeout("idle", 3, "partial"),
+    ParseError("Model", "text", "partial"),
+    NotFoundError("no model", 404),
+    StreamClosed("closed"),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_errors_pass_from_one_process_to_another(error: OllamaError) -> None:
+    for other in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert type(other) is type(error)
+        assert str(other) == str(error)
+        assert repr(vars(other)) == repr(vars(error))
+        assert repr(other.__cause__) == repr(error.__cause__)
+
+
+def test_names_and_types_of_ollama_python() -> None:
+    call = Message.ToolCall(function=Message.ToolCall.Function(name="add", arguments={"a": 1}))
+    assert Message(role="assistant", tool_calls=[call]).tool_calls == [call]
+    shown = ShowResponse.model_validate(
+        {"model_info": {"general.architecture": "llama"}, "modified_at": "2026-01-02T03:04:05.123456789+02:00"}
+    )
+    assert shown.modelinfo == shown["modelinfo"] == shown.get("modelinfo") == {"general.architecture": "llama"}
+    assert "modelinfo" in shown
+    assert "modelinfo" not in shown.model_dump()
+    assert shown.modified_at is not None
+    assert shown.modified_at.isoformat() == "2026-01-02T03:04:05.123456+02:00"
+    listed = ListResponse.Model.model_validate({"size": 2048, "modified_at": ""})
+    assert (listed.size, listed.modified_at) == (2048, None)
+    assert listed.size is not None
+    assert listed.size.human_readable() == "2.0KiB"
+    loaded = ProcessResponse.Model.model_validate({"expires_at": "2318-01-01T00:00:00Z", "size_vram": 1})
+    assert loaded.expires_at is not None
+    assert loaded.expires_at.year == 2318
+
+
+@pytest.mark.parametrize(
+    ("given", "compat", "meant"),
+    [
+        (httpx.Timeout(5, connect=1), False, Timeouts(connect=1, first_chunk=5, idle=5, total=None)),
+        (httpx.Timeout(None), False, Timeouts.of(None)),
+        (30, False, Timeouts(connect=10, first_chunk=None, idle=None, total=30)),
+        (30, True, Timeouts(connect=30, first_chunk=30, idle=30, total=None)),
+        (Timeouts(idle=1), True, Timeouts(idle=1)),
+        (None, True, Timeouts.of(None)),
+    ],
+)
+async def test_a_timeout_of_httpx(given: Any, compat: bool, meant: Timeouts) -> None:
+    async with AsyncClient(timeout=given, compat=compat) as client:
+        assert client._timeouts == meant
+
+
+@pytest.mark.parametrize("timeout", [True, 0, "5", httpx.Timeout(0)])
+@pytest.mark.parametrize("compat", [False, True])
+def test_a_timeout_that_is_none_is_refused(timeout: Any, compat: bool) -> None:
+    with pytest.raises(RequestError, match="timeout"):
+        AsyncClient(timeout=timeout, compat=compat)
+
+
+def test_the_address_is_the_host_alone() -> None:
+    with pytest.raises(RequestError, match="host"):
+        AsyncClient(base_url="http://other")

@@ -422,12 +422,13 @@ def _span(seconds: float) -> str:
     return f"{int(seconds)} s"
 
 
-def _when(stamp: str | None) -> str:
+def _when(moment: datetime | None) -> str:
     """Say when, from now."""
-    try:
-        seconds = (datetime.fromisoformat(stamp or "") - datetime.now(UTC)).total_seconds()
-    except (ValueError, TypeError, OverflowError):
-        return stamp or ""
+    if moment is None:
+        return ""
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    seconds = (moment - datetime.now(UTC)).total_seconds()
     if seconds > _FOREVER:
         return "Forever"
     return f"{_span(seconds)} from now" if seconds >= 0 else f"{_span(-seconds)} ago"
