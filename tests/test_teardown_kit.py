@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -255,6 +256,14 @@ async def test_within_a_loop_it_says_what_to_do() -> None:
     with pytest.raises(RuntimeError, match=r"asyncio\.to_thread"):
         check_teardown(good)
     assert (await asyncio.to_thread(check_teardown, good, ticks=2, ways=["cancel"])).total
+
+
+@pytest.mark.skipif(sys.version_info < (3, 14), reason="annotations are evaluated late from Python 3.14 on")
+def test_annotations_that_only_a_type_checker_can_evaluate() -> None:
+    source = "def call(url: OnlyForTheChecker, token: CancelToken): return good(url, token)"
+    scope: dict[str, Any] = {"good": good}
+    exec(compile(source, "annotated", "exec", dont_inherit=True), scope)
+    assert check_teardown(scope["call"], server=endless, ways=["abort"], ticks=2).runs["abort"]
 
 
 def test_the_collector_is_on_again() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import inspect
+import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterator, Sequence
@@ -113,7 +114,7 @@ def check_teardown(
     if asyncio._get_running_loop() is not None:  # noqa: SLF001
         raise RuntimeError("check_teardown() runs event loops of its own: call it through asyncio.to_thread()")
     make_server = server or (lambda: FakeOllama(interval=0.001))
-    takes_token = "token" in inspect.signature(make_call).parameters
+    takes_token = "token" in _signature(make_call).parameters
     name = getattr(make_call, "__qualname__", repr(make_call))
     runs: dict[str, int] = {}
     findings: list[str] = []
@@ -157,6 +158,15 @@ class _Moment:
 
     def __str__(self) -> str:
         return f"{self.ticks} rounds of the loop after {self.after}"
+
+
+def _signature(make_call: MakeCall) -> inspect.Signature:
+    if sys.version_info >= (3, 14):
+        from annotationlib import Format
+
+        # Annotations are evaluated when they are asked for, and a name may be there for the type checker only.
+        return inspect.signature(make_call, annotation_format=Format.FORWARDREF)
+    return inspect.signature(make_call)
 
 
 def _moments(way: str, ticks: int) -> Iterator[tuple[_Moment, int]]:
