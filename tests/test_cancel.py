@@ -740,6 +740,7 @@ def leave():
     print("aborted", token.reason)
 atexit.register(leave)
 async def main():
+    asyncio.get_running_loop().slow_callback_duration = 20.0  # on a busy machine -X dev would say what was slow
     asyncio.ensure_future(token.wait())
     await asyncio.sleep(0)
 asyncio.run(main())

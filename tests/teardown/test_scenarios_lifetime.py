@@ -340,10 +340,15 @@ import uvloop
 from ollama_async import AsyncClient, CancelToken
 
 url, authority, kind, way = sys.argv[1:]
-new_loop = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}[kind]
+factory = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}[kind]
 client = AsyncClient(url, verify=ssl.create_default_context(cafile=authority))
 token = CancelToken()
 kept = []
+
+def new_loop():
+    loop = factory()
+    loop.slow_callback_duration = 20.0  # on a busy machine -X dev would say what was slow
+    return loop
 
 async def main():
     stream = client.chat("fake", "hi", stream=True, token=token)

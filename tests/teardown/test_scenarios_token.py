@@ -885,6 +885,7 @@ stream = None
 
 async def main():
     global stream
+    asyncio.get_running_loop().slow_callback_duration = 20.0  # on a busy machine -X dev would say what was slow
     client = AsyncClient(sys.argv[1])
     {how}
 
