@@ -5,9 +5,11 @@ One table says what there is to call. A parameter or an endpoint that is not in 
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import inspect
 import json
+import ssl
 import traceback
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
@@ -20,12 +22,14 @@ import pytest
 import pytest_asyncio
 import respx
 from pydantic import BaseModel
-from teardown.harness import nothing_left_behind
+from teardown.harness import BOUND, nothing_left_behind, until
 
 from ollama_async import (
+    AbortError,
     AsyncClient,
     AuthenticationError,
     BadRequestError,
+    ConnectError,
     ConnectionBroken,
     NotFoundError,
     OllamaError,
@@ -37,10 +41,12 @@ from ollama_async import (
     ResponseError,
     ServerBusyError,
     ServerError,
+    StreamBusy,
+    StreamClosed,
     StreamError,
     SystemOneNoulQuestion,
 )
-from ollama_async.testing import Cut, FakeOllama, Raw, Reply, Reset
+from ollama_async.testing import Cut, FakeOllama, Raw, Reply, Reset, Stall
 
 FILE = Path(__file__).with_name("conftest.py")
 DIGEST = "sha256:" + "0a" * 32
@@ -651,3 +657,77 @@ async def test_an_error_within_a_stream(server: FakeOllama, client: AsyncClient,
     assert isinstance(error, StreamError)
     assert (error.error, error.status_code) == ("the runner died", 200)
     assert error.partial is not None
+
+
+# -- no answer at all --
+
+
+@pytest.mark.parametrize(("endpoint", "stream"), forms(ENDPOINTS))
+async def test_a_server_that_is_not_there(unused_tcp_port: int, endpoint: Endpoint, stream: bool) -> None:
+    address = f"127.0.0.1:{unused_tcp_port}"
+    async with nothing_left_behind(), AsyncClient(f"http://user:hidden@{address}") as made:
+        error = await failure(endpoint, made, stream, ConnectError)
+    assert isinstance(error, ConnectError)
+    assert address in error.detail
+    assert "hidden" not in "".join(traceback.format_exception(error))
+
+
+@pytest.mark.parametrize(("endpoint", "stream"), forms(ENDPOINTS))
+async def test_tls_to_a_plain_port(server: FakeOllama, endpoint: Endpoint, stream: bool) -> None:
+    async with nothing_left_behind(), AsyncClient(f"https://127.0.0.1:{server.port}", verify=PLAIN) as made:
+        error = await failure(endpoint, made, stream, ConnectError)
+    assert isinstance(error, ConnectError)
+    assert "http://" in error.detail
+
+
+# It asks for no certificates, of which reading those of the machine takes longest.
+PLAIN = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+
+@pytest.mark.parametrize(("endpoint", "stream"), forms(ENDPOINTS))
+async def test_a_port_that_speaks_tls(
+    server: FakeOllama, client: AsyncClient, endpoint: Endpoint, stream: bool
+) -> None:
+    # The alert that OpenSSL answers a request with.
+    server.script(endpoint.path, Reply(raw=b"\x15\x03\x01\x00\x02\x02\x46", steps=[Cut()]))
+    assert "TLS" in str(await failure(endpoint, client, stream, ProtocolError))
+
+
+@pytest.mark.parametrize(("endpoint", "stream"), forms(ENDPOINTS))
+async def test_a_client_that_is_closed(server: FakeOllama, endpoint: Endpoint, stream: bool) -> None:
+    async with nothing_left_behind():
+        made = AsyncClient(server.url)
+        await made.close()
+        assert "closed" in str(await failure(endpoint, made, stream, StreamClosed))
+    assert not server.connections
+
+
+@pytest.mark.parametrize("endpoint", STREAMING, ids=lambda endpoint: endpoint.name)
+async def test_a_second_reader(server: FakeOllama, client: AsyncClient, endpoint: Endpoint) -> None:
+    server.script(endpoint.path, Reply([Stall()]))
+    stream = endpoint.call(client, stream=True)
+    first = asyncio.create_task(stream.collect())
+    await until(lambda: bool(server.requests), "the first reader at work")
+    with pytest.raises(StreamBusy):
+        await stream.collect()
+    stream.abort("enough")
+    with pytest.raises(AbortError):
+        await asyncio.wait_for(first, BOUND)
+
+
+@pytest.mark.parametrize(("endpoint", "stream"), forms(READ))
+async def test_what_divides_lines_elsewhere_is_text(
+    server: FakeOllama, client: AsyncClient, endpoint: Endpoint, stream: bool
+) -> None:
+    text = "a\x85b\u2028c\u2029d\x0be"
+    body = json.dumps({**endpoint.answer, "new": text}, ensure_ascii=False).encode()
+    server.script(endpoint.path, Reply([body + b"\n"]))
+    assert (await result(endpoint, client, stream))["new"] == text
+
+
+@pytest.mark.parametrize(("endpoint", "stream"), forms(READ))
+async def test_a_connection_that_is_cut_in_a_character(
+    server: FakeOllama, client: AsyncClient, endpoint: Endpoint, stream: bool
+) -> None:
+    server.script(endpoint.path, Reply(['{"new":"\N{EURO SIGN}'.encode()[:-1], Cut()]))
+    await failure(endpoint, client, stream, ConnectionBroken)

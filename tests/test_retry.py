@@ -141,7 +141,7 @@ async def test_a_server_that_is_not_there_yet(ask: Any) -> None:
 
 @both
 @pytest.mark.parametrize("way", ["token", "client", "thread", "cancel", "total", "close"])
-async def test_the_pause_between_two_attempts_can_be_ended(
+async def test_s22_the_pause_between_two_attempts_can_be_ended(
     fake_ollama: FakeOllama, slow: list[Attempts], ask: Any, way: str
 ) -> None:
     fake_ollama.script("/api/chat", BUSY, always=True)
@@ -178,7 +178,7 @@ async def _as_coroutine(awaitable: Awaitable[Any]) -> Any:
     return await awaitable
 
 
-async def test_a_stream_that_waits_for_its_next_attempt_can_be_aborted(
+async def test_s22_a_stream_that_waits_for_its_next_attempt_can_be_aborted(
     fake_ollama: FakeOllama, slow: list[Attempts]
 ) -> None:
     fake_ollama.script("/api/chat", BUSY, always=True)
