@@ -351,21 +351,22 @@ class _Turns:
 
     def _round(self, loop: asyncio.AbstractEventLoop) -> None:
         self._scheduled = False
-        for _ in range(_A_ROUND):
-            if self._waiting:
-                self._waiting.popleft().give_back()
-            elif self._new:
-                self._new.popleft().give_back()
-            else:
-                return
-        while self._new:
-            channel = self._new.popleft()
-            # Else the loop would see the ends of all these sockets in this very round.
-            channel.pause_link()
-            self._waiting.append(channel)
-        if self._waiting and not self._scheduled:
-            self._scheduled = True
-            loop.call_soon(self._round, loop)
+        try:
+            for _ in range(_A_ROUND):
+                queue = self._waiting or self._new
+                if not queue:
+                    break
+                queue.popleft().give_back()
+            while self._new:
+                channel = self._new.popleft()
+                # Else the loop would see the ends of all these sockets in this very round.
+                channel.pause_link()
+                self._waiting.append(channel)
+        finally:
+            # Also when one of them could not be given back: the others are owed it.
+            if (self._waiting or self._new) and not self._scheduled:
+                self._scheduled = True
+                loop.call_soon(self._round, loop)
 
 
 # How many channels are given back in one round of a loop: a few milliseconds' worth.

@@ -414,11 +414,15 @@ class Connection(asyncio.Protocol):
             self.pause()
         channel.wake()
 
-    def eof_received(self) -> None:
+    def eof_received(self) -> bool:
         """The peer will send nothing more: that ends a body without framing, and breaks any other."""
+        if self._severed:
+            # Our own doing. Whoever did it gives the connection back in its turn; uvloop sees the ends of all that were
+            # severed together before that. (Over TLS, asyncio does not let it wait.)
+            return self.origin.scheme == "http"
         answer, channel = self._answer, self._channel
         if answer is None or channel is None:
-            return
+            return False
         if answer.until_close():
             self._let_go()
             channel.complete()
@@ -427,6 +431,7 @@ class Connection(asyncio.Protocol):
             # What a TLS server does with a request in the clear.
             hint = "" if answer.status or self.origin.scheme == "https" else "; if this is a TLS port, use https://"
             self._broken(PeerClosed(f"the server closed the connection {where}{hint}"))
+        return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Gone, by whoever's doing."""
