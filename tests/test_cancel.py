@@ -22,7 +22,7 @@ from ollama_async._channel import End
 from ollama_async._errors import RequestError
 from ollama_async._retry import Attempts
 
-BOUND = 5.0
+BOUND = 20.0
 
 
 def registered(token: CancelToken) -> int:

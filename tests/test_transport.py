@@ -1016,7 +1016,7 @@ async def test_aclose_ends_a_connection_in_the_making() -> None:
             task = asyncio.create_task(http.get(url))
             await ticks(30)
             await http.aclose()
-            done, _ = await asyncio.wait([task], timeout=1)
+            done, _ = await asyncio.wait([task], timeout=BOUND)
             task.cancel()
             await asyncio.wait([task])
             assert done, f"still connecting after aclose(): {url}"

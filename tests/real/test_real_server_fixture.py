@@ -32,11 +32,11 @@ def test_closing_the_socket_ends_an_endless_answer(real_ollama: RealOllama) -> N
     assert real_ollama.request_ends(mark, "/api/chat") == []
 
     client.close()
-    assert real_ollama.client_connections() == 0
-    [end] = real_ollama.wait_for_request_end(mark, timeout=1)
+    real_ollama.wait_for_connections(0)
+    [end] = real_ollama.wait_for_request_end(mark)
     assert (end.status, end.method) == (200, "POST")
-    real_ollama.wait_for_log(mark, "context for request finished", timeout=1)
-    real_ollama.wait_until_idle(timeout=3)
+    real_ollama.wait_for_log(mark, "context for request finished")
+    real_ollama.wait_until_idle()
 
 
 def test_a_runner_that_makes_tokens_is_not_idle(real_ollama: RealOllama) -> None:

@@ -44,7 +44,7 @@ from ollama_async import (
 )
 from ollama_async._http import Connection
 
-BOUND = 10.0
+BOUND = 30.0
 FIRST_CHUNK, IDLE, TOKEN = 50.0, 300.0, 100.0
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
 
