@@ -372,8 +372,9 @@ async def test_a_signal_handler_may_look_at_the_text_while_a_chunk_is_merged(
         by_signal(lambda: looked.append(stream.text))
 
     async with AsyncClient(fake_ollama.url) as client:
-        stream = await arrived(fake_ollama, client, *TEN)
+        # Before there is a stream, which looks it up once.
         monkeypatch.setattr(ChatMerge, "add", interrupted)
+        stream = await arrived(fake_ollama, client, *TEN)
         for count in range(1, 11):
             assert await read(stream, 1) == [WORDS[count - 1]]
             assert stream.text == "".join(WORDS[:count])
