@@ -18,12 +18,11 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = nox.project.python_versions(PYPROJECT)
 OLDEST = PYTHONS[0]
 EXTRAS = ",".join(PYPROJECT["project"]["optional-dependencies"])
-# What runs beside the whole on the oldest Python: everywhere without the real server and the browser; on one newer
-# Python without the fourth of the four combinations of event loop and transport; on the others, and with the oldest
-# dependencies, on asyncio alone and without what does not depend on these. All of it on each would take CI an hour.
-CUT = ["-m", "not real and not browser", "-k", "not (uvloop and tls) and not test_soak"]
-CUT_OF_OTHERS = [*CUT[:3], "not uvloop and not (test_soak or test_costs or test_hostile or test_model or test_matrix)"]
-THOROUGH = "3.13"
+# What runs beside the whole on the oldest Python. Nowhere the real server and the browser, and nothing that depends
+# neither on the Python nor on the versions of our dependencies; on uvloop only every way to stop, on one newer Python.
+# All of it on each would take CI an hour.
+CUT = "not (test_soak or test_costs or test_hostile or test_model or test_matrix)"
+CUT_OF = {"3.13": f"(not uvloop or test_stops) and {CUT}"}
 TEARDOWN = ["tests/teardown", "tests/test_cancel.py"]
 WITHOUT_TEARDOWN = [f"--ignore={path}" for path in TEARDOWN]
 # The release of ollama-python that we can stand in for.
@@ -101,14 +100,14 @@ def tests(session: nox.Session) -> None:
         if not session.posargs:
             session.notify("coverage")
     else:
-        run_tests(session, *(session.posargs or (CUT if session.python == THOROUGH else CUT_OF_OTHERS)))
+        run_tests(session, *(session.posargs or beside(session)))
 
 
 @nox.session(name="tests-min-deps", python=OLDEST)
 def tests_min_deps(session: nox.Session) -> None:
     """The tests with the oldest versions of our dependencies that pyproject.toml allows."""
     session.install(f".[{EXTRAS}]", *group("tests"), *map(oldest_version, requirements()))
-    run_tests(session, *(session.posargs or CUT_OF_OTHERS))
+    run_tests(session, *(session.posargs or beside(session)))
 
 
 @nox.session(python=OLDEST)
@@ -173,6 +172,10 @@ def coverage(session: nox.Session) -> None:
     session.env["COVERAGE_FILE"] = str(COVERAGE / ".coverage")
     session.run("coverage", "combine", "--keep", *map(str, [*COVERAGE.glob("tests-3*"), *COVERAGE.glob("teardown*")]))
     session.run("coverage", "report")
+
+
+def beside(session: nox.Session) -> tuple[str, ...]:
+    return "-m", "not real and not browser", "-k", CUT_OF.get(str(session.python), f"not uvloop and {CUT}")
 
 
 def run_tests(session: nox.Session, *arguments: str, measured: bool = False) -> None:
