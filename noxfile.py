@@ -18,9 +18,9 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = nox.project.python_versions(PYPROJECT)
 OLDEST = PYTHONS[0]
 EXTRAS = ",".join(PYPROJECT["project"]["optional-dependencies"])
-# What runs beside the whole on the oldest Python. Nowhere the real server and the browser, and nothing that depends
-# neither on the Python nor on the versions of our dependencies; on uvloop only every way to stop, on one newer Python;
-# on the one in the middle least. All of it on each would take CI an hour.
+# What runs beside the whole on the oldest Python: nothing with the real server or the browser, and nothing that is the
+# same on every Python and with every version of our dependencies. On uvloop only every way to stop, on one newer
+# Python; on the one in the middle least. All of it on each would take CI an hour.
 CUT = "not (test_soak or test_costs or test_hostile or test_model or test_matrix)"
 CUT_OF = {
     "3.12": f"not uvloop and not tls and not (test_endpoints or test_web or test_chat) and {CUT}",
