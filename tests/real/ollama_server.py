@@ -41,6 +41,7 @@ ANSWER_LINE = re.compile(
     r'(?P<method>\S+) +"(?P<path>[^"]*)"$',
     re.MULTILINE,
 )
+LOADING = re.compile("starting runner|starting go runner|runner starting")
 LISTENING = re.compile(r"Listening on 127\.0\.0\.1:(\d+)")
 TCP_ESTABLISHED = "01"
 
@@ -212,6 +213,13 @@ class RealOllama:
     def wait_for_log(self, mark: int, pattern: str | re.Pattern[str], *, timeout: float = 10) -> re.Match[str]:
         """Wait until the pattern is in the log after the mark."""
         return poll(lambda: re.search(pattern, self.log(mark)), f"{pattern!r} in the server's log", timeout=timeout)
+
+    def wait_for_load(self, mark: int, *, timeout: float = 10) -> None:
+        """Wait until a model is being loaded, that is until the scheduler has taken the request that asks for it.
+
+        One that is left before is never answered, and its end not logged: the scheduler skips it, and tells nobody.
+        """
+        self.wait_for_log(mark, LOADING, timeout=timeout)
 
     def request_ends(self, mark: int, path: str) -> list[RequestEnd]:
         """The requests to the path that have ended since the mark, oldest first."""

@@ -65,7 +65,7 @@ async def test_a_client_that_leaves_while_the_model_is_silent(real_ollama: RealO
     await asyncio.to_thread(real_ollama.wait_for_connections, 0, timeout=BOUND)
     mark, before = real_ollama.mark(), 0
     tab = await Tab.ask(port, "/chat", {"prompt": "hi"})
-    await asyncio.to_thread(real_ollama.wait_for_connections, before + 1, timeout=BOUND)
+    await asyncio.to_thread(real_ollama.wait_for_load, mark, timeout=BOUND)
     tab.leave()
     await saw_end(real_ollama, mark, before)
 

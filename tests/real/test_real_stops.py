@@ -309,7 +309,7 @@ async def test_while_the_model_is_being_loaded(
     """Before the headers: the commonest moment for a Stop."""
     real_ollama.unload()
     task = asyncio.create_task(client.chat(real_ollama.model, "hi", stream=True, token=token).collect())
-    await asyncio.to_thread(real_ollama.wait_for_log, watch.mark, "starting runner|starting go runner|runner starting")
+    await asyncio.to_thread(real_ollama.wait_for_load, watch.mark, timeout=BOUND)
     token.abort("stop")
     watch.saw_end()
     with pytest.raises(AbortError):
