@@ -103,7 +103,8 @@ class AsyncClient(ModelManagement):
         max_line_bytes: How long one line of a stream may be.
         transport: An httpx transport to use in place of ``DirectTransport``.
         http_client: An ``httpx.AsyncClient`` to use; it is not closed with this client.
-        proxy: URL of a proxy. Without it those of the environment are followed, but never for this machine.
+        proxy: URL of a proxy, or an ``httpx.Proxy``. Without it those of the environment are followed, but never for
+            this machine.
         verify: As httpx: True, False, or an ``ssl.SSLContext``.
         cert: As httpx: a client certificate.
         uds: Path of a unix socket to connect to.

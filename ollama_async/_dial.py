@@ -5,19 +5,24 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import os
+import re
 import socket
 import ssl
 from typing import TYPE_CHECKING, Any
 
-from ._http import Connection, GuardedSocket, Origin
+import httpx
+
+from ._http import MAX_HEAD_BYTES, Connection, GuardedSocket, HttpProxy, Origin, encode_headers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["explain_error", "explain_tls_error", "open_socket", "start_tls"]
+__all__ = ["explain_error", "explain_tls_error", "open_socket", "open_tunnel", "start_tls"]
 
 # RFC 8305, section 5: how long one address may take before the next one is tried beside it.
 _STAGGER = 0.25
+
+_STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-9][0-9]{2})(?: ([^\r\n]*))?\r\n")
 
 
 async def open_socket(
@@ -58,6 +63,35 @@ async def start_tls(
     if tls is None or tls.is_closing():
         raise ConnectionResetError("the connection was lost as soon as it was made")
     connection.connection_made(tls)
+
+
+async def open_tunnel(loop: asyncio.AbstractEventLoop, sock: GuardedSocket, origin: Origin, proxy: HttpProxy) -> None:
+    """Have a proxy, with which the socket is connected, pass on to an origin whatever follows.
+
+    Raises:
+        httpx.ProxyError: It does not.
+
+    Cancellation: safe; the socket is closed.
+    """
+    where = str(origin).encode("ascii")
+    try:
+        head = b"CONNECT %b HTTP/1.1\r\nHost: %b\r\n%b\r\n" % (where, where, encode_headers(proxy.headers))
+        await loop.sock_sendall(sock, head)
+        answer = b""
+        while b"\r\n\r\n" not in answer:
+            block = await loop.sock_recv(sock, MAX_HEAD_BYTES)
+            answer += block
+            if not block or len(answer) > MAX_HEAD_BYTES:
+                raise httpx.ProxyError("what it answered to CONNECT is no head of HTTP")
+        status = _STATUS_LINE.match(answer)
+        if status is None or not answer.endswith(b"\r\n\r\n"):
+            # Behind the tunnel nobody speaks before we do: more than a head is no tunnel.
+            raise httpx.ProxyError("what it answered to CONNECT is not HTTP")
+        if not status[1].startswith(b"2"):
+            raise httpx.ProxyError(b" ".join(filter(None, status.groups())).decode("ascii", "replace"))
+    except BaseException:
+        sock.close()
+        raise
 
 
 async def _resolve(loop: asyncio.AbstractEventLoop, origin: Origin) -> list[tuple[int, int, Any]]:

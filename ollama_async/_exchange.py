@@ -1,8 +1,9 @@
 """``Exchange``: one request and its answer, under tokens and timeouts, over any transport.
 
 It has two forms. Over ``DirectTransport`` the caller's task sends the request and waits on the channel, and ``abort()``
-shuts the socket down. Over anything else (a proxy, somebody's own httpx client, a mock) and where somebody's code runs
-on the way (an auth flow, event hooks), the request runs in a task that the library owns, which is cancelled once.
+shuts the socket down. Over anything else (a proxy that speaks TLS, somebody's own httpx client, a mock) and where
+somebody's code runs on the way (an auth flow, event hooks), the request runs in a task that the library owns, which is
+cancelled once.
 """
 
 from __future__ import annotations

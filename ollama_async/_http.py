@@ -15,10 +15,19 @@ import httpx
 from ._channel import Channel, End
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 
-__all__ = ["MAX_HEAD_BYTES", "Connection", "GuardedSocket", "Origin", "PeerClosed", "encode_head"]
+__all__ = [
+    "MAX_HEAD_BYTES",
+    "Connection",
+    "GuardedSocket",
+    "HttpProxy",
+    "Origin",
+    "PeerClosed",
+    "encode_head",
+    "encode_headers",
+]
 
 MAX_HEAD_BYTES = 64 * 1024
 
@@ -45,6 +54,18 @@ class Origin(NamedTuple):
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}"
+
+
+class HttpProxy(NamedTuple):
+    """A proxy that is spoken to in plain HTTP.
+
+    Attributes:
+        origin: Where it is.
+        headers: What it is told besides, such as who asks.
+    """
+
+    origin: Origin
+    headers: tuple[tuple[bytes, bytes], ...]
 
 
 class PeerClosed(httpx.RemoteProtocolError):
@@ -100,8 +121,12 @@ class GuardedSocket(socket.socket):
         return True
 
 
-def encode_head(request: httpx.Request) -> bytes:
+def encode_head(request: httpx.Request, proxy: HttpProxy | None = None) -> bytes:
     """Write the head of a request.
+
+    Args:
+        request: The request.
+        proxy: Through which it goes. Over TLS it does not see the request: there is a tunnel through it.
 
     Raises:
         httpx.LocalProtocolError: A method, target or header that would break out of its place.
@@ -112,14 +137,22 @@ def encode_head(request: httpx.Request) -> bytes:
         raise httpx.LocalProtocolError(f"illegal method {request.method!r}", request=request)
     if _NOT_IN_TARGET.search(target):
         raise httpx.LocalProtocolError("illegal character in the path of the URL", request=request)
-    lines = [b"%s %s HTTP/1.1" % (method, target)]
-    for name, value in request.headers.raw:
+    headers = request.headers.raw
+    if proxy is not None and request.url.scheme == "http":
+        target = b"http://%b%b" % (request.url.netloc, target)
+        headers = [*headers, *proxy.headers]
+    return b"%b %b HTTP/1.1\r\n%b\r\n" % (method, target, encode_headers(headers))
+
+
+def encode_headers(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Write header lines; raises ``httpx.LocalProtocolError``."""
+    lines: list[bytes] = []
+    for name, value in headers:
         flaw = header_flaw(name, value)
         if flaw is not None:
-            raise httpx.LocalProtocolError(flaw, request=request)
-        lines.append(b"%s: %s" % (name, value))
-    lines.append(b"\r\n")
-    return b"\r\n".join(lines)
+            raise httpx.LocalProtocolError(flaw)
+        lines.append(b"%b: %b\r\n" % (name, value))
+    return b"".join(lines)
 
 
 def header_flaw(name: bytes, value: bytes) -> str | None:

@@ -1,26 +1,51 @@
-"""A transport through a proxy: httpx's own, one pool of connections for each event loop."""
+"""Proxies: what ``DirectTransport`` has to know of one of HTTP, and a transport through any other, which is httpx's."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import weakref
 from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from ._errors import RequestError
+from ._http import HttpProxy, Origin
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-__all__ = ["ProxyTransport"]
+__all__ = ["ProxyTransport", "http_proxy"]
+
+
+def http_proxy(given: str | httpx.Proxy) -> HttpProxy | None:
+    """Return a proxy that is spoken to in plain HTTP, as ``DirectTransport`` takes it; ``None`` for any other.
+
+    Raises:
+        RequestError: It is no proxy. The text does not show its password.
+    """
+    try:
+        proxy = given if isinstance(given, httpx.Proxy) else httpx.Proxy(given)
+        origin = Origin.of(proxy.url) if proxy.url.scheme == "http" else None
+    except httpx.InvalidURL:
+        # Not shown: what is wrong with it may be in the password.
+        raise RequestError("the proxy cannot be used: its URL is none; write a '/' in a password as %2F") from None
+    except (ValueError, TypeError, httpx.UnsupportedProtocol) as exc:
+        raise RequestError(f"the proxy cannot be used: {exc}") from exc
+    if origin is None:
+        return None
+    headers = list(proxy.headers.raw)
+    if proxy.raw_auth is not None:
+        headers.append((b"Proxy-Authorization", b"Basic " + base64.b64encode(b":".join(proxy.raw_auth))))
+    return HttpProxy(origin, tuple(headers))
+
 
 # httpx's own limit of 100 connections would make the 101st stream wait for the end of another one.
 _LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=20)
 
 
 class ProxyTransport(httpx.AsyncBaseTransport):
-    """Sends requests through a proxy; usable in several event loops, in turn or at once.
+    """Sends requests through a proxy that speaks TLS or SOCKS; usable in several event loops, in turn or at once.
 
     A pool of httpx belongs to the loop that it was first used in, and says so by an error of asyncio's in the next.
     """
@@ -30,7 +55,7 @@ class ProxyTransport(httpx.AsyncBaseTransport):
         try:
             # The first pool, and so an error in the options, is made before anything is sent.
             self._spare: httpx.AsyncHTTPTransport | None = self._make()
-        except (ImportError, ValueError, httpx.InvalidURL) as exc:
+        except (ImportError, ValueError) as exc:
             raise RequestError(f"the proxy cannot be used: {exc}") from exc
         self._pools: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Pool] = weakref.WeakKeyDictionary()
 

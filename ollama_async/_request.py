@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from ._http import Origin, encode_head
+from ._http import HttpProxy, Origin, encode_head
 from ._upload import Outgoing
 
 if TYPE_CHECKING:
@@ -68,9 +68,10 @@ class RequestWriter:
         client: The httpx client.
         headers: The headers of all requests.
         direct: Whether nothing is between the client and a ``DirectTransport``.
+        proxy: That transport's.
     """
 
-    def __init__(self, client: Any, headers: httpx.Headers, *, direct: bool) -> None:
+    def __init__(self, client: Any, headers: httpx.Headers, *, direct: bool, proxy: HttpProxy | None) -> None:
         self._client = client
         self._headers = headers
         self._direct = direct
@@ -82,7 +83,7 @@ class RequestWriter:
             if has_body:
                 del request.headers["content-length"]
             try:
-                return Origin.of(request.url), encode_head(request).removesuffix(b"\r\n")
+                return Origin.of(request.url), encode_head(request, proxy).removesuffix(b"\r\n")
             except (httpx.LocalProtocolError, httpx.UnsupportedProtocol):
                 # Told when it is sent, as everything that is wrong with a request.
                 return None

@@ -19,7 +19,7 @@ from ._host import env_api_key, env_proxy, is_loopback, is_ollama_com, parse_hos
 from ._http import Origin, header_flaw
 from ._input import encode_json
 from ._ndjson import MAX_LINE_BYTES
-from ._proxy import ProxyTransport
+from ._proxy import ProxyTransport, http_proxy
 from ._request import RequestWriter
 from ._retry import Attempts
 from ._stream import Stream
@@ -128,10 +128,10 @@ class Session:
         if http_client is None:
             if proxy is None and trust_env and transport is None and uds is None:
                 proxy = env_proxy(self._host, even_local=compat)
-            if transport is None and proxy is not None:
+            if transport is None and proxy is not None and http_proxy(proxy) is None:
                 transport = ProxyTransport(proxy, verify=verify, cert=cert, trust_env=trust_env)
             elif transport is None:
-                transport = DirectTransport(verify=verify, cert=cert, trust_env=trust_env, uds=uds)
+                transport = DirectTransport(verify=verify, cert=cert, trust_env=trust_env, uds=uds, proxy=proxy)
                 # Where somebody's code runs within the request, the request needs a task of its own.
                 if not any(map(options.get, ("auth", "event_hooks", "mounts"))):
                     self._direct = transport
@@ -140,7 +140,9 @@ class Session:
             )
         elif transport is not None or proxy is not None or uds is not None or options:
             raise RequestError("with http_client= the options of the connection are that client's; give no others")
-        self._writer = RequestWriter(self._client, self._headers, direct=self._direct is not None)
+        direct = self._direct
+        via = None if direct is None else direct.proxy
+        self._writer = RequestWriter(self._client, self._headers, direct=direct is not None, proxy=via)
         # The calls that are under way are under the token in here; abort() takes it out, so that later calls are not
         # aborted. Two calls that begin at once in two threads may put two in.
         self._calls: list[CancelToken] = []

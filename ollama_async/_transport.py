@@ -14,8 +14,10 @@ import httpx
 
 from ._cancel import in_loop
 from ._channel import Channel, End, Ended, settled
-from ._dial import explain_error, explain_tls_error, open_socket, start_tls
+from ._dial import explain_error, explain_tls_error, open_socket, open_tunnel, start_tls
+from ._errors import RequestError
 from ._http import Connection, GuardedSocket, Origin
+from ._proxy import http_proxy
 from ._upload import Outgoing, Upload
 
 if TYPE_CHECKING:
@@ -180,7 +182,12 @@ class DirectTransport(httpx.AsyncBaseTransport):
         cert: As httpx: a client certificate.
         trust_env: Whether ``SSL_CERT_FILE`` and ``SSL_CERT_DIR`` are followed.
         uds: Path of a unix socket to connect to, whatever the URL's host.
+        proxy: URL of a proxy of the scheme ``http``, or such an ``httpx.Proxy``. What goes to an ``https`` server goes
+            through a tunnel (``CONNECT``).
         keepalive_expiry: Seconds for which an idle connection is kept.
+
+    Raises:
+        RequestError: A proxy that is none, or has another scheme.
     """
 
     def __init__(
@@ -190,8 +197,12 @@ class DirectTransport(httpx.AsyncBaseTransport):
         cert: str | tuple[str, str] | tuple[str, str, str] | None = None,
         trust_env: bool = True,
         uds: str | None = None,
+        proxy: str | httpx.Proxy | None = None,
         keepalive_expiry: float = KEEPALIVE_EXPIRY,
     ) -> None:
+        self.proxy = None if proxy is None else http_proxy(proxy)
+        if proxy is not None and (self.proxy is None or uds is not None):
+            raise RequestError("proxy= takes a proxy of the scheme http, and does not go with uds=")
         self._ssl_options = (verify, cert, trust_env)
         self._ssl_context: ssl.SSLContext | None = None
         self._uds = uds
@@ -231,7 +242,7 @@ class DirectTransport(httpx.AsyncBaseTransport):
     async def _exchange(self, channel: Channel, request: httpx.Request, timeouts: dict[str, float | None]) -> None:
         if channel.status:
             channel.restart()
-        await self.send(channel, Outgoing.of(request), timeouts.get("connect"))
+        await self.send(channel, Outgoing.of(request, self.proxy), timeouts.get("connect"))
         timer = _limit(channel, timeouts.get("read"))
         try:
             await channel.wait_for_head()
@@ -298,14 +309,18 @@ class DirectTransport(httpx.AsyncBaseTransport):
         except ssl.SSLError as exc:
             raise httpx.ConnectError(f"TLS with {origin} failed: {explain_tls_error(exc)}") from exc
         except OSError as exc:
-            raise httpx.ConnectError(f"cannot connect to {self._uds or origin}: {explain_error(exc)}") from exc
+            where = self._uds or (f"the proxy {self.proxy.origin}" if self.proxy else origin)
+            raise httpx.ConnectError(f"cannot connect to {where}: {explain_error(exc)}") from exc
         except UnicodeError as exc:
             raise httpx.ConnectError(f"cannot connect to {origin}: this is no host name ({exc})") from exc
 
     async def _connect(self, pool: _Pool, origin: Origin, sockets: set[GuardedSocket]) -> Connection:
         loop = pool.loop
         context = await self._context(loop) if origin.scheme == "https" else None
-        sock = await open_socket(loop, origin, self._uds, sockets)
+        proxy = self.proxy
+        sock = await open_socket(loop, proxy.origin if proxy else origin, self._uds, sockets)
+        if proxy and context:
+            await open_tunnel(loop, sock, origin, proxy)
         connection = Connection(sock, origin, pool.put_back, pool.lost)
         create = loop.create_connection if self._uds is None else loop.create_unix_connection
         try:

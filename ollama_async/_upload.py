@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import httpx
 
 from ._channel import Channel, End, settled
-from ._http import Connection, Origin, encode_head
+from ._http import Connection, HttpProxy, Origin, encode_head
 
 if TYPE_CHECKING:
     import asyncio
@@ -38,9 +38,9 @@ class Outgoing:
         self.length: int | None = None
 
     @classmethod
-    def of(cls, request: httpx.Request) -> Outgoing:
+    def of(cls, request: httpx.Request, proxy: HttpProxy | None) -> Outgoing:
         """Make it of a request of httpx; raises ``httpx.LocalProtocolError`` or ``httpx.UnsupportedProtocol``."""
-        made = cls(request.method, Origin.of(request.url), encode_head(request))
+        made = cls(request.method, Origin.of(request.url), encode_head(request, proxy))
         made.length = _body_length(request)
         stream = request.stream
         if isinstance(stream, httpx.ByteStream):

@@ -37,19 +37,18 @@ def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> d
     if any(part in ON_BOTH_LOOPS for part in item.path.parts):
         factories["uvloop"] = uvloop.new_event_loop
     if config.getoption("full") and "teardown" in item.path.parts and sys.version_info >= (3, 12):
-        factories |= {f"{name}-eager": partial(eager, factory) for name, factory in factories.items()}
+        # uvloop passes eager_start on, which asyncio's factory takes from 3.13.3 on.
+        takes_it = sys.version_info < (3, 13) or sys.version_info >= (3, 13, 3)
+        able = factories if takes_it else {"asyncio": factories["asyncio"]}
+        factories |= {f"{name}-eager": partial(eager, factory) for name, factory in able.items()}
     return factories
 
 
 def eager(factory: Callable[[], asyncio.AbstractEventLoop]) -> asyncio.AbstractEventLoop:
     """A loop whose tasks begin to run when they are made."""
-
-    def begin(loop: asyncio.AbstractEventLoop, coro: Any, *, eager_start: bool = True, **options: Any) -> Any:
-        # uvloop passes eager_start on, which asyncio's own factory takes from Python 3.13.3 on only.
-        return asyncio.eager_task_factory(loop, coro, **options)
-
     loop = factory()
-    loop.set_task_factory(begin)
+    # No function of ours around it: anyio knows it by its code, and would mix up whose cancel scope is whose.
+    loop.set_task_factory(asyncio.eager_task_factory)
     return loop
 
 

@@ -16,11 +16,11 @@ PACKAGE = Path(ollama_async.__file__).parent
 LAYERS = [
     ["_errors"],
     ["_retry", "_timeouts", "_types", "_ndjson", "_host", "_cancel"],
-    ["_channel", "_options", "_progress", "_proxy", "_systemone"],
+    ["_channel", "_options", "_progress", "_systemone"],
     ["_merge", "_input"],
     ["_tools"],
     ["_http"],
-    ["_dial", "_upload", "_failures"],
+    ["_dial", "_upload", "_failures", "_proxy"],
     ["_transport", "_request"],
     ["_exchange"],
     ["_stream"],

@@ -1,26 +1,121 @@
-"""Through a proxy of HTTP: the fake server is the proxy, and is asked for addresses that are not its own."""
+"""Through a proxy: the fake server is the proxy, and is asked for addresses that are not its own; or a tunnel is."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import ssl
+import traceback
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import pytest
-from teardown.harness import BOUND, in_thread, nothing_left_behind
+import trustme
+from teardown.harness import BOUND, black_hole, in_thread, nothing_left_behind, ticks
+from tunnel import TunnelProxy
 
-from ollama_async import AbortError, AsyncClient, CancelToken, ConnectError, RequestError
+from ollama_async import (
+    AbortError,
+    AsyncClient,
+    CancelToken,
+    ConnectError,
+    DirectTransport,
+    PhaseTimeout,
+    RequestError,
+    Timeouts,
+)
 from ollama_async.testing import Block, FakeOllama, Reply, Stall
 
 ELSEWHERE = "http://models.example:8080"
 ONE = {"model": "fake", "message": {"role": "assistant", "content": "one "}, "done": False}
+SECRET = "pass:word/1"
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture(scope="module")
+def client_tls(authority: trustme.CA) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    return context
+
+
+@pytest.fixture
+def tls_server(authority: trustme.CA) -> Iterator[FakeOllama]:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1", "localhost").configure_cert(context)
+    with FakeOllama(ssl=context) as server:
+        yield server
+
+
+@pytest.fixture
+def tunnel() -> Iterator[TunnelProxy]:
+    with TunnelProxy() as proxy:
+        yield proxy
+
+
+class Case:
+    """A client that reaches a fake server through a proxy."""
+
+    def __init__(self, server: FakeOllama, *, ours: bool, make: Callable[[], AsyncClient]) -> None:
+        self.server, self.ours, self.make = server, ours, make
+
+
+@pytest.fixture(params=["http", "https", "tunnel"])
+def case(
+    request: pytest.FixtureRequest,
+    fake_ollama: FakeOllama,
+    tls_server: FakeOllama,
+    client_tls: ssl.SSLContext,
+    tunnel: TunnelProxy,
+) -> Case:
+    """Through a proxy of HTTP in the clear; through one over TLS, which httpx does; to a server over TLS."""
+    if request.param == "http":
+        return Case(fake_ollama, ours=True, make=lambda: AsyncClient(ELSEWHERE, proxy=fake_ollama.url))
+    if request.param == "tunnel":
+        make = lambda: AsyncClient(tls_server.url, proxy=tunnel.url, verify=client_tls)  # noqa: E731
+        return Case(tls_server, ours=True, make=make)
+    proxy = httpx.Proxy(tls_server.url, ssl_context=client_tls)
+    return Case(tls_server, ours=False, make=lambda: AsyncClient(ELSEWHERE, proxy=proxy))
 
 
 async def test_a_request_goes_to_the_proxy_and_names_the_server(fake_ollama: FakeOllama) -> None:
     async with nothing_left_behind(), AsyncClient(ELSEWHERE, proxy=fake_ollama.url) as client:
         assert (await client.version()).version
-    [request] = fake_ollama.requests
-    assert dict(request.headers)["host"] == "models.example:8080"
+        await client.version(headers={"X-Of-This-Call": "1"})
+        assert (await client.chat("fake", "hi", stream=True).collect()).done
+    assert [request.path for request in fake_ollama.requests] == [
+        f"{ELSEWHERE}/api/version",
+        f"{ELSEWHERE}/api/version",
+        f"{ELSEWHERE}/api/chat",
+    ]
+    assert {dict(request.headers)["host"] for request in fake_ollama.requests} == {"models.example:8080"}
+    assert len(fake_ollama.connections) == 1
+
+
+async def test_a_server_over_tls_is_reached_through_a_tunnel(
+    tls_server: FakeOllama, tunnel: TunnelProxy, client_tls: ssl.SSLContext
+) -> None:
+    async with nothing_left_behind(), AsyncClient(tls_server.url, proxy=tunnel.url, verify=client_tls) as client:
+        await client.version()
+        assert (await client.chat("fake", "hi", stream=True).collect()).done
+    where = tls_server.url.removeprefix("https://").encode()
+    assert tunnel.heads == [b"CONNECT %b HTTP/1.1\r\nHost: %b\r\n\r\n" % (where, where)]
+    assert [request.path for request in tls_server.requests] == ["/api/version", "/api/chat"]
+
+
+async def test_the_certificate_in_a_tunnel_is_that_of_the_server_asked_for(
+    tls_server: FakeOllama, tunnel: TunnelProxy, client_tls: ssl.SSLContext
+) -> None:
+    async with AsyncClient(f"https://127.0.0.2:{tls_server.port}", proxy=tunnel.url, verify=client_tls) as client:
+        with pytest.raises(ConnectError):
+            await client.version()
+    assert tls_server.requests == ()
 
 
 async def test_the_proxy_of_the_environment(fake_ollama: FakeOllama, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,8 +126,8 @@ async def test_the_proxy_of_the_environment(fake_ollama: FakeOllama, monkeypatch
     assert len(fake_ollama.requests) == 1
 
 
-async def test_one_client_in_several_loops_one_after_the_other(fake_ollama: FakeOllama) -> None:
-    client = AsyncClient(ELSEWHERE, proxy=fake_ollama.url)
+async def test_one_client_in_several_loops_one_after_the_other(case: Case) -> None:
+    client = case.make()
 
     async def twice() -> list[str]:
         return [(await client.version()).version for _ in range(2)]
@@ -44,45 +139,134 @@ async def test_one_client_in_several_loops_one_after_the_other(fake_ollama: Fake
 
     for number in range(3):
         assert len(in_thread(run)) == 2
-        assert fake_ollama.connections[number].wait_left(BOUND), "what was idle is closed when its loop ends"
-    assert [len(record.requests) for record in fake_ollama.connections] == [2, 2, 2]
+        assert case.server.connections[number].wait_left(BOUND), "what was idle is closed when its loop ends"
+    assert [len(record.requests) for record in case.server.connections] == [2, 2, 2]
     await client.aclose()
 
 
-async def test_two_loops_at_once(fake_ollama: FakeOllama) -> None:
-    client = AsyncClient(ELSEWHERE, proxy=fake_ollama.url)
+async def test_two_loops_at_once(case: Case) -> None:
+    client = case.make()
     await client.version()
     assert in_thread(lambda: asyncio.run(client.version())).version
     await client.version()
-    assert [len(record.requests) for record in fake_ollama.connections] == [2, 1]
+    assert [len(record.requests) for record in case.server.connections] == [2, 1]
     await client.aclose()
 
 
+@pytest.mark.parametrize("by", ["token", "thread"])
 @pytest.mark.parametrize("stage", ["before_the_head", "within"])
-async def test_an_abort_closes_the_connection_to_the_proxy(fake_ollama: FakeOllama, stage: str) -> None:
+async def test_an_abort_closes_the_connection_to_the_proxy(case: Case, stage: str, by: str) -> None:
     stall: list[Any] = [Stall()]
     reply = Reply(before_head=stall) if stage == "before_the_head" else Reply([Block(ONE), Stall()])
-    fake_ollama.script("/api/chat", reply)
+    case.server.script("/api/chat", reply)
     token = CancelToken()
-    async with nothing_left_behind(), AsyncClient(ELSEWHERE, proxy=fake_ollama.url) as client:
+    async with nothing_left_behind(), case.make() as client:
         stream = client.chat("fake", "hi", stream=True, token=token)
         if stage == "within":
             await anext(stream)
         reading = asyncio.create_task(stream.collect())
-        await asyncio.to_thread(fake_ollama.wait_for_requests)
-        token.abort("stop")
+        await asyncio.to_thread(case.server.wait_for_requests)
+        await ticks(10)
+        if by == "thread":
+            assert in_thread(lambda: token.abort("stop"))
+        else:
+            token.abort("stop")
+        record = case.server.connections[0]
+        if case.ours:
+            assert record.wait_left(BOUND), "not before the loop, which is blocked by this very wait, runs again"
         with pytest.raises(AbortError):
             await asyncio.wait_for(reading, BOUND)
-        assert await asyncio.to_thread(fake_ollama.connections[0].wait_left, BOUND)
+        assert await asyncio.to_thread(record.wait_left, BOUND)
 
 
 async def test_a_proxy_that_is_not_there() -> None:
     async with AsyncClient(ELSEWHERE, proxy="http://127.0.0.1:1") as client:
-        with pytest.raises(ConnectError):
+        with pytest.raises(ConnectError, match=r"the proxy 127\.0\.0\.1:1"):
             await client.version()
 
 
-@pytest.mark.parametrize("proxy", ["nonsense", "ftp://a"])
+async def test_a_proxy_that_does_not_answer_the_dial() -> None:
+    with black_hole() as url:
+        async with nothing_left_behind(), AsyncClient("https://models.example", proxy=url) as client:
+            with pytest.raises(PhaseTimeout) as caught:
+                await client.version(timeout=Timeouts(connect=0.1))
+    assert caught.value.phase == "connect"
+
+
+@pytest.mark.parametrize("how", ["abort", "cancel", "timeout"])
+async def test_a_proxy_that_does_not_answer_to_connect(how: str, client_tls: ssl.SSLContext) -> None:
+    token = CancelToken()
+    limit = Timeouts(connect=0.1 if how == "timeout" else None)
+    with TunnelProxy(b"") as proxy:
+        async with nothing_left_behind(), AsyncClient("https://models.example", proxy=proxy.url) as client:
+            task = asyncio.create_task(client.version(token=token, timeout=limit))
+            assert await asyncio.to_thread(proxy.asked.wait, BOUND)
+            if how == "abort":
+                token.abort("stop")
+                assert proxy.left.wait(BOUND), "the loop is blocked by this very wait"
+            elif how == "cancel":
+                task.cancel()
+            await asyncio.wait([task], timeout=BOUND)
+            assert task.cancelled() if how == "cancel" else isinstance(task.exception(), AbortError | PhaseTimeout)
+            assert await asyncio.to_thread(proxy.left.wait, BOUND)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (
+            b"HTTP/1.1 407 Proxy Authentication Required\r\nProxy-Authenticate: Basic\r\n\r\n",
+            "407 Proxy Authentication",
+        ),
+        (b"HTTP/1.1 502\r\n\r\n", "the proxy refused: 502"),
+        (b"HTTP/1.1 503 \xff\r\n\r\n", "503"),
+        (b"HTTP/1.1 200 OK\r\n", "no head"),
+        (b"nonsense\r\n\r\n", "not HTTP"),
+        (b"HTTP/1.1 200 OK\r\n\r\nmore", "not HTTP"),
+        (b"HTTP/1.1 999999 OK\r\n\r\n", "not HTTP"),
+        (b"SSH-2.0-OpenSSH_9\r\n", "no head"),
+        (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000 + b"\r\n\r\n", "no head"),
+        (b"HTTP/1.1 200 OK\r\n" + b"X: x\r\n" * 20_000, "no head"),
+    ],
+)
+async def test_a_proxy_that_makes_no_tunnel(answer: bytes, said: str) -> None:
+    with TunnelProxy(answer) as proxy:
+        async with nothing_left_behind(), AsyncClient("https://models.example", proxy=proxy.url) as client:
+            with pytest.raises(ConnectError, match=said):
+                await client.version()
+
+
+async def test_who_asks_is_told_to_the_proxy_alone(
+    fake_ollama: FakeOllama, tls_server: FakeOllama, tunnel: TunnelProxy, client_tls: ssl.SSLContext
+) -> None:
+    expected = "Basic " + base64.b64encode(f"user:{SECRET}".encode()).decode()
+    proxy = httpx.Proxy(tunnel.url, auth=("user", SECRET), headers={"X-Proxy": "1"})
+    async with AsyncClient(tls_server.url, proxy=proxy, verify=client_tls) as client:
+        await client.version()
+    assert f"X-Proxy: 1\r\nProxy-Authorization: {expected}\r\n".encode() in tunnel.heads[0]
+    [request] = tls_server.requests
+    assert request.header("proxy-authorization") is None
+    async with AsyncClient(
+        ELSEWHERE, proxy=f"http://user:{SECRET.replace('/', '%2F')}@127.0.0.1:{fake_ollama.port}"
+    ) as client:
+        await client.version()
+        await client.chat("fake", "hi")
+    assert {request.header("proxy-authorization") for request in fake_ollama.requests} == {expected}
+
+
+@pytest.mark.parametrize("proxy", ["nonsense", "ftp://a", "http://", "https://a:b"])
 def test_an_address_that_is_no_proxys(proxy: str) -> None:
     with pytest.raises(RequestError, match="proxy"):
         AsyncClient(ELSEWHERE, proxy=proxy)
+
+
+def test_an_address_that_is_no_proxys_keeps_its_password() -> None:
+    with pytest.raises(RequestError) as caught:
+        AsyncClient(ELSEWHERE, proxy=f"http://user:{SECRET}@127.0.0.1:1")
+    assert "word" not in "".join(traceback.format_exception(caught.value)).replace("password", "")
+
+
+@pytest.mark.parametrize("options", [{"proxy": "https://a"}, {"proxy": "http://a", "uds": "/tmp/s"}])
+def test_what_the_direct_transport_does_not_take(options: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="proxy="):
+        DirectTransport(**options)

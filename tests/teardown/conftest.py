@@ -8,6 +8,7 @@ import pytest
 import pytest_asyncio
 import trustme
 from teardown.harness import Baseline, client_of, nothing_left_behind
+from tunnel import TunnelProxy
 
 from ollama_async import AsyncClient, CancelToken
 from ollama_async.testing import FakeOllama
@@ -30,6 +31,13 @@ def client_tls(authority: trustme.CA) -> ssl.SSLContext:
     context = ssl.create_default_context()
     authority.configure_trust(context)
     return context
+
+
+@pytest.fixture(scope="session")
+def tunnel() -> Iterator[TunnelProxy]:
+    """A proxy on the way to servers that are reached over TLS."""
+    with TunnelProxy() as proxy:
+        yield proxy
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

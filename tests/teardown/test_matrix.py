@@ -23,7 +23,8 @@ from typing import Any
 import httpx
 import httpx2
 import pytest
-from teardown.harness import BOUND, client_of, open_fds, read_all, registrations, ticks, until
+from teardown.harness import BOUND, Baseline, client_of, open_fds, read_all, registrations, ticks, until
+from tunnel import TunnelProxy
 
 from ollama_async import AbortError, AsyncClient, CancelToken, PhaseTimeout, Stream, Timeouts
 from ollama_async.testing import FakeOllama, Pause, Reply
@@ -47,12 +48,18 @@ def over_httpx(module: Any, server: FakeOllama, tls: ssl.SSLContext) -> Any:
 
 
 @contextlib.asynccontextmanager
-async def path_to(server: FakeOllama, path: str, tls: ssl.SSLContext) -> AsyncIterator[AsyncClient]:
+async def path_to(
+    server: FakeOllama, path: str, tls: ssl.SSLContext, tunnel: TunnelProxy
+) -> AsyncIterator[AsyncClient]:
     """A client that takes that path to the server."""
     if path == "direct":
         async with client_of(server, verify=tls) as client:
             yield client
+    elif path == "proxy" and server.url.startswith("https"):
+        async with AsyncClient(server.url, proxy=tunnel.url, verify=tls) as client:
+            yield client
     elif path == "proxy":
+        # What a proxy is sent where no tunnel is needed, the fake server takes as well.
         async with AsyncClient(ELSEWHERE, proxy=server.url) as client:
             yield client
     elif path == "httpx":
@@ -96,6 +103,9 @@ OWN = {"direct", "proxy"}
 LOSES = {"httpx"}
 # Whose socket stays open until the garbage collector comes, when the call is stopped during the TLS handshake.
 FORGETS_IN_HANDSHAKE = {"httpx", "httpx2"}
+# What asyncio's exception handler is told when a call is stopped while anyio, under these two, connects to a unix
+# socket: it looks at the socket once more than it should.
+LOOKS_TWICE = "Exception in callback Future.set_result(None)"
 
 
 class Runs:
@@ -174,9 +184,11 @@ async def test_stops_at_every_tick(
     full: bool,
     count_runs: Callable[[int], None],
     tmp_path: Any,
+    tunnel: TunnelProxy,
+    nothing_left: Baseline,
 ) -> None:
-    if path == "proxy" and not server.url.startswith("http://127"):
-        pytest.skip("the fake server is a proxy over TCP only")
+    if path == "proxy" and server.uds:
+        pytest.skip("a proxy is not asked for a unix socket")
     act = STOPS[stops]
     step = 1 if full else 4 if path == "direct" else 12
     gaps = (GAPS if full else range(2)) if act[1] else range(1)
@@ -187,11 +199,13 @@ async def test_stops_at_every_tick(
             context = server_tls if server.url.startswith("https") else None
             uds = str(tmp_path / "s") if server.uds else None
             with FakeOllama(ssl=context, uds=uds) as fresh:
-                async with path_to(fresh, path, client_tls) as client:
+                async with path_to(fresh, path, client_tls, tunnel) as client:
                     await one_run(fresh, client, path, act, tick, gap, runs)
                 await look_for_sockets(fresh, path, (tick, gap), runs)
     await until(lambda: len(open_fds()) <= before, f"descriptors left: {open_fds()}, {before} before")
     count_runs(runs.count)
+    if path not in OWN and server.uds:
+        nothing_left.errors[:] = [told for told in nothing_left.errors if LOOKS_TWICE not in told["message"]]
     assert path in LOSES or not runs.lost, f"the next request does not work after {runs.lost}"
     print(f"{path}: {runs.count} runs, place lost at {runs.lost}, socket forgotten at {runs.forgotten}")
 
