@@ -1,5 +1,6 @@
 """An asyncio-native streaming SDK for Ollama: every call can be aborted, and the socket is gone when it is."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._cancel import CancelToken, Registration
@@ -36,34 +37,36 @@ from ._tools import Tool, convert_function_to_tool, tool_schema
 from ._transport import DirectTransport
 from ._types import (
     ChatResponse,
-    CloudStatus,
-    CloudStatusResponse,
     DebugInfo,
     EmbeddingsResponse,
     EmbedResponse,
     GenerateResponse,
-    ListedModel,
-    ListResponse,
-    LoadedModel,
     Logprob,
     Message,
-    ModelDetails,
-    ModelRecommendation,
-    ProcessResponse,
-    RecommendationsResponse,
-    ShowResponse,
     StatusResponse,
-    Tensor,
     TokenLogprob,
     ToolCall,
-    UserResponse,
-    VersionResponse,
-    WebFetchResponse,
-    WebSearchResponse,
-    WebSearchResult,
 )
 
 if TYPE_CHECKING:
+    from ._manage_types import (
+        CloudStatus,
+        CloudStatusResponse,
+        ListedModel,
+        ListResponse,
+        LoadedModel,
+        ModelDetails,
+        ModelRecommendation,
+        ProcessResponse,
+        RecommendationsResponse,
+        ShowResponse,
+        Tensor,
+        UserResponse,
+        VersionResponse,
+        WebFetchResponse,
+        WebSearchResponse,
+        WebSearchResult,
+    )
     from ._systemone import (
         SystemOneAnswer,
         SystemOneChoiceAnswer,
@@ -157,11 +160,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # What one endpoint of newer servers takes and gives is a tenth of all models, and of the time they take to make.
-    if name in __all__ and name.startswith("SystemOne"):
-        from . import _systemone
-
-        return getattr(_systemone, name)
+    # What only some endpoints take and give is half of all models, and of the time that it takes to make them.
+    if name in __all__:
+        module = "_systemone" if name.startswith("SystemOne") else "_manage_types"
+        return getattr(import_module(f".{module}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,4 +1,7 @@
-"""The endpoints that manage models and files; ``AsyncClient`` is made on this."""
+"""The endpoints that manage models and files; ``AsyncClient`` is made on this.
+
+What they answer is imported by the call that wants it: see ``_manage_types``.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +20,6 @@ from ._input import (
 from ._merge import ProgressMerge
 from ._progress import ProgressResponse
 from ._session import CallOptions
-from ._types import (
-    CloudStatusResponse,
-    ListResponse,
-    Message,
-    ProcessResponse,
-    RecommendationsResponse,
-    ShowResponse,
-    StatusResponse,
-    UserResponse,
-    VersionResponse,
-    WebFetchResponse,
-    WebSearchResponse,
-)
 
 if TYPE_CHECKING:
     import os
@@ -37,11 +27,23 @@ if TYPE_CHECKING:
 
     from pydantic import BaseModel
 
+    from ._manage_types import (
+        CloudStatusResponse,
+        ListResponse,
+        ProcessResponse,
+        RecommendationsResponse,
+        ShowResponse,
+        UserResponse,
+        VersionResponse,
+        WebFetchResponse,
+        WebSearchResponse,
+    )
     from ._stream import Stream
+    from ._types import Message, StatusResponse
 
 __all__ = ["ModelManagement"]
 
-WebT = TypeVar("WebT", WebSearchResponse, WebFetchResponse)
+WebT = TypeVar("WebT", "WebSearchResponse", "WebFetchResponse")
 
 
 class _CreateOptions(CallOptions, total=False):
@@ -81,6 +83,8 @@ class ModelManagement(FileTransfer):
 
         Server: ``GET /api/tags``
         """
+        from ._manage_types import ListResponse
+
         return await self._request(ListResponse, "GET", "/api/tags", None, call)
 
     async def ps(self, **call: Unpack[CallOptions]) -> ProcessResponse:
@@ -93,6 +97,8 @@ class ModelManagement(FileTransfer):
 
         Server: ``GET /api/ps``
         """
+        from ._manage_types import ProcessResponse
+
         return await self._request(ProcessResponse, "GET", "/api/ps", None, call)
 
     async def version(self, **call: Unpack[CallOptions]) -> VersionResponse:
@@ -105,6 +111,8 @@ class ModelManagement(FileTransfer):
 
         Server: ``GET /api/version``
         """
+        from ._manage_types import VersionResponse
+
         return await self._request(VersionResponse, "GET", "/api/version", None, call)
 
     async def status(self, **call: Unpack[CallOptions]) -> CloudStatusResponse:
@@ -117,6 +125,8 @@ class ModelManagement(FileTransfer):
 
         Server: ``GET /api/status``
         """
+        from ._manage_types import CloudStatusResponse
+
         return await self._request(CloudStatusResponse, "GET", "/api/status", None, call)
 
     async def recommendations(self, **call: Unpack[CallOptions]) -> RecommendationsResponse:
@@ -129,6 +139,8 @@ class ModelManagement(FileTransfer):
 
         Server: ``GET /api/experimental/model-recommendations``
         """
+        from ._manage_types import RecommendationsResponse
+
         path = "/api/experimental/model-recommendations"
         return await self._request(RecommendationsResponse, "GET", path, None, call)
 
@@ -143,6 +155,8 @@ class ModelManagement(FileTransfer):
 
         Server: ``POST /api/me``
         """
+        from ._manage_types import UserResponse
+
         return await self._request(UserResponse, "POST", "/api/me", None, call)
 
     async def signout(self, **call: Unpack[CallOptions]) -> StatusResponse:
@@ -185,6 +199,8 @@ class ModelManagement(FileTransfer):
 
         Server: ``POST /api/show``
         """
+        from ._manage_types import ShowResponse
+
         body = {
             "model": model_name(model),
             "options": encode_options(options),
@@ -519,6 +535,8 @@ class ModelManagement(FileTransfer):
 
         Server: ``POST https://ollama.com/api/web_search``, ``POST /api/experimental/web_search``
         """
+        from ._manage_types import WebSearchResponse
+
         body = {"query": _required(query, "query"), **checked("number", max_results=max_results)}
         return await self._web(WebSearchResponse, "search", body, call, via_server=via_server)
 
@@ -542,6 +560,8 @@ class ModelManagement(FileTransfer):
 
         Server: ``POST https://ollama.com/api/web_fetch``, ``POST /api/experimental/web_fetch``
         """
+        from ._manage_types import WebFetchResponse
+
         return await self._web(WebFetchResponse, "fetch", {"url": _required(url, "url")}, call, via_server=via_server)
 
     async def _web(

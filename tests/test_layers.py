@@ -16,7 +16,7 @@ PACKAGE = Path(ollama_async.__file__).parent
 LAYERS = [
     ["_errors"],
     ["_retry", "_timeouts", "_types", "_ndjson", "_host", "_cancel"],
-    ["_channel", "_options", "_progress", "_systemone"],
+    ["_channel", "_manage_types", "_options", "_progress", "_systemone"],
     ["_merge", "_input"],
     ["_tools"],
     ["_http"],

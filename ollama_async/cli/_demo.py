@@ -24,8 +24,8 @@ from ._terminal import CTRL_C, Session
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
+    from ollama_async import ChatResponse, ListResponse
     from ollama_async._stream import Stream
-    from ollama_async._types import ChatResponse, ListResponse
 
 __all__ = ["list_models", "look", "pick", "run_demo"]
 
