@@ -7,21 +7,11 @@ import gc
 import itertools
 import time
 
-from harness import Figures, Peer, measure_once
+from harness import Figures, Peer, measure_once, open_silent
 
 
 async def measure(peer: Peer, url: str, streams: int) -> Figures:
-    arrived = 0
-    everyone = asyncio.Event()
-
-    def tick() -> None:
-        nonlocal arrived
-        arrived += 1
-        if arrived == streams:
-            everyone.set()
-
-    tasks = [asyncio.create_task(peer.read("silent", tick)) for _ in range(streams)]
-    await everyone.wait()
+    tasks = await open_silent(peer, streams)
     # Or the pass over all that has just been made, which is due any time, would be taken for the abort's.
     gc.collect()
     await asyncio.sleep(0.1)

@@ -32,6 +32,22 @@ async def get(url: str, path: str) -> Any:
     return json.loads(body)
 
 
+async def open_silent(peer: Peer, streams: int) -> list[asyncio.Task[None]]:
+    """Open streams that send one chunk and then nothing; return when each has it."""
+    arrived = 0
+    everyone = asyncio.Event()
+
+    def tick() -> None:
+        nonlocal arrived
+        arrived += 1
+        if arrived == streams:
+            everyone.set()
+
+    tasks = [asyncio.create_task(peer.read("silent", tick)) for _ in range(streams)]
+    await everyone.wait()
+    return tasks
+
+
 def measure_once(measure: Callable[..., Awaitable[Figures]]) -> None:
     """Be the process that measures: ``script.py PEER URL --loop uvloop --options '{"streams": 5}'``."""
     parser = argparse.ArgumentParser()
@@ -61,4 +77,4 @@ def measure_once(measure: Callable[..., Awaitable[Figures]]) -> None:
     print(json.dumps(figures))
 
 
-__all__ = ["Figures", "Peer", "cpu_seconds", "get", "measure_once"]
+__all__ = ["Figures", "Peer", "cpu_seconds", "get", "measure_once", "open_silent"]

@@ -8,7 +8,7 @@ import tracemalloc
 from contextlib import suppress
 from pathlib import Path
 
-from harness import Figures, Peer, measure_once
+from harness import Figures, Peer, measure_once, open_silent
 
 
 def resident() -> int:
@@ -17,21 +17,11 @@ def resident() -> int:
 
 
 async def idle(peer: Peer, streams: int) -> Figures:
-    arrived = 0
-    everyone = asyncio.Event()
-
-    def tick() -> None:
-        nonlocal arrived
-        arrived += 1
-        if arrived == streams:
-            everyone.set()
-
     gc.collect()
     rss = resident()
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
-    tasks = [asyncio.create_task(peer.read("silent", tick)) for _ in range(streams)]
-    await everyone.wait()
+    tasks = await open_silent(peer, streams)
     gc.collect()
     held = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
