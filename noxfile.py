@@ -178,7 +178,9 @@ def coverage(session: nox.Session) -> None:
 
 
 def beside(session: nox.Session) -> tuple[str, ...]:
-    return "-m", "not real and not browser", "-k", CUT_OF.get(str(session.python), f"not uvloop and {CUT}")
+    # In two processes: nothing in the cut looks at more than its own.
+    cut = CUT_OF.get(str(session.python), f"not uvloop and {CUT}")
+    return "-n", "2", "-m", "not real and not browser", "-k", cut
 
 
 def run_tests(session: nox.Session, *arguments: str, measured: bool = False) -> None:

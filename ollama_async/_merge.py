@@ -13,7 +13,7 @@ from ._types import ChatResponse, GenerateResponse, Model
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["ChatMerge", "Chunk", "GenerateMerge", "Merge", "ProgressMerge"]
+__all__ = ["ChatMerge", "Chunk", "GenerateMerge", "Merge", "ProgressMerge", "validate_list"]
 
 
 class Chunk(Protocol):
@@ -35,10 +35,6 @@ class Merge(Protocol[ChunkT]):
 
     together: int
     """How many chunks may be made at once, before the first of them is delivered."""
-
-    def validate_list(self, data: bytes) -> list[ChunkT]:
-        """Make chunks of a JSON array; raises pydantic's ``ValidationError``."""
-        ...
 
     def add(self, chunk: ChunkT) -> None:
         """Add the next chunk."""
@@ -85,9 +81,15 @@ class _Lists:
 _TOGETHER = 64
 
 
+def validate_list(model: type[ChunkT], data: bytes) -> list[ChunkT]:
+    """Make chunks of a JSON array; raises pydantic's ``ValidationError``."""
+    chunks: list[ChunkT] = _list_validator(model)(data)
+    return chunks
+
+
 @cache
-def _list_validator(model: type[Any]) -> Callable[[bytes], list[Any]]:
-    validate: Callable[[bytes], list[Any]] = TypeAdapter(list[model]).validator.validate_json  # type: ignore[valid-type]
+def _list_validator(model: Any) -> Callable[[bytes], list[Any]]:
+    validate: Callable[[bytes], list[Any]] = TypeAdapter(list[model]).validator.validate_json
     return validate
 
 
@@ -96,10 +98,6 @@ class ChatMerge(_Lists):
 
     model = ChatResponse
     together = _TOGETHER
-
-    def validate_list(self, data: bytes) -> list[ChatResponse]:
-        """Make chunks of a JSON array."""
-        return _list_validator(ChatResponse)(data)
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,10 +134,6 @@ class GenerateMerge(_Lists):
     model = GenerateResponse
     together = _TOGETHER
 
-    def validate_list(self, data: bytes) -> list[GenerateResponse]:
-        """Make chunks of a JSON array."""
-        return _list_validator(GenerateResponse)(data)
-
     def __init__(self) -> None:
         super().__init__()
         self._last: GenerateResponse | None = None
@@ -170,10 +164,6 @@ class ProgressMerge:
     model = ProgressResponse
     # How far the whole is, is noted on each when it is merged.
     together = 1
-
-    def validate_list(self, data: bytes) -> list[ProgressResponse]:
-        """Make steps of a JSON array."""
-        return _list_validator(ProgressResponse)(data)
 
     def __init__(self) -> None:
         self._last: ProgressResponse | None = None

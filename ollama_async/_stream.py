@@ -17,7 +17,7 @@ from ._cancel import CancelToken, Once
 from ._channel import End, Ended
 from ._errors import ProtocolError, StreamBusy, StreamError, StreamTruncated
 from ._failures import json_object, stream_error
-from ._merge import ChunkT, Merge
+from ._merge import ChunkT, Merge, validate_list
 from ._ndjson import LineSplitter
 from ._progress import ProgressResponse
 
@@ -634,7 +634,7 @@ def _parse_together(merge: Merge[ChunkT], lines: list[bytes]) -> list[ChunkT]:
     if count < 2 or not body.startswith(b"{") or body.count(b",\n{") != count - 1:
         return []
     try:
-        chunks = merge.validate_list(b"[%b]" % body)
+        chunks = validate_list(merge.model, b"[%b]" % body)
     except ValidationError:
         return []
     # Several elements in one line.
