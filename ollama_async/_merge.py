@@ -83,13 +83,15 @@ _TOGETHER = 64
 
 def validate_list(model: type[ChunkT], data: bytes) -> list[ChunkT]:
     """Make chunks of a JSON array; raises pydantic's ``ValidationError``."""
-    chunks: list[ChunkT] = _list_validator(model)(data)
+    # mypy takes a class for unhashable whose instances are.
+    key: Any = model
+    chunks: list[ChunkT] = _list_validator(key)(data)
     return chunks
 
 
 @cache
-def _list_validator(model: Any) -> Callable[[bytes], list[Any]]:
-    validate: Callable[[bytes], list[Any]] = TypeAdapter(list[model]).validator.validate_json
+def _list_validator(model: type[Any]) -> Callable[[bytes], list[Any]]:
+    validate: Callable[[bytes], list[Any]] = TypeAdapter(list[model]).validator.validate_json  # type: ignore[valid-type]
     return validate
 
 
