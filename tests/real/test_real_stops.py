@@ -303,7 +303,7 @@ async def test_a_call_that_is_no_stream(
         await asyncio.wait_for(task, BOUND)
 
 
-async def test_while_the_model_is_being_loaded(
+async def test_s87_while_the_model_is_being_loaded(
     client: AsyncClient, real_ollama: RealOllama, token: CancelToken, watch: Watch
 ) -> None:
     """Before the headers: the commonest moment for a Stop."""
@@ -347,7 +347,7 @@ def test_asyncio_run_ends_with_an_open_stream(real_ollama: RealOllama, loop_name
     watch.saw_end()
 
 
-async def test_the_runner_rests_after_an_abort(
+async def test_s87_the_runner_rests_after_an_abort(
     client: AsyncClient, real_ollama: RealOllama, stream: Stream[ChatResponse], token: CancelToken, watch: Watch
 ) -> None:
     reader = Reader(stream, watch)
@@ -369,7 +369,7 @@ async def first_token_seconds(client: AsyncClient, model: str) -> float:
     return first
 
 
-async def test_the_next_first_token_comes_as_on_an_idle_server(
+async def test_s87_the_next_first_token_comes_as_on_an_idle_server(
     client: AsyncClient, real_ollama: RealOllama, watch: Watch
 ) -> None:
     """Were an aborted answer still being made, its runner would share its time with the next one's prompt."""

@@ -1,6 +1,6 @@
-"""Scenarios S61 to S85: lifetime and misuse of the iterator; clients, reuse of connections, platforms.
+"""Scenarios S61 to S86: lifetime and misuse of the iterator; clients, reuse of connections, platforms.
 
-S84 (asyncio and uvloop) is every test of this directory: each runs on both.
+S84 (asyncio and uvloop) is every test of this directory: each runs on both. S87 is in tests/real/test_real_stops.py.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import asyncio
 import gc
 import pathlib
 import random
+import ssl
 import subprocess
 import sys
 import textwrap
@@ -31,6 +32,7 @@ from teardown.harness import (
     ticks,
     until,
 )
+from tunnel import TunnelProxy
 
 from ollama_async import AbortError, AsyncClient, CancelToken, ChatResponse, Stream, StreamBusy, StreamClosed
 from ollama_async.testing import Endless, FakeOllama, Gate, NoEnd, Pause, Reply, Stall
@@ -885,7 +887,7 @@ async def test_s83_leaving_at_the_done_chunk_as_the_loop_ends(server: FakeOllama
     saw_leave(server)
 
 
-# -- S85: unix sockets --
+# -- S85: unix sockets and proxies --
 
 
 @pytest.fixture
@@ -957,3 +959,56 @@ async def test_s85_natural_ends_over_a_unix_socket_share_one_connection(uds_serv
             assert (await chat(client).collect()).message.content == "".join(TEXTS)
     assert [len(record.requests) for record in uds_server.connections] == [3]
     saw_leave(uds_server)
+
+
+@over_the_network
+@pytest.mark.parametrize("stop", [over_abort, over_cancel, over_aclose])
+async def test_s85_stops_through_a_proxy(
+    server: FakeOllama,
+    token: CancelToken,
+    stop: Callable[..., Awaitable[type[BaseException]]],
+    tunnel: TunnelProxy,
+    client_tls: ssl.SSLContext,
+) -> None:
+    server.script("/api/chat", Reply([line("one "), Stall()]))
+    if server.url.startswith("https"):
+        through = AsyncClient(server.url, proxy=tunnel.url, verify=client_tls)
+    else:
+        through = AsyncClient("http://models.example:8080", proxy=server.url)
+    async with through as client:
+        stream = chat(client, token)
+        seen: list[Any] = []
+        task = asyncio.create_task(read_all(stream, seen))
+        await until(lambda: seen, "the first chunk")
+        expected = await stop(stream, task, token)
+        saw_leave(server)
+        with pytest.raises(expected):
+            await bounded(task)
+        assert stream.text == "one "
+
+
+# -- S86 --
+
+
+async def test_s86_an_aborted_pull_leaves_another_one_alone(
+    server: FakeOllama, client: AsyncClient, token: CancelToken
+) -> None:
+    gate = Gate()
+    steps = [{"status": "pulling", "digest": "sha256:a", "total": 9, "completed": done} for done in range(1, 10)]
+    server.script("/api/pull", Reply([*steps[:3], Stall()]))
+    stopped = client.pull("fake", stream=True, token=token)
+    await anext(stopped)
+    server.script("/api/pull", Reply([*steps[:3], gate, *steps[3:], {"status": "success"}]))
+    other = client.pull("fake", stream=True)
+    seen: list[Any] = []
+    reader = asyncio.create_task(read_all(other, seen))
+    await until(lambda: len(seen) == 3, "three steps")
+    token.abort("stop")
+    saw_leave(server, 0)
+    gate.open()
+    await bounded(reader)
+    assert [step.completed for step in seen] == [*range(1, 10), None]
+    assert other.outcome == "done"
+    with pytest.raises(AbortError) as caught:
+        await anext(stopped)
+    assert caught.value.partial.overall.completed == 3
