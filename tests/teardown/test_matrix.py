@@ -105,7 +105,7 @@ LOSES = {"httpx"}
 FORGETS_IN_HANDSHAKE = {"httpx", "httpx2"}
 # What asyncio's exception handler is told when a call is stopped while anyio, under these two, connects to a unix
 # socket: it looks at the socket once more than it should.
-LOOKS_TWICE = "Exception in callback Future.set_result(None)"
+LOOKS_TWICE = "Exception in callback Future.set_result("
 
 
 class Runs:
