@@ -67,6 +67,10 @@ class HttpProxy(NamedTuple):
     origin: Origin
     headers: tuple[tuple[bytes, bytes], ...]
 
+    def __repr__(self) -> str:
+        # Without the headers: a password is in them.
+        return f"<HttpProxy {self.origin}>"
+
 
 class PeerClosed(httpx.RemoteProtocolError):
     """The server ended the connection before its answer was complete."""

@@ -196,9 +196,11 @@ async def test_a_proxy_that_does_not_answer_the_dial() -> None:
 @pytest.mark.parametrize("how", ["abort", "cancel", "timeout"])
 async def test_a_proxy_that_does_not_answer_to_connect(how: str, client_tls: ssl.SSLContext) -> None:
     token = CancelToken()
-    limit = Timeouts(connect=0.1 if how == "timeout" else None)
+    # Enough for a slow machine to get to the proxy: the limit has to pass there.
+    limit = Timeouts(connect=1 if how == "timeout" else None)
     with TunnelProxy(b"") as proxy:
-        async with nothing_left_behind(), AsyncClient("https://models.example", proxy=proxy.url) as client:
+        made = AsyncClient("https://models.example", proxy=proxy.url, verify=client_tls)
+        async with nothing_left_behind(), made as client:
             task = asyncio.create_task(client.version(token=token, timeout=limit))
             assert await asyncio.to_thread(proxy.asked.wait, BOUND)
             if how == "abort":
@@ -260,10 +262,27 @@ def test_an_address_that_is_no_proxys(proxy: str) -> None:
         AsyncClient(ELSEWHERE, proxy=proxy)
 
 
-def test_an_address_that_is_no_proxys_keeps_its_password() -> None:
+@pytest.mark.parametrize(
+    "proxy",
+    [
+        f"http://user:{SECRET}@127.0.0.1:1",
+        f"user:{SECRET}@127.0.0.1:1",
+        f" http://user:{SECRET}@127.0.0.1:1",
+        f"ftp://user:{SECRET}@127.0.0.1:1",
+        f"http://user:{SECRET}@127.0.0.1:1".encode(),
+        httpx.Proxy("http://127.0.0.1:1", auth=("user", f"{SECRET}\udc80")),
+    ],
+    ids=["slash", "no scheme", "blank", "scheme", "bytes", "half a character"],
+)
+def test_what_is_no_proxy_keeps_its_password(proxy: Any) -> None:
     with pytest.raises(RequestError) as caught:
-        AsyncClient(ELSEWHERE, proxy=f"http://user:{SECRET}@127.0.0.1:1")
+        AsyncClient(ELSEWHERE, proxy=proxy)
     assert "word" not in "".join(traceback.format_exception(caught.value)).replace("password", "")
+
+
+def test_a_proxy_is_shown_without_its_password() -> None:
+    proxy = DirectTransport(proxy="http://user:word@127.0.0.1:1").proxy
+    assert repr(proxy) == "<HttpProxy 127.0.0.1:1>"
 
 
 @pytest.mark.parametrize("options", [{"proxy": "https://a"}, {"proxy": "http://a", "uds": "/tmp/s"}])
