@@ -14,7 +14,7 @@ import httpx
 import pytest
 import trustme
 from teardown.harness import BOUND, black_hole, in_thread, nothing_left_behind, ticks
-from tunnel import TunnelProxy
+from tunnel import ESTABLISHED, TunnelProxy
 
 from ollama_async import (
     AbortError,
@@ -224,7 +224,12 @@ async def test_a_proxy_that_does_not_answer_to_connect(how: str, client_tls: ssl
         (b"HTTP/1.1 503 \xff\r\n\r\n", "503"),
         (b"HTTP/1.1 200 OK\r\n", "no head"),
         (b"nonsense\r\n\r\n", "not HTTP"),
-        (b"HTTP/1.1 200 OK\r\n\r\nmore", "not HTTP"),
+        (b"HTTP/1.1 407 No\r\nContent-Length: 9\r\n\r\nWho's it?", "the proxy refused: 407 No"),
+        (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 403 No\r\n\r\nmore", "the proxy refused: 403 No"),
+        (b"HTTP/1.1 101 Other\r\n\r\n", "the proxy refused: 101"),
+        (b"HTTP/1.1 100 Continue\r\n\r\n" * 3_000, "no head"),
+        (b"HTTP/1.1 100 Continue\r\n\r\nnonsense\r\n\r\n", "not HTTP"),
+        (b"HTTP/1.1 200 OK\r\n\r\nmore", "more than a head"),
         (b"HTTP/1.1 999999 OK\r\n\r\n", "not HTTP"),
         (b"SSH-2.0-OpenSSH_9\r\n", "no head"),
         (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000 + b"\r\n\r\n", "no head"),
@@ -236,6 +241,16 @@ async def test_a_proxy_that_makes_no_tunnel(answer: bytes, said: str) -> None:
         async with nothing_left_behind(), AsyncClient("https://models.example", proxy=proxy.url) as client:
             with pytest.raises(ConnectError, match=said):
                 await client.version()
+
+
+@pytest.mark.parametrize("by_byte", [False, True])
+async def test_a_tunnel_that_is_announced_in_pieces(
+    by_byte: bool, tls_server: FakeOllama, client_tls: ssl.SSLContext
+) -> None:
+    answer = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nX: 1\r\n\r\n" + ESTABLISHED
+    with TunnelProxy(answer, by_byte=by_byte) as proxy:
+        async with nothing_left_behind(), AsyncClient(tls_server.url, proxy=proxy.url, verify=client_tls) as client:
+            assert (await client.version()).version
 
 
 async def test_who_asks_is_told_to_the_proxy_alone(
