@@ -75,8 +75,9 @@ async def open_tunnel(loop: asyncio.AbstractEventLoop, sock: GuardedSocket, orig
     """
     where = str(origin).encode("ascii")
     try:
-        head = b"CONNECT %b HTTP/1.1\r\nHost: %b\r\n%b\r\n" % (where, where, encode_headers(proxy.headers))
-        await loop.sock_sendall(sock, head)
+        host = (b"Host", where)
+        headers = encode_headers([host, *proxy.besides([host])])
+        await loop.sock_sendall(sock, b"CONNECT %b HTTP/1.1\r\n%b\r\n" % (where, headers))
         answer, start = b"", 0
         while True:
             while (end := answer.find(b"\r\n\r\n", start)) < 0:

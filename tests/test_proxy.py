@@ -271,6 +271,25 @@ async def test_who_asks_is_told_to_the_proxy_alone(
     assert {request.header("proxy-authorization") for request in fake_ollama.requests} == {expected}
 
 
+async def test_no_header_is_sent_twice(
+    fake_ollama: FakeOllama, tls_server: FakeOllama, tunnel: TunnelProxy, client_tls: ssl.SSLContext
+) -> None:
+    told = {"Host": "elsewhere.example", "User-Agent": "mine", "X-Proxy": "1"}
+    async with AsyncClient(ELSEWHERE, proxy=httpx.Proxy(fake_ollama.url, headers=told)) as client:
+        await client.version()
+        await client.version(headers={"X-Proxy": "2"})
+    sent = [[name.lower() for name, _ in request.headers] for request in fake_ollama.requests]
+    assert [sorted(set(names)) for names in sent] == [sorted(names) for names in sent]
+    assert [request.header("x-proxy") for request in fake_ollama.requests] == ["1", "2"]
+    assert {request.header("host") for request in fake_ollama.requests} == {"models.example:8080"}
+    proxy = httpx.Proxy(tunnel.url, headers=told)
+    async with AsyncClient(tls_server.url, proxy=proxy, verify=client_tls) as client:
+        await client.version()
+    where = tls_server.url.removeprefix("https://").encode()
+    asked = b"CONNECT %b HTTP/1.1\r\nHost: %b\r\nUser-Agent: mine\r\nX-Proxy: 1\r\n\r\n" % (where, where)
+    assert tunnel.heads == [asked]
+
+
 @pytest.mark.parametrize("proxy", ["nonsense", "ftp://a", "http://", "https://a:b"])
 def test_an_address_that_is_no_proxys(proxy: str) -> None:
     with pytest.raises(RequestError, match="proxy"):
