@@ -180,7 +180,7 @@ def _close_late(task: asyncio.Task[GuardedSocket]) -> None:
 def explain_error(exc: OSError) -> str:
     """Say what went wrong."""
     # asyncio's own text is a tuple of the address in brackets.
-    return os.strerror(exc.errno) if exc.errno and exc.errno > 0 else str(exc)
+    return os.strerror(exc.errno) if exc.errno and exc.errno > 0 else str(exc) or "the connection was lost"
 
 
 def explain_tls_error(exc: ssl.SSLError) -> str:

@@ -298,21 +298,22 @@ class DirectTransport(httpx.AsyncBaseTransport):
     async def _dial(
         self, pool: _Pool, origin: Origin, sockets: set[GuardedSocket], timeout: float | None
     ) -> Connection:
+        via = f" through the proxy {self.proxy.origin}" if self.proxy else ""
         try:
             async with asyncio.timeout(timeout):
                 return await self._connect(pool, origin, sockets)
         except TimeoutError as exc:
             # The kernel's own "connection timed out" is a TimeoutError as well, with a number.
             if timeout is None or exc.errno is not None:
-                raise httpx.ConnectError(f"cannot connect to {origin}: {exc}") from exc
+                raise httpx.ConnectError(f"cannot connect to {origin}{via}: {exc}") from exc
             raise httpx.ConnectTimeout(f"no connection to {origin} within {timeout:g} s") from exc
         except ssl.SSLError as exc:
             raise httpx.ConnectError(f"TLS with {origin} failed: {explain_tls_error(exc)}") from exc
         except OSError as exc:
-            where = self._uds or (f"the proxy {self.proxy.origin}" if self.proxy else origin)
-            raise httpx.ConnectError(f"cannot connect to {where}: {explain_error(exc)}") from exc
+            # Whichever of both it was: what ends a tunnel does not say.
+            raise httpx.ConnectError(f"cannot connect to {self._uds or origin}{via}: {explain_error(exc)}") from exc
         except UnicodeError as exc:
-            raise httpx.ConnectError(f"cannot connect to {origin}: this is no host name ({exc})") from exc
+            raise httpx.ConnectError(f"cannot connect to {origin}{via}: this is no host name ({exc})") from exc
 
     async def _connect(self, pool: _Pool, origin: Origin, sockets: set[GuardedSocket]) -> Connection:
         loop = pool.loop

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import socket
 import ssl
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -241,6 +243,29 @@ async def test_a_proxy_that_makes_no_tunnel(answer: bytes, said: str) -> None:
         async with nothing_left_behind(), AsyncClient("https://models.example", proxy=proxy.url) as client:
             with pytest.raises(ConnectError, match=said):
                 await client.version()
+
+
+async def test_a_tunnel_that_ends_at_once_is_told_of_server_and_proxy() -> None:
+    def hang_up() -> None:
+        taken, _ = listener.accept()
+        with taken:
+            # asked for a tunnel, and then for TLS
+            for answer in (ESTABLISHED, b""):
+                taken.recv(65536)
+                taken.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(BOUND)
+        thread = threading.Thread(target=hang_up, daemon=True)
+        thread.start()
+        proxy = f"127.0.0.1:{listener.getsockname()[1]}"
+        async with nothing_left_behind(), AsyncClient("https://models.example", proxy=f"http://{proxy}") as client:
+            with pytest.raises(ConnectError) as caught:
+                await client.version()
+        await asyncio.to_thread(thread.join, BOUND)
+    said = caught.value.detail
+    assert said.startswith(f"cannot connect to models.example:443 through the proxy {proxy}: ")
+    assert not said.endswith(": ")
 
 
 @pytest.mark.parametrize("by_byte", [False, True])
