@@ -50,7 +50,7 @@ class _Pool:
         self._timer: asyncio.TimerHandle | None = None
         self._retired = False
         # Channels whose connection is in the making.
-        self.dialling: set[Channel] = set()
+        self.dialling: dict[Channel, _Dialling] = {}
         self._guard = _close_with_loop(self)
         # asyncio.run() finishes the loop's async generators before it closes the loop: one generator that waits at a
         # yield is a hook into that moment which costs no task. Stepped by hand it neither awaits nor suspends.
@@ -117,9 +117,13 @@ class _Pool:
         for connection in list(self._all):
             connection.sever_now()
         if self.loop.is_closed():
-            for connection in list(self._all):
-                connection.sock.close()
+            # Neither tasks nor futures of it can be told anything any more.
+            for sock in [connection.sock for connection in self._all]:
+                sock.close()
+            for dialling in self.dialling.values():
+                dialling.close_sockets()
             self._all.clear()
+            self.dialling.clear()
             self.retire()
         elif asyncio._get_running_loop() is self.loop:  # noqa: SLF001
             self.retire()
@@ -152,6 +156,11 @@ class _Dialling:
     def sever(self, channel: Channel) -> None:
         for sock in list(self.sockets):
             sock.sever()
+
+    def close_sockets(self) -> None:
+        for sock in self.sockets:
+            sock.sever()
+            sock.close()
 
     def dispose(self, channel: Channel) -> None:
         task = self.task
@@ -285,14 +294,14 @@ class DirectTransport(httpx.AsyncBaseTransport):
         dialling = _Dialling()
         task = dialling.task = channel.loop.create_task(self._dial(pool, origin, dialling.sockets, timeout))
         task.add_done_callback(lambda _: channel.wake())
-        pool.dialling.add(channel)
+        pool.dialling[channel] = dialling
         channel.attach(dialling)
         try:
             while not task.done():
                 await channel.pause()
             return task.result()
         finally:
-            pool.dialling.discard(channel)
+            pool.dialling.pop(channel, None)
             await settled(task)
 
     async def _dial(
