@@ -159,12 +159,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # What only some endpoints take and give is half of all models, and of the time that it takes to make them.
-    if name in __all__:
-        module = "_systemone" if name.startswith("SystemOne") else "_manage_types"
-        return getattr(import_module(f".{module}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# Not for type checkers, which would take any misspelt name for one that is made here.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        # What only some endpoints take and give is half of all models, and of the time that it takes to make them.
+        if name in __all__:
+            module = "_systemone" if name.startswith("SystemOne") else "_manage_types"
+            return getattr(import_module(f".{module}", __name__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

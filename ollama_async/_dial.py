@@ -75,20 +75,30 @@ async def open_tunnel(loop: asyncio.AbstractEventLoop, sock: GuardedSocket, orig
     """
     where = str(origin).encode("ascii")
     try:
-        head = b"CONNECT %b HTTP/1.1\r\nHost: %b\r\n%b\r\n" % (where, where, encode_headers(proxy.headers))
-        await loop.sock_sendall(sock, head)
-        answer = b""
-        while b"\r\n\r\n" not in answer:
-            block = await loop.sock_recv(sock, MAX_HEAD_BYTES)
-            answer += block
-            if not block or len(answer) > MAX_HEAD_BYTES:
-                raise httpx.ProxyError("what it answered to CONNECT is no head of HTTP")
-        status = _STATUS_LINE.match(answer)
-        if status is None or not answer.endswith(b"\r\n\r\n"):
-            # Behind the tunnel nobody speaks before we do: more than a head is no tunnel.
-            raise httpx.ProxyError("what it answered to CONNECT is not HTTP")
+        host = (b"Host", where)
+        headers = encode_headers([host, *proxy.besides([host])])
+        await loop.sock_sendall(sock, b"CONNECT %b HTTP/1.1\r\n%b\r\n" % (where, headers))
+        answer, start = b"", 0
+        while True:
+            while (end := answer.find(b"\r\n\r\n", start)) < 0:
+                block = await loop.sock_recv(sock, MAX_HEAD_BYTES)
+                answer += block
+                if not block or len(answer) > MAX_HEAD_BYTES:
+                    raise httpx.ProxyError("what it answered to CONNECT is no head of HTTP")
+            status = _STATUS_LINE.match(answer, start)
+            if status is None:
+                raise httpx.ProxyError("what it answered to CONNECT is not HTTP")
+            start = end + 4
+            # All of these heads together are bounded: what has come is taken without a pause, so a proxy that never
+            # came to an end with them would hold up the loop.
+            if not status[1].startswith(b"1") or status[1] == b"101":
+                break
         if not status[1].startswith(b"2"):
+            # Whatever else it says, it may have come with the head, or not.
             raise httpx.ProxyError(b" ".join(filter(None, status.groups())).decode("ascii", "replace"))
+        if len(answer) > start:
+            # Behind the tunnel nobody speaks before we do: more than a head is no tunnel.
+            raise httpx.ProxyError("what it answered to CONNECT is more than a head of HTTP")
     except BaseException:
         sock.close()
         raise
@@ -170,7 +180,7 @@ def _close_late(task: asyncio.Task[GuardedSocket]) -> None:
 def explain_error(exc: OSError) -> str:
     """Say what went wrong."""
     # asyncio's own text is a tuple of the address in brackets.
-    return os.strerror(exc.errno) if exc.errno and exc.errno > 0 else str(exc)
+    return os.strerror(exc.errno) if exc.errno and exc.errno > 0 else str(exc) or "the connection was lost"
 
 
 def explain_tls_error(exc: ssl.SSLError) -> str:

@@ -150,17 +150,18 @@ def env_proxy(host: Host, *, even_local: bool = False) -> str | None:
     """Return the proxy that the environment names for a host: never one for this machine, unless wanted."""
     if is_loopback(host.name) and not even_local:
         return None
-    scheme = host.url.partition(":")[0]
+    url = httpx.URL(host.url)
     proxies = urllib.request.getproxies_environment()
-    proxy = proxies.get(scheme) or proxies.get("all")
-    if not proxy or _bypassed(host.name, proxies):
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    # With its port, which NO_PROXY may name.
+    if not proxy or _bypassed(f"{host.name}:{url.port or _DEFAULT_PORT[url.scheme]}", proxies):
         return None
     return proxy if "://" in proxy else f"http://{proxy}"
 
 
-def _bypassed(name: str, proxies: dict[str, str]) -> bool:
+def _bypassed(address: str, proxies: dict[str, str]) -> bool:
     # In the standard library since 3.4, though its type stubs do not know it.
-    return bool(urllib.request.proxy_bypass_environment(name, proxies))  # type: ignore[attr-defined]
+    return bool(urllib.request.proxy_bypass_environment(address, proxies))  # type: ignore[attr-defined]
 
 
 def env_api_key(host: Host, *, anywhere: bool = False) -> str | None:

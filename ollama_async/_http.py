@@ -67,6 +67,15 @@ class HttpProxy(NamedTuple):
     origin: Origin
     headers: tuple[tuple[bytes, bytes], ...]
 
+    def besides(self, headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        """Return the headers that are not among others, which go before them: a second ``Host`` is a bad request."""
+        names = {name.lower() for name, _ in headers}
+        return [pair for pair in self.headers if pair[0].lower() not in names]
+
+    def __repr__(self) -> str:
+        # Without the headers: a password is in them.
+        return f"<HttpProxy {self.origin}>"
+
 
 class PeerClosed(httpx.RemoteProtocolError):
     """The server ended the connection before its answer was complete."""
@@ -140,7 +149,7 @@ def encode_head(request: httpx.Request, proxy: HttpProxy | None = None) -> bytes
     headers = request.headers.raw
     if proxy is not None and request.url.scheme == "http":
         target = b"http://%b%b" % (request.url.netloc, target)
-        headers = [*headers, *proxy.headers]
+        headers = [*headers, *proxy.besides(headers)]
     return b"%b %b HTTP/1.1\r\n%b\r\n" % (method, target, encode_headers(headers))
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ProxyTransport", "http_proxy"]
 
+_SCHEMES = ("http://", "https://", "socks5://", "socks5h://")
+
 
 def http_proxy(given: str | httpx.Proxy) -> HttpProxy | None:
     """Return a proxy that is spoken to in plain HTTP, as ``DirectTransport`` takes it; ``None`` for any other.
@@ -24,19 +26,27 @@ def http_proxy(given: str | httpx.Proxy) -> HttpProxy | None:
     Raises:
         RequestError: It is no proxy. The text does not show its password.
     """
+    # Nothing of what httpx says is shown but of a URL without a host: it may have the password in it. Of one without a
+    # scheme it takes the user for that, and shows the rest.
     try:
         proxy = given if isinstance(given, httpx.Proxy) else httpx.Proxy(given)
         origin = Origin.of(proxy.url) if proxy.url.scheme == "http" else None
+        auth = proxy.raw_auth
     except httpx.InvalidURL:
-        # Not shown: what is wrong with it may be in the password.
         raise RequestError("the proxy cannot be used: its URL is none; write a '/' in a password as %2F") from None
-    except (ValueError, TypeError, httpx.UnsupportedProtocol) as exc:
+    except UnicodeEncodeError:
+        raise RequestError("the proxy cannot be used: its user or password is no text") from None
+    except ValueError:
+        raise RequestError(f"the proxy cannot be used: its URL begins with none of {', '.join(_SCHEMES)}") from None
+    except TypeError:
+        raise RequestError(f"proxy={type(given).__name__}: give a URL as str, or an httpx.Proxy") from None
+    except httpx.UnsupportedProtocol as exc:
         raise RequestError(f"the proxy cannot be used: {exc}") from exc
     if origin is None:
         return None
     headers = list(proxy.headers.raw)
-    if proxy.raw_auth is not None:
-        headers.append((b"Proxy-Authorization", b"Basic " + base64.b64encode(b":".join(proxy.raw_auth))))
+    if auth is not None:
+        headers.append((b"Proxy-Authorization", b"Basic " + base64.b64encode(b":".join(auth))))
     return HttpProxy(origin, tuple(headers))
 
 

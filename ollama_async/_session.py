@@ -107,6 +107,8 @@ class Session:
             raise RequestError("base_url= is made of the host; give that")
         if uds is not None and (proxy is not None or transport is not None):
             raise RequestError("uds= goes with neither proxy= nor transport=")
+        if proxy is not None and transport is not None:
+            raise RequestError("proxy= does not go with transport=: give it to that transport")
         self._host = parse_host(os.environ.get("OLLAMA_HOST") if host is None else host)
         if isinstance(timeout, _Default):
             timeout = None if compat else DEFAULT_TIMEOUTS

@@ -50,7 +50,7 @@ class _Pool:
         self._timer: asyncio.TimerHandle | None = None
         self._retired = False
         # Channels whose connection is in the making.
-        self.dialling: set[Channel] = set()
+        self.dialling: dict[Channel, _Dialling] = {}
         self._guard = _close_with_loop(self)
         # asyncio.run() finishes the loop's async generators before it closes the loop: one generator that waits at a
         # yield is a hook into that moment which costs no task. Stepped by hand it neither awaits nor suspends.
@@ -117,9 +117,13 @@ class _Pool:
         for connection in list(self._all):
             connection.sever_now()
         if self.loop.is_closed():
-            for connection in list(self._all):
-                connection.sock.close()
+            # Neither tasks nor futures of it can be told anything any more.
+            for sock in [connection.sock for connection in self._all]:
+                sock.close()
+            for dialling in self.dialling.values():
+                dialling.close_sockets()
             self._all.clear()
+            self.dialling.clear()
             self.retire()
         elif asyncio._get_running_loop() is self.loop:  # noqa: SLF001
             self.retire()
@@ -152,6 +156,11 @@ class _Dialling:
     def sever(self, channel: Channel) -> None:
         for sock in list(self.sockets):
             sock.sever()
+
+    def close_sockets(self) -> None:
+        for sock in self.sockets:
+            sock.sever()
+            sock.close()
 
     def dispose(self, channel: Channel) -> None:
         task = self.task
@@ -285,34 +294,35 @@ class DirectTransport(httpx.AsyncBaseTransport):
         dialling = _Dialling()
         task = dialling.task = channel.loop.create_task(self._dial(pool, origin, dialling.sockets, timeout))
         task.add_done_callback(lambda _: channel.wake())
-        pool.dialling.add(channel)
+        pool.dialling[channel] = dialling
         channel.attach(dialling)
         try:
             while not task.done():
                 await channel.pause()
             return task.result()
         finally:
-            pool.dialling.discard(channel)
+            pool.dialling.pop(channel, None)
             await settled(task)
 
     async def _dial(
         self, pool: _Pool, origin: Origin, sockets: set[GuardedSocket], timeout: float | None
     ) -> Connection:
+        via = f" through the proxy {self.proxy.origin}" if self.proxy else ""
         try:
             async with asyncio.timeout(timeout):
                 return await self._connect(pool, origin, sockets)
         except TimeoutError as exc:
             # The kernel's own "connection timed out" is a TimeoutError as well, with a number.
             if timeout is None or exc.errno is not None:
-                raise httpx.ConnectError(f"cannot connect to {origin}: {exc}") from exc
+                raise httpx.ConnectError(f"cannot connect to {origin}{via}: {exc}") from exc
             raise httpx.ConnectTimeout(f"no connection to {origin} within {timeout:g} s") from exc
         except ssl.SSLError as exc:
             raise httpx.ConnectError(f"TLS with {origin} failed: {explain_tls_error(exc)}") from exc
         except OSError as exc:
-            where = self._uds or (f"the proxy {self.proxy.origin}" if self.proxy else origin)
-            raise httpx.ConnectError(f"cannot connect to {where}: {explain_error(exc)}") from exc
+            # Whichever of both it was: what ends a tunnel does not say.
+            raise httpx.ConnectError(f"cannot connect to {self._uds or origin}{via}: {explain_error(exc)}") from exc
         except UnicodeError as exc:
-            raise httpx.ConnectError(f"cannot connect to {origin}: this is no host name ({exc})") from exc
+            raise httpx.ConnectError(f"cannot connect to {origin}{via}: this is no host name ({exc})") from exc
 
     async def _connect(self, pool: _Pool, origin: Origin, sockets: set[GuardedSocket]) -> Connection:
         loop = pool.loop

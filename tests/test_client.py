@@ -321,6 +321,11 @@ def test_options_of_the_connection_do_not_go_with_a_given_client() -> None:
         AsyncClient(http_client=httpx.AsyncClient(), proxy="http://p")
 
 
+def test_a_proxy_does_not_go_with_a_given_transport() -> None:
+    with pytest.raises(RequestError, match="transport="):
+        AsyncClient(transport=httpx.MockTransport(lambda _: httpx.Response(200)), proxy="http://p")
+
+
 def test_models_are_read_like_dicts() -> None:
     reply = ChatResponse.model_validate(CHAT)
     assert reply["model"] == "m"

@@ -101,6 +101,28 @@ def test_other_hosts_are_reached_through_the_proxy_of_the_environment(monkeypatc
 
 
 @pytest.mark.parametrize(
+    ("host", "spared"),
+    [
+        ("http://models.example:8080", True),
+        ("http://models.example:8081", False),
+        ("http://gpu.models.example:8080", True),
+        ("http://plain.example", True),
+        ("http://plain.example:8080", False),
+        ("http://[fd00::1]:8080", True),
+        ("http://[fd00::2]:8080", False),
+    ],
+)
+def test_what_goes_past_the_proxy_may_be_named_with_its_port(
+    monkeypatch: pytest.MonkeyPatch, host: str, spared: bool
+) -> None:
+    for name in ("http_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", "proxy.example:3128")
+    monkeypatch.setenv("NO_PROXY", "models.example:8080,plain.example:80,fd00::1")
+    assert (env_proxy(parse_host(host)) is None) is spared
+
+
+@pytest.mark.parametrize(
     ("host", "sent"),
     [
         ("https://ollama.com", True),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import socket
 import ssl
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,7 +16,7 @@ import httpx
 import pytest
 import trustme
 from teardown.harness import BOUND, black_hole, in_thread, nothing_left_behind, ticks
-from tunnel import TunnelProxy
+from tunnel import ESTABLISHED, TunnelProxy
 
 from ollama_async import (
     AbortError,
@@ -196,9 +198,11 @@ async def test_a_proxy_that_does_not_answer_the_dial() -> None:
 @pytest.mark.parametrize("how", ["abort", "cancel", "timeout"])
 async def test_a_proxy_that_does_not_answer_to_connect(how: str, client_tls: ssl.SSLContext) -> None:
     token = CancelToken()
-    limit = Timeouts(connect=0.1 if how == "timeout" else None)
+    # Enough for a slow machine to get to the proxy: the limit has to pass there.
+    limit = Timeouts(connect=1 if how == "timeout" else None)
     with TunnelProxy(b"") as proxy:
-        async with nothing_left_behind(), AsyncClient("https://models.example", proxy=proxy.url) as client:
+        made = AsyncClient("https://models.example", proxy=proxy.url, verify=client_tls)
+        async with nothing_left_behind(), made as client:
             task = asyncio.create_task(client.version(token=token, timeout=limit))
             assert await asyncio.to_thread(proxy.asked.wait, BOUND)
             if how == "abort":
@@ -222,7 +226,12 @@ async def test_a_proxy_that_does_not_answer_to_connect(how: str, client_tls: ssl
         (b"HTTP/1.1 503 \xff\r\n\r\n", "503"),
         (b"HTTP/1.1 200 OK\r\n", "no head"),
         (b"nonsense\r\n\r\n", "not HTTP"),
-        (b"HTTP/1.1 200 OK\r\n\r\nmore", "not HTTP"),
+        (b"HTTP/1.1 407 No\r\nContent-Length: 9\r\n\r\nWho's it?", "the proxy refused: 407 No"),
+        (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 403 No\r\n\r\nmore", "the proxy refused: 403 No"),
+        (b"HTTP/1.1 101 Other\r\n\r\n", "the proxy refused: 101"),
+        (b"HTTP/1.1 100 Continue\r\n\r\n" * 3_000, "no head"),
+        (b"HTTP/1.1 100 Continue\r\n\r\nnonsense\r\n\r\n", "not HTTP"),
+        (b"HTTP/1.1 200 OK\r\n\r\nmore", "more than a head"),
         (b"HTTP/1.1 999999 OK\r\n\r\n", "not HTTP"),
         (b"SSH-2.0-OpenSSH_9\r\n", "no head"),
         (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000 + b"\r\n\r\n", "no head"),
@@ -234,6 +243,39 @@ async def test_a_proxy_that_makes_no_tunnel(answer: bytes, said: str) -> None:
         async with nothing_left_behind(), AsyncClient("https://models.example", proxy=proxy.url) as client:
             with pytest.raises(ConnectError, match=said):
                 await client.version()
+
+
+async def test_a_tunnel_that_ends_at_once_is_told_of_server_and_proxy() -> None:
+    def hang_up() -> None:
+        taken, _ = listener.accept()
+        with taken:
+            # asked for a tunnel, and then for TLS
+            for answer in (ESTABLISHED, b""):
+                taken.recv(65536)
+                taken.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(BOUND)
+        thread = threading.Thread(target=hang_up, daemon=True)
+        thread.start()
+        proxy = f"127.0.0.1:{listener.getsockname()[1]}"
+        async with nothing_left_behind(), AsyncClient("https://models.example", proxy=f"http://{proxy}") as client:
+            with pytest.raises(ConnectError) as caught:
+                await client.version()
+        await asyncio.to_thread(thread.join, BOUND)
+    said = caught.value.detail
+    assert said.startswith(f"cannot connect to models.example:443 through the proxy {proxy}: ")
+    assert not said.endswith(": ")
+
+
+@pytest.mark.parametrize("by_byte", [False, True])
+async def test_a_tunnel_that_is_announced_in_pieces(
+    by_byte: bool, tls_server: FakeOllama, client_tls: ssl.SSLContext
+) -> None:
+    answer = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nX: 1\r\n\r\n" + ESTABLISHED
+    with TunnelProxy(answer, by_byte=by_byte) as proxy:
+        async with nothing_left_behind(), AsyncClient(tls_server.url, proxy=proxy.url, verify=client_tls) as client:
+            assert (await client.version()).version
 
 
 async def test_who_asks_is_told_to_the_proxy_alone(
@@ -254,16 +296,52 @@ async def test_who_asks_is_told_to_the_proxy_alone(
     assert {request.header("proxy-authorization") for request in fake_ollama.requests} == {expected}
 
 
+async def test_no_header_is_sent_twice(
+    fake_ollama: FakeOllama, tls_server: FakeOllama, tunnel: TunnelProxy, client_tls: ssl.SSLContext
+) -> None:
+    told = {"Host": "elsewhere.example", "User-Agent": "mine", "X-Proxy": "1"}
+    async with AsyncClient(ELSEWHERE, proxy=httpx.Proxy(fake_ollama.url, headers=told)) as client:
+        await client.version()
+        await client.version(headers={"X-Proxy": "2"})
+    sent = [[name.lower() for name, _ in request.headers] for request in fake_ollama.requests]
+    assert [sorted(set(names)) for names in sent] == [sorted(names) for names in sent]
+    assert [request.header("x-proxy") for request in fake_ollama.requests] == ["1", "2"]
+    assert {request.header("host") for request in fake_ollama.requests} == {"models.example:8080"}
+    proxy = httpx.Proxy(tunnel.url, headers=told)
+    async with AsyncClient(tls_server.url, proxy=proxy, verify=client_tls) as client:
+        await client.version()
+    where = tls_server.url.removeprefix("https://").encode()
+    asked = b"CONNECT %b HTTP/1.1\r\nHost: %b\r\nUser-Agent: mine\r\nX-Proxy: 1\r\n\r\n" % (where, where)
+    assert tunnel.heads == [asked]
+
+
 @pytest.mark.parametrize("proxy", ["nonsense", "ftp://a", "http://", "https://a:b"])
 def test_an_address_that_is_no_proxys(proxy: str) -> None:
     with pytest.raises(RequestError, match="proxy"):
         AsyncClient(ELSEWHERE, proxy=proxy)
 
 
-def test_an_address_that_is_no_proxys_keeps_its_password() -> None:
+@pytest.mark.parametrize(
+    "proxy",
+    [
+        f"http://user:{SECRET}@127.0.0.1:1",
+        f"user:{SECRET}@127.0.0.1:1",
+        f" http://user:{SECRET}@127.0.0.1:1",
+        f"ftp://user:{SECRET}@127.0.0.1:1",
+        f"http://user:{SECRET}@127.0.0.1:1".encode(),
+        httpx.Proxy("http://127.0.0.1:1", auth=("user", f"{SECRET}\udc80")),
+    ],
+    ids=["slash", "no scheme", "blank", "scheme", "bytes", "half a character"],
+)
+def test_what_is_no_proxy_keeps_its_password(proxy: Any) -> None:
     with pytest.raises(RequestError) as caught:
-        AsyncClient(ELSEWHERE, proxy=f"http://user:{SECRET}@127.0.0.1:1")
+        AsyncClient(ELSEWHERE, proxy=proxy)
     assert "word" not in "".join(traceback.format_exception(caught.value)).replace("password", "")
+
+
+def test_a_proxy_is_shown_without_its_password() -> None:
+    proxy = DirectTransport(proxy="http://user:word@127.0.0.1:1").proxy
+    assert repr(proxy) == "<HttpProxy 127.0.0.1:1>"
 
 
 @pytest.mark.parametrize("options", [{"proxy": "https://a"}, {"proxy": "http://a", "uds": "/tmp/s"}])

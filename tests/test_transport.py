@@ -1056,6 +1056,47 @@ async def test_a_transport_that_is_dropped_after_its_loop_was_closed_closes_its_
     assert fake_ollama.connections[0].wait_left(BOUND)
 
 
+@pytest.mark.parametrize("then", ["close", "use"])
+# What asyncio and Python say of tasks in a loop that was closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+async def test_a_connection_in_the_making_in_a_loop_that_was_closed(fake_ollama: FakeOllama, then: str) -> None:
+    """It is closed, and in nobody's way, when the transport is closed or used in another loop."""
+    transport = DirectTransport()
+    url = f"{fake_ollama.url}/api/version"
+
+    async def begin() -> tuple[asyncio.Task[httpx.Response], socket.socket]:
+        address = f"https://127.0.0.1:{silent.getsockname()[1]}"
+        task = asyncio.create_task(transport.handle_async_request(httpx.Request("GET", address)))
+        peer, _ = await asyncio.to_thread(silent.accept)
+        peer.settimeout(BOUND)
+        # The beginning of the TLS handshake, to which nobody answers.
+        assert await asyncio.to_thread(peer.recv, 1)
+        return task, peer
+
+    async def go_on() -> None:
+        if then == "use":
+            answer = await transport.handle_async_request(httpx.Request("GET", url))
+            assert (await answer.aread()) != b""
+        await transport.aclose()
+
+    def run() -> bool:
+        loop = asyncio.new_event_loop()
+        task, peer = loop.run_until_complete(begin())
+        loop.run_until_complete(loop.shutdown_default_executor())
+        loop.close()
+        with peer:
+            # The task is held: nothing of it is closed because nobody has it any more.
+            asyncio.run(go_on())
+            while peer.recv(65536):
+                pass
+        return not task.done()
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(BOUND)
+        assert in_thread(run)
+    gc.collect()
+
+
 async def test_pause_is_no_end(fake_ollama: FakeOllama, http: httpx.AsyncClient) -> None:
     fake_ollama.script(URL, Reply([b"one", Pause(0.05), b"two"]))
     assert (await http.get(URL)).content == b"onetwo"

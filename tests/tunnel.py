@@ -15,14 +15,17 @@ class TunnelProxy:
     """The proxy, in a thread of its own; a context manager.
 
     Args:
-        answer: What it says to ``CONNECT``. It passes on if that is a 200, waits if it is nothing, else closes.
+        answer: What it says to ``CONNECT``. It passes on if that ends with ``ESTABLISHED``, waits if it is nothing,
+            else closes.
+        by_byte: Whether it says that byte by byte.
     """
 
-    def __init__(self, answer: bytes = ESTABLISHED) -> None:
+    def __init__(self, answer: bytes = ESTABLISHED, *, by_byte: bool = False) -> None:
         self.heads: list[bytes] = []
         self.left = threading.Event()
         self.asked = threading.Event()
         self._answer = answer
+        self._step = 1 if by_byte else len(answer) or 1
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
@@ -56,8 +59,11 @@ class TunnelProxy:
             head = await reader.readuntil(b"\r\n\r\n")
             self.heads.append(head)
             self.asked.set()
-            writer.write(self._answer)
-            if self._answer == ESTABLISHED:
+            for start in range(0, len(self._answer), self._step):
+                writer.write(self._answer[start : start + self._step])
+                # asyncio sends what is written at once, with TCP_NODELAY; the round lets the other side read it.
+                await asyncio.sleep(0)
+            if self._answer.endswith(ESTABLISHED):
                 host, _, port = head.split()[1].decode().rpartition(":")
                 there, back = await asyncio.open_connection(host, int(port))
                 with contextlib.closing(back):

@@ -6,6 +6,7 @@ from typing import Any, assert_type
 
 from pydantic import BaseModel
 
+import ollama_async
 from ollama_async import (
     AsyncClient,
     CancelToken,
@@ -60,6 +61,11 @@ async def steps(client: AsyncClient, either: bool) -> None:
         client.create("m", from_="n", stream=either),
     ):
         assert_type(started, Coroutine[Any, Any, ProgressResponse] | Stream[ProgressResponse])
+
+
+def misspelt() -> None:
+    # An error for both; an ignore that nothing needs is one for mypy.
+    ollama_async.ListRespons  # type: ignore[attr-defined]
 
 
 def row(model: ListResponse.Model) -> tuple[str | None, datetime | None]:
