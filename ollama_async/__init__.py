@@ -166,7 +166,8 @@ if not TYPE_CHECKING:
         # What only some endpoints take and give is half of all models, and of the time that it takes to make them.
         if name in __all__:
             module = "_systemone" if name.startswith("SystemOne") else "_manage_types"
-            return getattr(import_module(f".{module}", __name__), name)
+            value = globals()[name] = getattr(import_module(f".{module}", __name__), name)
+            return value
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

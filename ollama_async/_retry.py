@@ -73,7 +73,14 @@ class Attempts:
             return error.phase == "connect" or (self._resume and error.phase == "idle")
         if isinstance(error, ConnectionBroken):
             return self._resume or not answered
-        return isinstance(error, ConnectError)
+        return isinstance(error, ConnectError) and not _refused_by_proxy(error)
+
+
+def _refused_by_proxy(error: ConnectError) -> bool:
+    # By name, as httpx2 has one, too. What such a proxy does not like it will not like the next time, and to repeat a
+    # wrong password may lock an account.
+    cause = error.__cause__
+    return type(cause).__name__ == "ProxyError" and str(cause).startswith("4")
 
 
 def _asked_for(error: BaseException) -> float | None:
