@@ -27,6 +27,8 @@ CUT_OF = {
     "3.13": f"(not uvloop or test_stops) and {CUT}",
 }
 TEARDOWN = ["tests/teardown", "tests/test_cancel.py"]
+# All of it waits more than it works: for pools that have lost a place, and for sockets that nobody closes.
+FULL = ["-n", "4", *TEARDOWN]
 WITHOUT_TEARDOWN = [f"--ignore={path}" for path in TEARDOWN]
 # The release of ollama-python that we can stand in for.
 OLLAMA_PYTHON = "0.6.3"
@@ -71,7 +73,7 @@ def teardown(session: nox.Session) -> None:
     if "--full" not in session.posargs:
         run_tests(session, *TEARDOWN, *session.posargs, measured=True)
         return
-    run_tests(session, *TEARDOWN, *session.posargs)
+    run_tests(session, *FULL, *session.posargs)
     for python in PYTHONS[1:]:
         session.notify(f"teardown-full-{python}", session.posargs)
     session.notify("teardown-full-min-deps", session.posargs)
@@ -81,14 +83,14 @@ def teardown(session: nox.Session) -> None:
 def teardown_full(session: nox.Session) -> None:
     """The teardown matrix on a newer Python; follows `teardown -- --full` by itself."""
     session.install(f".[{EXTRAS}]", *group("tests"))
-    run_tests(session, *TEARDOWN, *session.posargs)
+    run_tests(session, *FULL, *session.posargs)
 
 
 @nox.session(name="teardown-full-min-deps", python=OLDEST)
 def teardown_full_min_deps(session: nox.Session) -> None:
     """The teardown matrix with the oldest dependencies; follows `teardown -- --full` by itself."""
     session.install(f".[{EXTRAS}]", *group("tests"), *map(oldest_version, requirements()))
-    run_tests(session, *TEARDOWN, *session.posargs)
+    run_tests(session, *FULL, *session.posargs)
 
 
 @nox.session(python=PYTHONS)
