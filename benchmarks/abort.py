@@ -15,9 +15,9 @@ def percentile(values: list[float], part: float) -> float:
     return ordered[min(len(ordered) - 1, int(len(ordered) * part))]
 
 
-async def measure(peer: Peer, url: str, aborts: int, others: int = 0) -> Figures:
-    """Stop that many streams one after the other, with others open that get 10 tokens a second."""
-    background = [asyncio.create_task(peer.read("paced-100000-10", lambda: None)) for _ in range(others)]
+async def measure(peer: Peer, url: str, aborts: int, others: int = 0, rate: int = 10) -> Figures:
+    """Stop that many streams one after the other, with others open that get so many tokens a second each."""
+    background = [asyncio.create_task(peer.read(f"paced-100000-{rate}", lambda: None)) for _ in range(others)]
     await asyncio.sleep(0.001 * others)
     await get(url, "/left")
     seen_after, took = [], []

@@ -59,6 +59,13 @@ def cases(*, quick: bool) -> Iterator[Case]:
     yield Case("a short request", "short.py", {"requests": 200 if quick else 2000}, loops=both)
     yield Case("a stream of one token", "first.py", {"streams": 200 if quick else 2000}, ALL[:-1])
     yield Case("abort", "abort.py", {"aborts": 30 if quick else 500}, [name for name in ALL if name != "floor"])
+    # As many as ollama-python has open at a time, and so fast that it can just follow.
+    yield Case(
+        "abort beside 90 others, 30 tokens/s each",
+        "abort.py",
+        {"aborts": 30 if quick else 200, "others": 90, "rate": 30},
+        [name for name in ALL if name not in ("floor", "ollama-js", *(["httpx", "openai"] if quick else []))],
+    )
     yield Case(
         "memory of an idle stream",
         "memory.py",
