@@ -64,7 +64,7 @@ def cases(*, quick: bool) -> Iterator[Case]:
         "abort beside 90 others, 30 tokens/s each",
         "abort.py",
         {"aborts": 30 if quick else 200, "others": 90, "rate": 30},
-        [name for name in ALL if name not in ("floor", "ollama-js", *(["httpx", "openai"] if quick else []))],
+        [OURS, "aiohttp", "httpx2", *([] if quick else ["httpx", "openai"]), REFERENCE],
     )
     yield Case(
         "memory of an idle stream",

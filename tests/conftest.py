@@ -1,12 +1,14 @@
 import asyncio
 import gc
 import signal
+import ssl
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import pytest
+import trustme
 import uvloop
 from hypothesis import HealthCheck, Phase, settings
 from real.needs import pytest_terminal_summary
@@ -74,6 +76,28 @@ def pytest_collection_finish() -> None:
 
 
 pytest_plugins = ("ollama_async.testing.pytest_plugin", "pytester")
+
+
+@pytest.fixture(scope="session")
+def authority() -> trustme.CA:
+    """Whose certificates `client_tls` trusts."""
+    return trustme.CA()
+
+
+@pytest.fixture(scope="session")
+def server_tls(authority: trustme.CA) -> ssl.SSLContext:
+    """For a server on this machine."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1", "localhost").configure_cert(context)
+    return context
+
+
+@pytest.fixture(scope="session")
+def client_tls(authority: trustme.CA) -> ssl.SSLContext:
+    """For its clients."""
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    return context
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-import trustme
 from teardown.harness import BOUND, nothing_left_behind, until
 
 from ollama_async import (
@@ -76,18 +75,6 @@ async def nothing_left(server: FakeOllama) -> AsyncIterator[None]:
 async def client(server: FakeOllama, nothing_left: None) -> AsyncIterator[AsyncClient]:
     async with AsyncClient(server.url, max_line_bytes=MAX_LINE_BYTES) as made:
         yield made
-
-
-@pytest.fixture(scope="module")
-def authority() -> trustme.CA:
-    return trustme.CA()
-
-
-@pytest.fixture(scope="module")
-def server_tls(authority: trustme.CA) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("127.0.0.1").configure_cert(context)
-    return context
 
 
 streaming_or_not = pytest.mark.parametrize("streaming", [False, True], ids=["call", "stream"])

@@ -14,8 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-import trustme
-from teardown.harness import BOUND, black_hole, in_thread, nothing_left_behind, ticks
+from teardown.harness import BOUND, ELSEWHERE, black_hole, in_thread, nothing_left_behind, through_proxy, ticks
 from tunnel import ESTABLISHED, TunnelProxy
 
 from ollama_async import (
@@ -30,28 +29,13 @@ from ollama_async import (
 )
 from ollama_async.testing import Block, FakeOllama, Reply, Stall
 
-ELSEWHERE = "http://models.example:8080"
 ONE = {"model": "fake", "message": {"role": "assistant", "content": "one "}, "done": False}
 SECRET = "pass:word/1"
 
 
-@pytest.fixture(scope="module")
-def authority() -> trustme.CA:
-    return trustme.CA()
-
-
-@pytest.fixture(scope="module")
-def client_tls(authority: trustme.CA) -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    authority.configure_trust(context)
-    return context
-
-
 @pytest.fixture
-def tls_server(authority: trustme.CA) -> Iterator[FakeOllama]:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("127.0.0.1", "localhost").configure_cert(context)
-    with FakeOllama(ssl=context) as server:
+def tls_server(server_tls: ssl.SSLContext) -> Iterator[FakeOllama]:
+    with FakeOllama(ssl=server_tls) as server:
         yield server
 
 
@@ -77,13 +61,11 @@ def case(
     tunnel: TunnelProxy,
 ) -> Case:
     """Through a proxy of HTTP in the clear; through one over TLS, which httpx does; to a server over TLS."""
-    if request.param == "http":
-        return Case(fake_ollama, ours=True, make=lambda: AsyncClient(ELSEWHERE, proxy=fake_ollama.url))
-    if request.param == "tunnel":
-        make = lambda: AsyncClient(tls_server.url, proxy=tunnel.url, verify=client_tls)  # noqa: E731
-        return Case(tls_server, ours=True, make=make)
-    proxy = httpx.Proxy(tls_server.url, ssl_context=client_tls)
-    return Case(tls_server, ours=False, make=lambda: AsyncClient(ELSEWHERE, proxy=proxy))
+    if request.param == "https":
+        proxy = httpx.Proxy(tls_server.url, ssl_context=client_tls)
+        return Case(tls_server, ours=False, make=lambda: AsyncClient(ELSEWHERE, proxy=proxy))
+    server = fake_ollama if request.param == "http" else tls_server
+    return Case(server, ours=True, make=lambda: through_proxy(server, tunnel, client_tls))
 
 
 async def test_a_request_goes_to_the_proxy_and_names_the_server(fake_ollama: FakeOllama) -> None:

@@ -244,12 +244,12 @@ async def test_a_key_goes_along_within_one_origin(server: FakeOllama) -> None:
 
 @pytest.mark.parametrize("body", [[], [b"<html>", Stall()]], ids=["whole", "still on its way"])
 async def test_nothing_goes_from_https_to_plain_http(
-    server: FakeOllama, authority: trustme.CA, body: list[Any]
+    server: FakeOllama, authority: trustme.CA, client_tls: ssl.SSLContext, body: list[Any]
 ) -> None:
     with FakeOllama(ssl=context_of(authority.issue_cert("127.0.0.1"))) as secure:
         location = f"http://user:pw@127.0.0.1:{server.port}/api/chat"
         secure.script("/api/chat", Reply(body, status=307, headers={"Location": location}))
-        async with AsyncClient(secure.url, verify=trusting(authority), headers=KEYS["X-API-Key"]) as client:
+        async with AsyncClient(secure.url, verify=client_tls, headers=KEYS["X-API-Key"]) as client:
             error = await asked(client, streaming=False)
     assert isinstance(error, ProtocolError)
     assert str(error) == f"the server redirects from https to plain http, to 127.0.0.1:{server.port}"
@@ -259,20 +259,9 @@ async def test_nothing_goes_from_https_to_plain_http(
 # -- TLS --
 
 
-@pytest.fixture(scope="module")
-def authority() -> trustme.CA:
-    return trustme.CA()
-
-
 def context_of(certificate: trustme.LeafCert) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     certificate.configure_cert(context)
-    return context
-
-
-def trusting(authority: trustme.CA) -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    authority.configure_trust(context)
     return context
 
 
@@ -307,9 +296,14 @@ BAD_CERTIFICATES: dict[str, tuple[Callable[[trustme.CA, Path], ssl.SSLContext], 
 
 @pytest.mark.parametrize(("make", "trusts", "said"), BAD_CERTIFICATES.values(), ids=BAD_CERTIFICATES)
 async def test_a_certificate_that_is_not_good_is_refused_before_anything_is_said(
-    authority: trustme.CA, tmp_path: Path, make: Callable[[trustme.CA, Path], ssl.SSLContext], trusts: bool, said: str
+    authority: trustme.CA,
+    client_tls: ssl.SSLContext,
+    tmp_path: Path,
+    make: Callable[[trustme.CA, Path], ssl.SSLContext],
+    trusts: bool,
+    said: str,
 ) -> None:
-    verify: Any = trusting(authority) if trusts else True
+    verify: Any = client_tls if trusts else True
     with FakeOllama(ssl=make(authority, tmp_path)) as server:
         async with AsyncClient(server.url, verify=verify, headers=KEYS["Authorization"]) as client:
             error = await asked(client, streaming=False)
@@ -320,18 +314,20 @@ async def test_a_certificate_that_is_not_good_is_refused_before_anything_is_said
     assert sum(record.bytes_received for record in server.connections) == 0
 
 
-async def test_a_certificate_for_another_name_is_refused(authority: trustme.CA) -> None:
+async def test_a_certificate_for_another_name_is_refused(authority: trustme.CA, client_tls: ssl.SSLContext) -> None:
     with FakeOllama(ssl=context_of(authority.issue_cert("127.0.0.1"))) as server:
         url = server.url.replace("127.0.0.1", "localhost")
-        async with AsyncClient(url, verify=trusting(authority)) as client:
+        async with AsyncClient(url, verify=client_tls) as client:
             error = await asked(client, streaming=False)
     assert isinstance(error, ConnectError)
     assert "localhost" in error.detail
 
 
-async def test_a_good_certificate_is_accepted_and_a_bad_one_only_on_demand(authority: trustme.CA) -> None:
+async def test_a_good_certificate_is_accepted_and_a_bad_one_only_on_demand(
+    authority: trustme.CA, client_tls: ssl.SSLContext
+) -> None:
     with FakeOllama(ssl=context_of(authority.issue_cert("127.0.0.1"))) as server:
-        for verify in (trusting(authority), False):
+        for verify in (client_tls, False):
             async with AsyncClient(server.url, verify=verify) as client:
                 assert (await client.version()).version
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from tunnel import TunnelProxy
 
 from ollama_async import AsyncClient, Stream
 from ollama_async.testing import ConnectionRecord, FakeOllama, nothing_left_behind
@@ -19,6 +21,7 @@ from ollama_async.testing._left import live_timers, open_fds, registrations
 
 __all__ = [
     "BOUND",
+    "ELSEWHERE",
     "Baseline",
     "black_hole",
     "client_of",
@@ -30,6 +33,7 @@ __all__ = [
     "read_all",
     "registrations",
     "saw_leave",
+    "through_proxy",
     "ticks",
     "until",
 ]
@@ -39,6 +43,9 @@ over_the_network = pytest.mark.parametrize("server", ["tcp", "tls"], indirect=Tr
 
 BOUND = 20.0
 """Seconds after which a wait for something that must come counts as failed."""
+
+ELSEWHERE = "http://models.example:8080"
+"""Where nobody is: what is sent there gets only as far as a proxy."""
 
 
 async def until(condition: Callable[[], object], what: str) -> None:
@@ -94,6 +101,14 @@ def black_hole() -> Iterator[str]:
             filler.setblocking(False)
             filler.connect_ex(listener.getsockname())
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def through_proxy(server: FakeOllama, tunnel: TunnelProxy, tls: ssl.SSLContext) -> AsyncClient:
+    """A client that reaches a fake server through a proxy of HTTP: over TLS through a tunnel, else it is the proxy."""
+    if server.url.startswith("https"):
+        return AsyncClient(server.url, proxy=tunnel.url, verify=tls)
+    # What a proxy is sent where no tunnel is needed, the fake server takes as well.
+    return AsyncClient(ELSEWHERE, proxy=server.url)
 
 
 def client_of(server: FakeOllama, **options: Any) -> AsyncClient:

@@ -5,7 +5,8 @@ the scan crosses dialling, sending, waiting, reading and the end. ``pytest --ful
 combination out; without it a cut is made. How many runs there were is told at the end.
 
 Where a foreign pool is on the way it has one place. A call of ours that is stopped cancels the task that runs the
-request once. What the pool does then is said in ``LOSES`` and ``FORGETS_IN_HANDSHAKE``, and in docs/contract.md.
+request once. What comes of that is said in ``LOSES``, ``FORGETS_IN_HANDSHAKE`` and ``LOOKS_TWICE``, and in
+docs/contract.md.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import httpx
 import httpx2
 import pytest
-from teardown.harness import BOUND, Baseline, client_of, open_fds, read_all, registrations, ticks, until
+from teardown.harness import BOUND, Baseline, client_of, open_fds, read_all, registrations, through_proxy, ticks, until
 from tunnel import TunnelProxy
 
 from ollama_async import AbortError, AsyncClient, CancelToken, PhaseTimeout, Stream, Timeouts
@@ -32,7 +33,6 @@ from ollama_async.testing import FakeOllama, Pause, Reply
 TICKS = range(61)
 GAPS = range(6)
 POOL = Timeouts(connect=1.0)  # of a foreign pool's connect limit: so long is a place in it waited for
-ELSEWHERE = "http://models.example:8080"
 
 
 def line(text: str, *, done: bool = False) -> bytes:
@@ -55,12 +55,8 @@ async def path_to(
     if path == "direct":
         async with client_of(server, verify=tls) as client:
             yield client
-    elif path == "proxy" and server.url.startswith("https"):
-        async with AsyncClient(server.url, proxy=tunnel.url, verify=tls) as client:
-            yield client
     elif path == "proxy":
-        # What a proxy is sent where no tunnel is needed, the fake server takes as well.
-        async with AsyncClient(ELSEWHERE, proxy=server.url) as client:
+        async with through_proxy(server, tunnel, tls) as client:
             yield client
     elif path == "httpx":
         async with AsyncClient(server.url, transport=over_httpx(httpx, server, tls), timeout=POOL) as client:

@@ -29,6 +29,7 @@ from teardown.harness import (
     read_all,
     registrations,
     saw_leave,
+    through_proxy,
     ticks,
     until,
 )
@@ -912,22 +913,28 @@ async def over_aclose(stream: Stream[Any], task: asyncio.Task[Any], token: Cance
     return StreamClosed
 
 
+Stop = Callable[[Stream[Any], asyncio.Task[Any], CancelToken], Awaitable[type[BaseException]]]
+
+
+async def stop_after_a_chunk(server: FakeOllama, client: AsyncClient, token: CancelToken, stop: Stop) -> None:
+    """Stop a stream while its reader waits for the second chunk; the server sees that at once, and nothing is lost."""
+    server.script("/api/chat", Reply([line("one "), Stall()]))
+    stream = chat(client, token)
+    seen: list[Any] = []
+    task = asyncio.create_task(read_all(stream, seen))
+    await until(lambda: seen, "the first chunk")
+    expected = await stop(stream, task, token)
+    saw_leave(server)
+    with pytest.raises(expected):
+        await bounded(task)
+    assert stream.text == "one "
+    assert registrations(token) == 0
+
+
 @pytest.mark.parametrize("stop", [over_abort, over_cancel, over_aclose])
-async def test_s85_stops_over_a_unix_socket(
-    uds_server: FakeOllama, token: CancelToken, stop: Callable[..., Awaitable[type[BaseException]]]
-) -> None:
-    uds_server.script("/api/chat", Reply([line("one "), Stall()]))
+async def test_s85_stops_over_a_unix_socket(uds_server: FakeOllama, token: CancelToken, stop: Stop) -> None:
     async with client_of(uds_server) as client:
-        stream = chat(client, token)
-        seen: list[Any] = []
-        task = asyncio.create_task(read_all(stream, seen))
-        await until(lambda: seen, "the first chunk")
-        expected = await stop(stream, task, token)
-        saw_leave(uds_server)
-        with pytest.raises(expected):
-            await bounded(task)
-        assert stream.text == "one "
-        assert registrations(token) == 0
+        await stop_after_a_chunk(uds_server, client, token, stop)
 
 
 async def test_s85_break_over_a_unix_socket(uds_server: FakeOllama) -> None:
@@ -964,27 +971,10 @@ async def test_s85_natural_ends_over_a_unix_socket_share_one_connection(uds_serv
 @over_the_network
 @pytest.mark.parametrize("stop", [over_abort, over_cancel, over_aclose])
 async def test_s85_stops_through_a_proxy(
-    server: FakeOllama,
-    token: CancelToken,
-    stop: Callable[..., Awaitable[type[BaseException]]],
-    tunnel: TunnelProxy,
-    client_tls: ssl.SSLContext,
+    server: FakeOllama, token: CancelToken, stop: Stop, tunnel: TunnelProxy, client_tls: ssl.SSLContext
 ) -> None:
-    server.script("/api/chat", Reply([line("one "), Stall()]))
-    if server.url.startswith("https"):
-        through = AsyncClient(server.url, proxy=tunnel.url, verify=client_tls)
-    else:
-        through = AsyncClient("http://models.example:8080", proxy=server.url)
-    async with through as client:
-        stream = chat(client, token)
-        seen: list[Any] = []
-        task = asyncio.create_task(read_all(stream, seen))
-        await until(lambda: seen, "the first chunk")
-        expected = await stop(stream, task, token)
-        saw_leave(server)
-        with pytest.raises(expected):
-            await bounded(task)
-        assert stream.text == "one "
+    async with through_proxy(server, tunnel, client_tls) as client:
+        await stop_after_a_chunk(server, client, token, stop)
 
 
 # -- S86 --
