@@ -74,34 +74,39 @@ async def open_tunnel(loop: asyncio.AbstractEventLoop, sock: GuardedSocket, orig
     Cancellation: safe; the socket is closed.
     """
     where = str(origin).encode("ascii")
+    host = (b"Host", where)
     try:
-        host = (b"Host", where)
         headers = encode_headers([host, *proxy.besides([host])])
         await loop.sock_sendall(sock, b"CONNECT %b HTTP/1.1\r\n%b\r\n" % (where, headers))
-        answer, start = b"", 0
-        while True:
-            while (end := answer.find(b"\r\n\r\n", start)) < 0:
-                block = await loop.sock_recv(sock, MAX_HEAD_BYTES)
-                answer += block
-                if not block or len(answer) > MAX_HEAD_BYTES:
-                    raise httpx.ProxyError("what it answered to CONNECT is no head of HTTP")
-            status = _STATUS_LINE.match(answer, start)
-            if status is None:
-                raise httpx.ProxyError("what it answered to CONNECT is not HTTP")
-            start = end + 4
-            # All of these heads together are bounded: what has come is taken without a pause, so a proxy that never
-            # came to an end with them would hold up the loop.
-            if not status[1].startswith(b"1") or status[1] == b"101":
-                break
+        status, rest = await _answer_to_connect(loop, sock)
         if not status[1].startswith(b"2"):
             # Whatever else it says, it may have come with the head, or not.
             raise httpx.ProxyError(b" ".join(filter(None, status.groups())).decode("ascii", "replace"))
-        if len(answer) > start:
+        if rest:
             # Behind the tunnel nobody speaks before we do: more than a head is no tunnel.
             raise httpx.ProxyError("what it answered to CONNECT is more than a head of HTTP")
     except BaseException:
         sock.close()
         raise
+
+
+async def _answer_to_connect(loop: asyncio.AbstractEventLoop, sock: GuardedSocket) -> tuple[re.Match[bytes], bytes]:
+    """Return the status line of the final answer, and what came after its head."""
+    rest, left = b"", MAX_HEAD_BYTES
+    while True:
+        # All heads together are bounded: what has come is taken without a pause, so a proxy that never came to an end
+        # with them would hold up the loop.
+        while b"\r\n\r\n" not in rest:
+            block = await loop.sock_recv(sock, MAX_HEAD_BYTES)
+            rest, left = rest + block, left - len(block)
+            if not block or left < 0:
+                raise httpx.ProxyError("what it answered to CONNECT is no head of HTTP")
+        head, _, rest = rest.partition(b"\r\n\r\n")
+        status = _STATUS_LINE.match(head + b"\r\n")
+        if status is None:
+            raise httpx.ProxyError("what it answered to CONNECT is not HTTP")
+        if not status[1].startswith(b"1") or status[1] == b"101":
+            return status, rest
 
 
 async def _resolve(loop: asyncio.AbstractEventLoop, origin: Origin) -> list[tuple[int, int, Any]]:

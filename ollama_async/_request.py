@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from ._http import HttpProxy, Origin, encode_head
+from ._http import Origin, encode_head
 from ._upload import Outgoing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from ._transport import DirectTransport
 
 __all__ = ["Request", "RequestWriter"]
 
@@ -67,14 +69,14 @@ class RequestWriter:
     Args:
         client: The httpx client.
         headers: The headers of all requests.
-        direct: Whether nothing is between the client and a ``DirectTransport``.
-        proxy: That transport's.
+        transport: The ``DirectTransport`` under the client, if nothing is between them; else None.
     """
 
-    def __init__(self, client: Any, headers: httpx.Headers, *, direct: bool, proxy: HttpProxy | None) -> None:
+    def __init__(self, client: Any, headers: httpx.Headers, transport: DirectTransport | None) -> None:
         self._client = client
         self._headers = headers
-        self._direct = direct
+        self._direct = transport is not None
+        proxy = None if transport is None else transport.proxy
 
         # Not a method: the cache would hold this object, and this object the cache.
         @lru_cache(_HEADS)

@@ -142,9 +142,7 @@ class Session:
             )
         elif transport is not None or proxy is not None or uds is not None or options:
             raise RequestError("with http_client= the options of the connection are that client's; give no others")
-        direct = self._direct
-        via = None if direct is None else direct.proxy
-        self._writer = RequestWriter(self._client, self._headers, direct=direct is not None, proxy=via)
+        self._writer = RequestWriter(self._client, self._headers, self._direct)
         # The calls that are under way are under the token in here; abort() takes it out, so that later calls are not
         # aborted. Two calls that begin at once in two threads may put two in.
         self._calls: list[CancelToken] = []
