@@ -6,11 +6,14 @@ from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 import pytest_asyncio
-from teardown.harness import Baseline, client_of, nothing_left_behind
+from teardown.harness import Baseline, client_of, nothing_left_behind, through_proxy
 from tunnel import TunnelProxy
 
 from ollama_async import AsyncClient, CancelToken
 from ollama_async.testing import FakeOllama
+
+# Of HTTP, to a server in the clear and to one over TLS.
+THROUGH_PROXIES = ["proxy", "tunnel"]
 
 
 @pytest.fixture(scope="session")
@@ -21,10 +24,12 @@ def tunnel() -> Iterator[TunnelProxy]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run each test over TCP and TLS, with --full over a unix socket as well."""
+    """Run each test over TCP and TLS, with --full over a unix socket and through proxies as well."""
     direct = any("server" in str(mark.args[0]) for mark in metafunc.definition.iter_markers("parametrize"))
     if "server" in metafunc.fixturenames and not direct:
-        over = ["tcp", "tls", "uds"] if metafunc.config.getoption("full") else ["tcp", "tls"]
+        over = ["tcp", "tls"]
+        if metafunc.config.getoption("full"):
+            over += ["uds", *(THROUGH_PROXIES if "client" in metafunc.fixturenames else [])]
         metafunc.parametrize("server", over, indirect=True)
 
 
@@ -33,7 +38,10 @@ def server(
     request: pytest.FixtureRequest, server_tls: ssl.SSLContext, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[FakeOllama]:
     """A fake server that listens as the parameter says."""
-    context = server_tls if request.param == "tls" else None
+    if request.param in THROUGH_PROXIES:
+        # Before anybody looks at what is open.
+        request.getfixturevalue("tunnel")
+    context = server_tls if request.param in ("tls", "tunnel") else None
     path = str(tmp_path_factory.mktemp("s") / "s") if request.param == "uds" else None
     with FakeOllama(ssl=context, uds=path) as fake:
         yield fake
@@ -59,8 +67,14 @@ async def nothing_left(server: FakeOllama) -> AsyncIterator[Baseline]:
 
 
 @pytest_asyncio.fixture
-async def client(server: FakeOllama, client_tls: ssl.SSLContext, nothing_left: Baseline) -> AsyncIterator[AsyncClient]:
-    async with client_of(server, verify=client_tls) as made:
+async def client(
+    request: pytest.FixtureRequest, server: FakeOllama, client_tls: ssl.SSLContext, nothing_left: Baseline
+) -> AsyncIterator[AsyncClient]:
+    if request.node.callspec.params["server"] in THROUGH_PROXIES:
+        made = through_proxy(server, request.getfixturevalue("tunnel"), client_tls)
+    else:
+        made = client_of(server, verify=client_tls)
+    async with made:
         yield made
 
 

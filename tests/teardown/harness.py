@@ -30,6 +30,7 @@ __all__ = [
     "nothing_left_behind",
     "open_fds",
     "over_the_network",
+    "paths",
     "read_all",
     "registrations",
     "saw_leave",
@@ -71,6 +72,11 @@ def saw_leave(server: FakeOllama, number: int = -1) -> ConnectionRecord:
     assert record.wait_left(BOUND), "the server did not see the client leave while the client's loop was blocked"
     assert record.bytes_after_left == 0
     return record
+
+
+def paths(server: FakeOllama) -> list[str]:
+    """What was asked for, in order; of a target as a proxy is sent it, the part after the server."""
+    return [request.path.removeprefix(ELSEWHERE) for request in server.requests]
 
 
 def in_thread(function: Callable[[], Any]) -> Any:
