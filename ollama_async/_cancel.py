@@ -82,8 +82,9 @@ class Registration:
             another thread, or had been removed before.
         """
         claimed = self._claim() is not None
-        for clean_up in drained(self._cleanups):
-            clean_up()
+        if self._cleanups:
+            for clean_up in drained(self._cleanups):
+                clean_up()
         return claimed
 
     def _claim(self) -> Callable[[Any], object] | None:
@@ -281,7 +282,7 @@ class CancelToken:
             self.raise_if_aborted()
 
     def _decision(self) -> _Decision | None:
-        decided = cast("_Decision | None", self._decided.value)
+        decided: _Decision | None = self._decided.slot.get(0)
         if decided is None and (self._parents or self._deadline is not None):
             decisions = [parent._decision() for parent in self._parents]  # noqa: SLF001
             earlier = [decision for decision in decisions if decision is not None]
@@ -290,7 +291,7 @@ class CancelToken:
                 first = self._timed_out()
             if first is not None:
                 self._decided.decide(first)
-                decided = cast("_Decision", self._decided.value)
+                decided = self._decided.value
         return decided
 
     def _expire(self) -> None:

@@ -132,7 +132,7 @@ class Channel:
         """Hang the channel on a link; if it has ended in the meantime, the link is cut at once."""
         self._link = link
         # finish() decides first and looks for the link then; this does it the other way round. One of both sees it.
-        if self._end.value is not None:
+        if self._end.slot:
             link.sever(self)
             link.dispose(self)
 
@@ -153,9 +153,10 @@ class Channel:
         self.headers = headers
         self.http_version = version
         self.status = status
+        self.wake()
 
     def push(self, block: bytes) -> bool:
-        """Take a block of the body.
+        """Take a block of the body, and wake the reader.
 
         Returns:
             Whether there is room for more; if not, the link's ``resume()`` is called when there is.
@@ -169,6 +170,10 @@ class Channel:
         self._size += len(block)
         if self._size > HIGH_WATER:
             self.paused = True
+        # As wake() does, which would be one more call for each token.
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
         return not self.paused
 
     def complete(self) -> None:
@@ -197,7 +202,7 @@ class Channel:
     @property
     def end(self) -> End | None:
         """How it ended, ``None`` while open."""
-        end: End | None = self._end.value
+        end: End | None = self._end.slot.get(0)
         return end
 
     @property
@@ -208,15 +213,15 @@ class Channel:
     @property
     def ended_early(self) -> End | None:
         """How it ended, unless it is open or at its natural end."""
-        end = self.end
+        end: End | None = self._end.slot.get(0)
         return None if end is None or end.kind == "complete" else end
 
     def check(self) -> None:
         """Raise ``Ended`` if the end is decided and is not the natural one."""
         if self._failure is not None and not self._blocks:
             self.teardown(End("error", self._failure))
-        # Several times for each token: to ask for the end itself is three calls.
-        if self._end.slot and (end := self.ended_early) is not None:
+        end = self.ended_early
+        if end is not None:
             raise Ended(end)
 
     @property
@@ -229,17 +234,20 @@ class Channel:
 
         Cancellation: the channel is torn down, then the cancellation goes on.
         """
+        # Whether there is anything to check is asked here, and in at_hand(), without a call: it is for every token.
         try:
-            self.check()
-            self._waiter = self.loop.create_future()
+            if self._end.slot or self._failure is not None:
+                self.check()
+            waiter = self._waiter = self.loop.create_future()
             try:
-                await self._waiter
+                await waiter
             except BaseException:
                 self.teardown(End("cancelled"))
                 raise
             finally:
                 self._waiter = None
-            self.check()
+            if self._end.slot or self._failure is not None:
+                self.check()
         except BaseException:
             await self.gone()
             raise
@@ -263,13 +271,17 @@ class Channel:
 
         Cancellation: the channel is torn down, then the cancellation goes on.
         """
-        while not self._blocks:
-            if self.arrived:
-                self.check()
-                return b""
+        while (data := self.at_hand()) is None:
             await self.pause()
-        self.check()
-        return self.take()
+        return data
+
+    def at_hand(self) -> bytes | None:
+        """Return what ``receive()`` would without waiting, ``None`` if it would have to wait."""
+        if not self._blocks and not self.arrived:
+            return None
+        if self._end.slot or self._failure is not None:
+            self.check()
+        return self.take() if self._blocks else b""
 
     def take(self) -> bytes:
         """Return the bytes that wait to be read, without waiting for more."""

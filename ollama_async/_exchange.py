@@ -41,6 +41,8 @@ MAX_BODY_BYTES = 512 * 1024 * 1024
 # More of an error's body than this is of use to nobody.
 _MAX_ERROR_BODY = 64 * 1024
 
+_FOR_HTTPX = {b"location", b"set-cookie"}
+
 # How long the end of the body may take after the last chunk said that it is the last (it is one packet away).
 DRAIN_SECONDS = 0.1
 
@@ -153,7 +155,7 @@ class Exchange(Channel):
 
     def _concerns_httpx(self) -> bool:
         """Whether the answer is one that httpx acts upon: it follows redirects and keeps cookies."""
-        return any(name.lower() in (b"location", b"set-cookie") for name, _ in self.headers)
+        return not _FOR_HTTPX.isdisjoint([name.lower() for name, _ in self.headers])
 
     async def _send_by_httpx(self, *, answered: bool = False) -> None:
         request = self._httpx_request()
@@ -292,7 +294,9 @@ class Exchange(Channel):
 
     def drain_behind(self) -> None:
         """As ``drain()``, when nobody waits for it; from any thread."""
-        in_loop(self.loop, self._drain_behind)
+        # To tell the loop is a syscall or two, and mostly the whole answer has arrived.
+        if self.linked:
+            in_loop(self.loop, self._drain_behind)
 
     def _drain_behind(self) -> None:
         if self.linked and self._timer is None:
@@ -354,8 +358,9 @@ class Exchange(Channel):
         super().give_back()
 
     def _unwatch(self) -> None:
-        for registration in drained(self._registrations):
-            registration.remove()
+        if self._registrations:
+            for registration in drained(self._registrations):
+                registration.remove()
 
     def _release(self) -> None:
         self._unwatch()
@@ -497,11 +502,9 @@ class _Errand:
         if error is not None:
             # Not even httpx shall unpack it: a block of it may become a thousand times as much.
             raise error
-        exchange.wake()
         async for block in response.aiter_bytes():
             exchange.now = exchange.loop.time()
             room = exchange.push(block)
-            exchange.wake()
             if not room:
                 self._room.clear()
                 await self._room.wait()

@@ -274,20 +274,21 @@ class _Answer:
                 return
             raise httpx.RemoteProtocolError(self._explain(exc, data)) from exc
         finally:
-            if self.bodies:
-                self._hand_over()
+            bodies = self.bodies
+            if bodies:
+                self.fed = 0
+                if self.done:
+                    self._only_the_answers()
+                if bodies:
+                    self.room = self.channel.push(bodies[0] if len(bodies) == 1 else b"".join(bodies))
+                    bodies.clear()
         if self.fed > MAX_HEAD_BYTES and not self.done:
             raise httpx.RemoteProtocolError(_TOO_LARGE)
 
-    def _hand_over(self) -> None:
-        self.fed = 0
-        bodies = self.bodies
-        if self.done and len(bodies) > self.length:
+    def _only_the_answers(self) -> None:
+        if len(self.bodies) > self.length:
             self.extra = True
-            del bodies[self.length :]
-        if bodies:
-            self.room = self.channel.push(bodies[0] if len(bodies) == 1 else b"".join(bodies))
-            bodies.clear()
+            del self.bodies[self.length :]
 
     def _explain(self, exc: httptools.HttpParserError, data: bytes) -> str:
         cause = exc.__context__
@@ -436,7 +437,7 @@ class Connection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
-        """Parse, and wake the reader once for all that came."""
+        """Parse, and hand over all that came at once, so that the reader is woken once."""
         answer, channel = self._answer, self._channel
         if answer is None or channel is None:
             # Nothing was asked.
@@ -454,7 +455,6 @@ class Connection(asyncio.Protocol):
         if not answer.room:
             answer.room = True
             self.pause()
-        channel.wake()
 
     def eof_received(self) -> bool:
         """The peer will send nothing more: that ends a body without framing, and breaks any other."""

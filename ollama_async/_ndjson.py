@@ -17,14 +17,15 @@ class LineSplitter:
     Go does not escape inside JSON strings, and they have to decode a character that a block may have cut in two.
     """
 
-    __slots__ = ("_limit", "_parts", "_size", "_too_long")
+    __slots__ = ("_limit", "_parts", "_size", "too_long")
 
     def __init__(self, limit: int = MAX_LINE_BYTES) -> None:
         self._limit = limit
         # The unfinished line as the blocks it came in: joining them at each block would cost the square of its length.
         self._parts: list[bytes] = []
         self._size = 0
-        self._too_long = False
+        # Whether the lines that were returned are followed by one over the limit.
+        self.too_long = False
 
     def feed(self, block: bytes) -> list[bytes]:
         """Take the next block of the body.
@@ -38,7 +39,8 @@ class LineSplitter:
         Raises:
             ProtocolError: A line is over the limit; first, however, the lines before it are returned.
         """
-        self.check()
+        if self.too_long:
+            self.check()
         reach = self._size + len(block)
         lines = block.split(b"\n")
         rest = lines.pop()
@@ -52,20 +54,22 @@ class LineSplitter:
             self._size += len(rest)
         if reach > self._limit:
             lines = self._up_to_limit(lines)
+        if len(lines) == 1 and lines[0] and not lines[0].isspace():
+            return lines
         return [line for line in lines if line and not line.isspace()]
 
     def check(self) -> None:
         """Raise the ``ProtocolError`` that is due after the lines that were returned, if one is."""
-        if self._too_long:
+        if self.too_long:
             raise ProtocolError(f"the server sent a line of more than {self._limit:,} bytes")
 
     def _up_to_limit(self, lines: list[bytes]) -> list[bytes]:
         for place, line in enumerate(lines):
             if len(line) > self._limit:
-                self._too_long = True
+                self.too_long = True
                 lines = lines[:place]
                 break
-        self._too_long = self._too_long or self._size > self._limit
+        self.too_long = self.too_long or self._size > self._limit
         if not lines:
             self.check()
         return lines

@@ -410,11 +410,16 @@ class Stream(Generic[ChunkT]):
             while True:
                 try:
                     while not self._lines and not self._body_read:
-                        self._check_line(exchange)
-                        self._feed(exchange, await exchange.receive())
+                        if self._splitter.too_long:
+                            self._too_long(exchange)
+                        block = exchange.at_hand()
+                        if block is None:
+                            await exchange.pause()
+                        else:
+                            self._feed(exchange, block)
                 except Ended:
                     pass
-                if exchange.ended_early is None or self._follow(exchange) is None:
+                if not self._decided or exchange.ended_early is None or self._follow(exchange) is None:
                     break
                 exchange = await self._open()
         finally:
@@ -428,7 +433,7 @@ class Stream(Generic[ChunkT]):
         elif self._strict:
             raise self._truncation()
 
-    def _check_line(self, exchange: Exchange) -> None:
+    def _too_long(self, exchange: Exchange) -> None:
         try:
             self._splitter.check()
         except ProtocolError as exc:
@@ -461,7 +466,8 @@ class Stream(Generic[ChunkT]):
 
     def _make_ready(self, exchange: Exchange) -> None:
         """Make chunks of the next lines, together if they allow it: that is cheaper than one by one."""
-        self._clear()
+        if self._next:
+            self._clear()
         self._last_at = exchange.now
         if len(self._lines) > 1 and self._merge.together > 1:
             self._chunks = _parse_together(self._merge, self._lines[: -self._merge.together - 1 : -1])
@@ -596,16 +602,18 @@ class Stream(Generic[ChunkT]):
 class _Loop(Generic[ChunkT]):
     """What a ``for`` loop holds of a stream. When the loop is left, this is dropped, and that closes the stream."""
 
-    __slots__ = ("_stream",)
+    # Its __anext__ is the stream's own. Python looks it up in the class, where a slot stands for what the object has;
+    # a method that calls the stream's would be one more call for each token.
+    __slots__ = ("__anext__", "_stream")
+
+    __anext__: Callable[[], Coroutine[Any, Any, ChunkT]]
 
     def __init__(self, stream: Stream[ChunkT]) -> None:
         self._stream = stream
+        self.__anext__ = stream.__anext__
 
     def __aiter__(self) -> Self:
         return self
-
-    def __anext__(self) -> Coroutine[Any, Any, ChunkT]:
-        return self._stream.__anext__()
 
     def __del__(self) -> None:
         # A second reader that was turned away must not take the stream from the first.
