@@ -308,11 +308,13 @@ class Channel:
         Returns:
             Whether this call decided.
         """
-        if not self._decide(end):
+        if not self._end.decide(end):
             return False
+        # The FIN before everything else: the server works until it has seen it.
         link = self._link
         if link is not None:
             link.sever(self)
+        self._on_decided()
         _in_turn(self)
         return True
 
@@ -325,7 +327,13 @@ class Channel:
         self.give_back()
 
     def _decide(self, end: End) -> bool:
-        return self._end.decide(end)
+        decided = self._end.decide(end)
+        if decided:
+            self._on_decided()
+        return decided
+
+    def _on_decided(self) -> None:
+        """Note that the end is decided; in whatever thread that was."""
 
     def pause_link(self) -> None:
         """Take nothing in any more, until the link is given back; in the event loop's thread."""

@@ -344,13 +344,10 @@ class Exchange(Channel):
         if self.end is not None:
             self._release()
 
-    def _decide(self, end: End) -> bool:
-        decided = super()._decide(end)
-        if decided:
-            self.ended_at = self.loop.time()
-            # In whatever thread this is: a token that outlives many calls must not collect what is left of them.
-            self._unwatch()
-        return decided
+    def _on_decided(self) -> None:
+        self.ended_at = self.loop.time()
+        # In whatever thread this is: a token that outlives many calls must not collect what is left of them.
+        self._unwatch()
 
     def give_back(self) -> None:
         """Let go of everything and wake the reader."""

@@ -205,6 +205,9 @@ def encode_context(given: Any) -> list[int] | None:
 
 def sequence(given: Any, parameter: str) -> Sequence[Any]:
     """Check that it is a list or something like it."""
+    if isinstance(given, list):
+        # To ask an abstract class takes a microsecond.
+        return given  # pyright: ignore[reportUnknownVariableType]
     if not isinstance(given, Sequence) or isinstance(given, (str, bytes, bytearray)):
         raise RequestError(f"{parameter}={type(given).__name__}: give a list")
     return given  # pyright: ignore[reportUnknownVariableType]
@@ -223,6 +226,8 @@ def encode_messages(given: Any) -> list[dict[str, Any]]:
 
 
 def _encode_message(message: Any, place: int) -> dict[str, Any]:
+    if _is_plain(message):
+        return dict(message)
     if not isinstance(message, Message):
         try:
             message = Message.model_validate(message)
@@ -233,6 +238,14 @@ def _encode_message(message: Any, place: int) -> dict[str, Any]:
     if message.images is not None:
         encoded["images"] = encode_images(message.images)
     return encoded
+
+
+def _is_plain(message: Any) -> bool:
+    """Whether it is as it is sent: what most messages are, and of a long chat every one at every turn."""
+    return type(message) is dict and message.keys() == _PLAIN and all(type(text) is str for text in message.values())
+
+
+_PLAIN = {"role", "content"}
 
 
 class Image(BaseModel):
