@@ -7,7 +7,7 @@ import contextlib
 import inspect
 import time
 
-from harness import Figures, Peer, get, measure_once
+from harness import Figures, Peer, get, measure_once, open_streams
 
 
 def percentile(values: list[float], part: float) -> float:
@@ -17,8 +17,8 @@ def percentile(values: list[float], part: float) -> float:
 
 async def measure(peer: Peer, url: str, aborts: int, others: int = 0, rate: int = 10) -> Figures:
     """Stop that many streams one after the other, with others open that get so many tokens a second each."""
-    background = [asyncio.create_task(peer.read(f"paced-100000-{rate}", lambda: None)) for _ in range(others)]
-    await asyncio.sleep(0.001 * others)
+    # All of them, before the first one is stopped: some clients have one response that is the last one opened.
+    background = await open_streams(peer, others, f"paced-100000-{rate}")
     await get(url, "/left")
     seen_after, took = [], []
     for _ in range(aborts):

@@ -7,11 +7,11 @@ import gc
 import itertools
 import time
 
-from harness import Figures, Peer, measure_once, open_silent
+from harness import Figures, Peer, measure_once, open_streams
 
 
 async def measure(peer: Peer, url: str, streams: int) -> Figures:
-    tasks = await open_silent(peer, streams)
+    tasks = await open_streams(peer, streams)
     # Or the pass over all that has just been made, which is due any time, would be taken for the abort's.
     gc.collect()
     await asyncio.sleep(0.1)

@@ -7,6 +7,7 @@ import asyncio
 import json
 import resource
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from peers import PEERS, Peer
@@ -32,19 +33,19 @@ async def get(url: str, path: str) -> Any:
     return json.loads(body)
 
 
-async def open_silent(peer: Peer, streams: int) -> list[asyncio.Task[None]]:
-    """Open streams that send one chunk and then nothing; return when each has it."""
-    arrived = 0
+async def open_streams(peer: Peer, streams: int, model: str = "silent") -> list[asyncio.Task[int]]:
+    """Open streams, and return when each has its first chunk."""
+    waiting = set(range(streams))
     everyone = asyncio.Event()
 
-    def tick() -> None:
-        nonlocal arrived
-        arrived += 1
-        if arrived == streams:
+    def tick(number: int) -> None:
+        waiting.discard(number)
+        if not waiting:
             everyone.set()
 
-    tasks = [asyncio.create_task(peer.read("silent", tick)) for _ in range(streams)]
-    await everyone.wait()
+    tasks = [asyncio.create_task(peer.read(model, partial(tick, number))) for number in range(streams)]
+    if streams:
+        await everyone.wait()
     return tasks
 
 
@@ -77,4 +78,4 @@ def measure_once(measure: Callable[..., Awaitable[Figures]]) -> None:
     print(json.dumps(figures))
 
 
-__all__ = ["Figures", "Peer", "cpu_seconds", "get", "measure_once", "open_silent"]
+__all__ = ["Figures", "Peer", "cpu_seconds", "get", "measure_once", "open_streams"]

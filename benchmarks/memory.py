@@ -8,7 +8,7 @@ import tracemalloc
 from contextlib import suppress
 from pathlib import Path
 
-from harness import Figures, Peer, measure_once, open_silent
+from harness import Figures, Peer, measure_once, open_streams
 
 
 def resident() -> int:
@@ -21,7 +21,7 @@ async def idle(peer: Peer, streams: int) -> Figures:
     rss = resident()
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
-    tasks = await open_silent(peer, streams)
+    tasks = await open_streams(peer, streams)
     gc.collect()
     held = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()

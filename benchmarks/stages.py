@@ -84,8 +84,7 @@ def passing_on(tokens: int) -> float:
 
     def go() -> None:
         channel.push(body)
-        channel.check()
-        channel.take()
+        channel.at_hand()
 
     took = timed(go, tokens)
     channel.loop.close()

@@ -312,10 +312,13 @@ class Channel:
             return False
         # The FIN before everything else: the server works until it has seen it.
         link = self._link
-        if link is not None:
-            link.sever(self)
-        self._on_decided()
-        _in_turn(self)
+        try:
+            if link is not None:
+                link.sever(self)
+        finally:
+            # Also when Ctrl-C comes right then: nobody decides again, so nobody else would wake the reader.
+            self._on_decided()
+            _in_turn(self)
         return True
 
     def teardown(self, end: End) -> None:

@@ -877,6 +877,27 @@ async def test_s56_cancel_while_the_peer_reads_nothing_and_answers_nothing(
         server.stop()
 
 
+async def test_s57_ctrl_c_in_the_middle_of_an_abort_still_ends_the_stream(
+    server: FakeOllama, token: CancelToken, mid_stream: MidStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, task, seen = mid_stream
+    original = _http.GuardedSocket.sever
+
+    def interrupted(sock: _http.GuardedSocket) -> None:
+        monkeypatch.undo()
+        original(sock)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_http.GuardedSocket, "sever", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        token.abort("why")
+    with pytest.raises(AbortError, match="why"):
+        await asyncio.wait_for(task, BOUND)
+    assert texts(seen) == ["one "]
+    saw_leave(server)
+    assert registrations(token) == 0
+
+
 CTRL_C = """
 import asyncio, signal, sys
 from ollama_async import AsyncClient
