@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["HIGH_WATER", "Channel", "End", "Ended", "Link", "settled"]
 
-# Reading from the socket stops when this many bytes wait to be read, so that a slow reader of a fast server holds a
-# bounded amount. One read of asyncio or uvloop brings up to 256 KiB more.
+# Reading from the socket stops when this many bytes wait to be read, and goes on when the reader waits for more, so
+# that a slow reader of a fast server holds a bounded amount. One read of asyncio or uvloop brings up to 256 KiB.
 HIGH_WATER = 64 * 1024
 
 Kind = Literal["complete", "error", "aborted", "timeout", "closed", "cancelled"]
@@ -238,6 +238,8 @@ class Channel:
         try:
             if self._end.slot or self._failure is not None:
                 self.check()
+            if self.paused and not self._blocks:
+                self.go_on()
             waiter = self._waiter = self.loop.create_future()
             try:
                 await waiter
@@ -289,13 +291,16 @@ class Channel:
         data = blocks[0] if len(blocks) == 1 else b"".join(blocks)
         self._blocks = []
         self._size = 0
-        if self.paused:
-            self.paused = False
-            # The time the reader took is not the server's silence.
-            self.touched = self.loop.time()
-            if self._link is not None:
-                self._link.resume()
         return data
+
+    def go_on(self) -> None:
+        """Let more come in, after a pause."""
+        # Not when the reader takes a block, but when it has nothing left of it: meanwhile another one would be held.
+        self.paused = False
+        # The time the reader took is not the server's silence.
+        self.touched = self.loop.time()
+        if self._link is not None:
+            self._link.resume()
 
     # -- the end --
 

@@ -300,6 +300,9 @@ class Exchange(Channel):
 
     def _drain_behind(self) -> None:
         if self.linked and self._timer is None:
+            if self.paused:
+                self.take()
+                self.go_on()
             self._timer = self.loop.call_later(DRAIN_SECONDS, self.teardown, End("complete"))
 
     def error(self, partial: Any = None) -> BaseException:

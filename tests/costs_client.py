@@ -62,11 +62,27 @@ async def idle(url: str, streams: int) -> dict[str, float]:
     return {"objects": grown / streams, "bytes": size / streams}
 
 
+async def slow(url: str, chunks: int) -> dict[str, int]:
+    """The most that a stream holds whose reader lets the loop go round at each chunk."""
+    async with AsyncClient(url) as client:
+        await read(client, 1, CancelToken())
+        tracemalloc.start()
+        before = tracemalloc.get_traced_memory()[0]
+        seen = 0
+        async for _ in client.chat("fake", "hi", stream=True, token=CancelToken()):
+            seen += 1
+            await asyncio.sleep(0)
+        peak = tracemalloc.get_traced_memory()[1] - before
+        tracemalloc.stop()
+    assert seen == chunks
+    return {"peak": peak}
+
+
 async def plain(url: str, chunks: int) -> dict[str, int]:
     async with AsyncClient(url) as client:
         return {"chunks": await read(client, chunks, CancelToken())}
 
 
 if __name__ == "__main__":
-    what = {"calls": calls, "idle": idle, "plain": plain}[sys.argv[2]]
+    what = {"calls": calls, "idle": idle, "slow": slow, "plain": plain}[sys.argv[2]]
     print(json.dumps(asyncio.run(what(sys.argv[1], int(sys.argv[3])))))

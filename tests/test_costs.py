@@ -92,6 +92,13 @@ def test_what_an_idle_stream_holds(server: FakeOllama) -> None:
     assert counted["objects"] < 90
 
 
+def test_what_a_slow_reader_of_a_fast_server_holds(server: FakeOllama) -> None:
+    chunks = 40_000
+    server.script("/api/chat", Reply.chat("x"), burst(chunks))
+    # The answer has 4 MB. What is read while the reader is at work on the block before would be a second one.
+    assert client(server, "slow", chunks)["peak"] < 1024 * 1024
+
+
 def syscalls(server: FakeOllama, chunks: int, make: Callable[[int], Reply], report: Path) -> int:
     server.script("/api/chat", make(chunks))
     # Not those of files: how many an import takes depends on what is cached.

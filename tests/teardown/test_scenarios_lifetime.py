@@ -35,7 +35,7 @@ from teardown.harness import (
 )
 from tunnel import TunnelProxy
 
-from ollama_async import AbortError, AsyncClient, CancelToken, ChatResponse, Stream, StreamBusy, StreamClosed
+from ollama_async import AbortError, AsyncClient, CancelToken, ChatResponse, Stream, StreamBusy, StreamClosed, _channel
 from ollama_async.testing import Endless, FakeOllama, Gate, NoEnd, Pause, Reply, Stall
 
 TEXTS = [f"word{number} " for number in range(20)]
@@ -710,6 +710,23 @@ async def test_s82_async_with_and_the_body_never_ends(server: FakeOllama, client
         assert server.connections[0].open
     assert time.monotonic() - started < 2
     saw_leave(server)
+
+
+async def test_s82_left_at_the_last_chunk_while_reading_is_paused(
+    server: FakeOllama, client: AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for the end of the body, which has to be read all the same for the connection to be used again."""
+    monkeypatch.setattr(_channel, "HIGH_WATER", 10)
+    server.script("/api/chat", Reply([line("one "), DONE, Pause(0.02)]))
+    stream = chat(client)
+    async for chunk in stream:
+        if chunk.done:
+            break
+    exchange = stream._exchange
+    assert exchange is not None
+    await until(lambda: not exchange.linked, "the end of the body")
+    assert (await client.version()).version
+    assert len(server.connections) == 1
 
 
 async def test_s82_a_body_that_ends_during_the_drain_is_worth_the_wait(server: FakeOllama, client: AsyncClient) -> None:
