@@ -242,7 +242,10 @@ def _encode_message(message: Any, place: int) -> dict[str, Any]:
 
 def _is_plain(message: Any) -> bool:
     """Whether it is as it is sent: what most messages are, and of a long chat every one at every turn."""
-    return type(message) is dict and message.keys() == _PLAIN and all(type(text) is str for text in message.values())
+    if type(message) is not dict:
+        return False
+    fields = cast("dict[object, object]", message)
+    return fields.keys() == _PLAIN and all(type(text) is str for text in fields.values())
 
 
 _PLAIN = {"role", "content"}

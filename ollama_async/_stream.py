@@ -123,7 +123,7 @@ class Stream(Generic[ChunkT]):
         Only the ``for`` loop holds it, so leaving the loop early drops it, and CPython frees it before the next
         statement runs.
         """
-        return _Loop(self)
+        return _Loop(self)  # pyright: ignore[reportReturnType]  (it takes the slot for a method without self)
 
     # -- chunk = await anext(stream) --
 
