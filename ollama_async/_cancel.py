@@ -82,6 +82,7 @@ class Registration:
             another thread, or had been removed before.
         """
         claimed = self._claim() is not None
+        # Mostly there are none, and to begin a generator for nothing is as much as all the rest of a removal.
         if self._cleanups:
             for clean_up in drained(self._cleanups):
                 clean_up()
@@ -282,7 +283,7 @@ class CancelToken:
             self.raise_if_aborted()
 
     def _decision(self) -> _Decision | None:
-        decided: _Decision | None = self._decided.slot.get(0)
+        decided: _Decision | None = self._decided.value
         if decided is None and (self._parents or self._deadline is not None):
             decisions = [parent._decision() for parent in self._parents]  # noqa: SLF001
             earlier = [decision for decision in decisions if decision is not None]

@@ -202,7 +202,7 @@ class Channel:
     @property
     def end(self) -> End | None:
         """How it ended, ``None`` while open."""
-        end: End | None = self._end.slot.get(0)
+        end: End | None = self._end.value
         return end
 
     @property
@@ -213,7 +213,7 @@ class Channel:
     @property
     def ended_early(self) -> End | None:
         """How it ended, unless it is open or at its natural end."""
-        end: End | None = self._end.slot.get(0)
+        end = self.end
         return None if end is None or end.kind == "complete" else end
 
     def check(self) -> None:

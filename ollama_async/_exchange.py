@@ -358,9 +358,8 @@ class Exchange(Channel):
         super().give_back()
 
     def _unwatch(self) -> None:
-        if self._registrations:
-            for registration in drained(self._registrations):
-                registration.remove()
+        for registration in drained(self._registrations):
+            registration.remove()
 
     def _release(self) -> None:
         self._unwatch()

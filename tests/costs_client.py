@@ -13,10 +13,12 @@ from typing import Any
 from ollama_async import AsyncClient, CancelToken
 
 
-async def read(client: AsyncClient, chunks: int, token: CancelToken) -> int:
+async def read(client: AsyncClient, chunks: int, token: CancelToken, *, slowly: bool = False) -> int:
     count = 0
     async for _ in client.chat("fake", "hi", stream=True, token=token, options={"num_predict": chunks}):
         count += 1
+        if slowly:
+            await asyncio.sleep(0)
     return count
 
 
@@ -68,10 +70,7 @@ async def slow(url: str, chunks: int) -> dict[str, int]:
         await read(client, 1, CancelToken())
         tracemalloc.start()
         before = tracemalloc.get_traced_memory()[0]
-        seen = 0
-        async for _ in client.chat("fake", "hi", stream=True, token=CancelToken()):
-            seen += 1
-            await asyncio.sleep(0)
+        seen = await read(client, chunks, CancelToken(), slowly=True)
         peak = tracemalloc.get_traced_memory()[1] - before
         tracemalloc.stop()
     assert seen == chunks
