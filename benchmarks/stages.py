@@ -17,7 +17,7 @@ from load_server import token
 
 from ollama_async import ChatResponse
 from ollama_async._channel import Channel
-from ollama_async._merge import ChatMerge
+from ollama_async._merge import ChatMerge, validators
 from ollama_async._ndjson import LineSplitter
 from ollama_async._stream import _parse_together
 
@@ -110,15 +110,14 @@ def splitting(tokens: int) -> float:
 
 def validating(tokens: int) -> float:
     if tokens == 1:
-        validate = ChatResponse.__pydantic_validator__.validate_json
-        return timed(lambda: validate(LINE))
+        return timed(lambda: validators(ChatResponse).one(LINE))
     merge, lines = ChatMerge(), [LINE] * tokens
     assert len(_parse_together(merge, lines)) == tokens
     return timed(lambda: _parse_together(merge, lines), tokens)
 
 
 def merging() -> float:
-    merge, chunk = ChatMerge(), ChatResponse.model_validate_json(LINE)
+    merge, chunk = ChatMerge(), validators(ChatResponse).one(LINE)
     return timed(lambda: merge.add(chunk))
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from pydantic import TypeAdapter
+from pydantic_core import SchemaValidator
+from pydantic_core import core_schema as cs
 
 from ._progress import Meter, ProgressResponse
-from ._types import ChatResponse, GenerateResponse, Model
+from ._types import ChatResponse, GenerateResponse, Message, Model, Sparse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Generator, Mapping
 
-__all__ = ["ChatMerge", "Chunk", "GenerateMerge", "Merge", "ProgressMerge", "validate_list"]
+__all__ = ["ChatMerge", "Chunk", "GenerateMerge", "Merge", "ProgressMerge", "validators"]
 
 
 class Chunk(Protocol):
@@ -62,9 +65,9 @@ class _Lists:
         """Take what a chunk may have besides text: most have nothing."""
         if part["thinking"]:
             self.thinking.append(part["thinking"])
-        if part["tool_calls"]:
+        if part.get("tool_calls"):
             self.tool_calls += part["tool_calls"]
-        if chunk["logprobs"]:
+        if chunk.get("logprobs"):
             self.logprobs += chunk["logprobs"]
 
     def update(self) -> dict[str, Any]:
@@ -81,18 +84,72 @@ class _Lists:
 _TOGETHER = 64
 
 
-def validate_list(model: type[ChunkT], data: bytes) -> list[ChunkT]:
-    """Make chunks of a JSON array; raises pydantic's ``ValidationError``."""
+class Validators(Generic[ChunkT]):
+    """How chunks are made of JSON: one of an object, or many of an array; raise pydantic's ``ValidationError``."""
+
+    __slots__ = ("many", "one")
+
+    def __init__(self, schema: cs.CoreSchema) -> None:
+        self.one: Callable[[bytes], ChunkT] = SchemaValidator(schema).validate_json
+        self.many: Callable[[bytes], list[ChunkT]] = SchemaValidator(cs.list_schema(schema)).validate_json
+
+
+def validators(model: type[ChunkT]) -> Validators[ChunkT]:
+    """Return how chunks of a class are made."""
     # mypy takes a class for unhashable whose instances are.
     key: Any = model
-    chunks: list[ChunkT] = _list_validator(key)(data)
-    return chunks
+    made: Validators[ChunkT] = _validators(key)
+    return made
 
 
 @cache
-def _list_validator(model: type[Any]) -> Callable[[bytes], list[Any]]:
-    validate: Callable[[bytes], list[Any]] = TypeAdapter(list[model]).validator.validate_json  # type: ignore[valid-type]
-    return validate
+def _validators(model: type[Any]) -> Validators[Any]:
+    model.model_rebuild()
+    whole: Any = model.__pydantic_core_schema__
+    if not issubclass(model, Sparse):
+        return Validators(whole)
+    with _from_schema(Message, model):
+        made: Validators[Any] = Validators(cs.union_schema([_token(model), whole], mode="left_to_right"))
+    Message.may_lack_fields()
+    model.may_lack_fields()
+    return made
+
+
+def _token(model: type[Sparse]) -> cs.CoreSchema:
+    """Describe what nearly all lines of an answer are; those that are more have to be described as a whole."""
+    text, flag = cs.str_schema(), cs.bool_schema()
+    perhaps = cs.with_default_schema(text, default=None)
+    if model is ChatResponse:
+        message = _just(Message, role=text, content=text, thinking=perhaps)
+        return _just(model, model=text, created_at=text, message=message, done=flag)
+    return _just(model, model=text, created_at=text, response=text, thinking=perhaps, done=flag)
+
+
+def _just(cls: type[Sparse], /, **fields: cs.CoreSchema) -> cs.CoreSchema:
+    # Unknown fields are allowed, as they are in the whole, so that instances are alike; but no JSON is valid as one.
+    fits = {name: cs.model_field(schema) for name, schema in fields.items()}
+    return cs.model_schema(
+        cls, cs.model_fields_schema(fits, extra_behavior="allow", extras_schema=cs.is_instance_schema(cls))
+    )
+
+
+_building = threading.Lock()
+
+
+@contextmanager
+def _from_schema(*classes: type[Sparse]) -> Generator[None]:
+    """Have pydantic follow the schemas that it is given for some classes."""
+    # For a class that is complete it takes the validator that the class has. It asks for that only when it builds one,
+    # so nobody else notices, unless they build one in this moment: theirs is the same, only not shared.
+    with _building:
+        complete = [cls for cls in classes if cls.__pydantic_complete__]
+        try:
+            for cls in complete:
+                cls.__pydantic_complete__ = False
+            yield
+        finally:
+            for cls in complete:
+                cls.__pydantic_complete__ = True
 
 
 class ChatMerge(_Lists):
@@ -110,11 +167,11 @@ class ChatMerge(_Lists):
         self._last = chunk
         # Its fields as a dict: this runs for every token, and a field of a pydantic model is first looked for, in vain,
         # in its class.
-        fields = chunk.__dict__
-        part = fields["message"].__dict__
+        fields = chunk.fields_that_came
+        part = fields["message"].fields_that_came
         if part["content"]:
             self.content.append(part["content"])
-        if part["thinking"] or part["tool_calls"] or fields["logprobs"]:
+        if part["thinking"] or part.get("tool_calls") or fields.get("logprobs"):
             self.add_rest(fields, part)
 
     def text(self) -> str:
@@ -143,10 +200,10 @@ class GenerateMerge(_Lists):
     def add(self, chunk: GenerateResponse) -> None:
         """Add the next chunk."""
         self._last = chunk
-        fields = chunk.__dict__
+        fields = chunk.fields_that_came
         if fields["response"]:
             self.content.append(fields["response"])
-        if fields["thinking"] or fields["tool_calls"] or fields["logprobs"]:
+        if fields["thinking"] or fields.get("tool_calls") or fields.get("logprobs"):
             self.add_rest(fields, fields)
 
     def text(self) -> str:

@@ -8,6 +8,7 @@ import threading
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn
 
 import httpx
@@ -17,7 +18,7 @@ from ._cancel import CancelToken, Once
 from ._channel import End, Ended
 from ._errors import ProtocolError, StreamBusy, StreamError, StreamTruncated
 from ._failures import json_object, stream_error
-from ._merge import ChunkT, Merge, validate_list
+from ._merge import Chunk, ChunkT, Merge, validators
 from ._ndjson import LineSplitter
 from ._progress import ProgressResponse
 
@@ -84,7 +85,7 @@ class Stream(Generic[ChunkT]):
         self._start = start
         self._merge = merge
         self._add = merge.add
-        self._validate: Callable[[bytes], ChunkT] = merge.model.__pydantic_validator__.validate_json
+        self._validate = validators(merge.model).one
         self._token = token
         self._until = until
         self._form = form
@@ -478,13 +479,11 @@ class Stream(Generic[ChunkT]):
                 self._chunks = [self._parse(exchange, self._lines.pop())]
             except (ProtocolError, StreamError) as exc:
                 self._fail(exchange, exc)
-        plain = 0
-        for chunk in self._chunks:
-            if chunk.done:
-                del self._chunks[plain + 1 :]
-                self._lines = []
-                break
-            plain += 1
+        plain = len(self._chunks)
+        if any(map(_is_done, self._chunks)):
+            plain = next(place for place, chunk in enumerate(self._chunks) if chunk.done)
+            del self._chunks[plain + 1 :]
+            self._lines = []
         if self._until is None:
             self._plain = plain
 
@@ -621,6 +620,9 @@ class _Loop(Generic[ChunkT]):
             self._stream._left()  # noqa: SLF001
 
 
+_is_done: Callable[[Chunk], bool] = attrgetter("done")
+
+
 def _parse_together(merge: Merge[ChunkT], lines: list[bytes]) -> list[ChunkT]:
     """Make chunks of the first of some lines, as if they were one JSON array.
 
@@ -642,7 +644,7 @@ def _parse_together(merge: Merge[ChunkT], lines: list[bytes]) -> list[ChunkT]:
     if count < 2 or not body.startswith(b"{") or body.count(b",\n{") != count - 1:
         return []
     try:
-        chunks = validate_list(merge.model, b"[%b]" % body)
+        chunks = validators(merge.model).many(b"[%b]" % body)
     except ValidationError:
         return []
     # Several elements in one line.

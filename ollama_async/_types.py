@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Sequence  # noqa: TC003  (pydantic reads the annotations)
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
+from collections.abc import Callable, Mapping, Sequence  # noqa: TC003  (pydantic reads the annotations)
+from types import GetSetDescriptorType
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeAlias
 
 import httpx
 from pydantic import (
@@ -33,6 +34,7 @@ __all__ = [
     "Message",
     "Model",
     "Origin",
+    "Sparse",
     "StatusResponse",
     "TokenLogprob",
     "ToolCall",
@@ -66,7 +68,7 @@ class Model(BaseModel):
         defer_build=True,
         # A class in a class is a name that ollama-python has there, not a field's default. For pydantic it must have no
         # annotation; to be a type for mypy it must have one, which mypy then takes for a field's.
-        ignored_types=(type(BaseModel),),
+        ignored_types=(type(BaseModel), GetSetDescriptorType),
     )
 
     @property
@@ -131,6 +133,70 @@ class Model(BaseModel):
         return getattr(self, key) if hasattr(self, key) else default
 
 
+_slot: Any = BaseModel.__dict__["__dict__"]
+_write_down: Callable[[BaseModel, dict[str, Any]], None] = _slot.__set__
+
+
+class Sparse(Model):
+    """Base of what a token is made of: an instance may have been made with only the fields that came.
+
+    To write down that a dozen fields have not come is a third of the work of making a token's two objects, and is for
+    nothing mostly. So it is done when somebody asks for all that an instance holds. Whoever does that (pydantic's
+    serializer, comparison, copies, pickles, ``vars()``) asks for its ``__dict__``, which is why this is a property.
+    """
+
+    if TYPE_CHECKING:
+
+        @property
+        def fields_that_came(self) -> Mapping[str, Any]:
+            """What is written down; among it, everything that came."""
+            ...
+    else:
+        fields_that_came = _slot
+
+    @classmethod
+    def may_lack_fields(cls) -> None:
+        """From now on there are instances of this class that have only the fields that came."""
+        fields = cls.model_fields
+        defaults = {name: field.default for name, field in fields.items() if not field.is_required()}
+        # What has to come is there to keep its place. The last of those that have not come is in all instances that
+        # were made in another way, also in those that somebody has constructed without what has to come.
+        _absent[cls] = _Absent([*defaults][-1], dict.fromkeys(fields) | defaults, defaults)
+
+    if not TYPE_CHECKING:
+
+        @property
+        def __dict__(self) -> dict[str, Any]:
+            fields = self.fields_that_came
+            absent = _absent.get(type(self))
+            if absent is None or absent.last in fields:
+                return fields
+            complete = {**absent.in_order, **fields}
+            # A new dict at once, not name by name: another thread may be looking.
+            _write_down(self, complete)
+            return complete
+
+        __dict__ = __dict__.setter(_write_down)
+
+        def __getattr__(self, name: str) -> Any:
+            absent = _absent.get(type(self))
+            if absent is not None and name in absent.defaults:
+                return absent.defaults[name]
+            return super().__getattr__(name)
+
+
+class _Absent(NamedTuple):
+    """What the fields of a class are that have not come."""
+
+    last: str
+    in_order: dict[str, Any]
+    defaults: dict[str, Any]
+
+
+# Only the classes of which chunks are made: not those derived from them.
+_absent: dict[type[Sparse], _Absent] = {}
+
+
 class ToolCall(Model):
     """A tool that the model wants called."""
 
@@ -154,7 +220,7 @@ class ToolCall(Model):
 _ToolCall: TypeAlias = ToolCall
 
 
-class Message(Model):
+class Message(Sparse):
     """A message of a chat."""
 
     if TYPE_CHECKING:
@@ -229,7 +295,7 @@ class DebugInfo(Model):
     """Number of images."""
 
 
-class _Answer(Model):
+class _Answer(Sparse):
     """What answers of chat and generate have in common."""
 
     model: str | None = None
