@@ -202,7 +202,7 @@ class Channel:
     @property
     def end(self) -> End | None:
         """How it ended, ``None`` while open."""
-        end: End | None = self._end.value
+        end: End | None = self._end.slot.get(0)
         return end
 
     @property
@@ -220,9 +220,10 @@ class Channel:
         """Raise ``Ended`` if the end is decided and is not the natural one."""
         if self._failure is not None and not self._blocks:
             self.teardown(End("error", self._failure))
-        end = self.ended_early
-        if end is not None:
-            raise Ended(end)
+        if self._end.slot:
+            end = self.ended_early
+            if end is not None:
+                raise Ended(end)
 
     @property
     def linked(self) -> bool:

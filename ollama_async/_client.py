@@ -9,16 +9,10 @@ from pydantic import ValidationError
 from ._errors import RequestError
 from ._input import (
     Image,
-    checked,
     checked_stream,
-    encode_context,
-    encode_format,
-    encode_images,
     encode_input,
-    encode_keep_alive,
     encode_messages,
-    encode_options,
-    encode_think,
+    encoded,
     first_error,
     format_model,
     model_name,
@@ -208,13 +202,17 @@ class AsyncClient(ModelManagement):
             "stream": checked_stream(stream),
             "messages": encode_messages(messages),
             "tools": encode_tools(tools, legacy=self._compat),
-            "think": encode_think(think),
-            "format": encode_format(format),
-            "options": encode_options(options),
-            "keep_alive": encode_keep_alive(keep_alive),
-            "_debug_render_only": checked("flag", debug_render_only=debug_render_only)["debug_render_only"],
-            **checked("flag", logprobs=logprobs, truncate=truncate, shift=shift),
-            **checked("number", top_logprobs=top_logprobs),
+            **encoded(
+                think=think,
+                format=format,
+                options=options,
+                keep_alive=keep_alive,
+                logprobs=logprobs,
+                truncate=truncate,
+                shift=shift,
+                top_logprobs=top_logprobs,
+            ),
+            **_render_only(debug_render_only),
         }
         form = format_model(format)
         if stream:
@@ -326,16 +324,27 @@ class AsyncClient(ModelManagement):
         body = {
             "model": model_name(model),
             "stream": checked_stream(stream),
-            **checked("text", prompt=prompt, suffix=suffix, system=system, template=template),
-            "context": encode_context(context),
-            "think": encode_think(think),
-            "format": encode_format(format),
-            "images": encode_images(images),
-            "options": encode_options(options),
-            "keep_alive": encode_keep_alive(keep_alive),
-            "_debug_render_only": checked("flag", debug_render_only=debug_render_only)["debug_render_only"],
-            **checked("flag", logprobs=logprobs, raw=raw, truncate=truncate, shift=shift),
-            **checked("number", top_logprobs=top_logprobs, width=width, height=height, steps=steps),
+            **encoded(
+                prompt=prompt,
+                suffix=suffix,
+                system=system,
+                template=template,
+                context=context,
+                think=think,
+                format=format,
+                images=images,
+                options=options,
+                keep_alive=keep_alive,
+                logprobs=logprobs,
+                raw=raw,
+                truncate=truncate,
+                shift=shift,
+                top_logprobs=top_logprobs,
+                width=width,
+                height=height,
+                steps=steps,
+            ),
+            **_render_only(debug_render_only),
         }
         form = format_model(format)
         if stream:
@@ -374,10 +383,7 @@ class AsyncClient(ModelManagement):
         body = {
             "model": model_name(model),
             "input": encode_input(input),
-            "options": encode_options(options),
-            "keep_alive": encode_keep_alive(keep_alive),
-            **checked("flag", truncate=truncate),
-            **checked("number", dimensions=dimensions),
+            **encoded(options=options, keep_alive=keep_alive, truncate=truncate, dimensions=dimensions),
         }
         return await self._request(EmbedResponse, "POST", "/api/embed", body, call)
 
@@ -405,12 +411,7 @@ class AsyncClient(ModelManagement):
 
         Server: ``POST /api/embeddings``
         """
-        body = {
-            "model": model_name(model),
-            "options": encode_options(options),
-            "keep_alive": encode_keep_alive(keep_alive),
-            **checked("text", prompt=prompt),
-        }
+        body = {"model": model_name(model), **encoded(prompt=prompt, options=options, keep_alive=keep_alive)}
         return await self._request(EmbeddingsResponse, "POST", "/api/embeddings", body, call)
 
     async def load(self, model: str, keep_alive: KeepAlive = None, **call: Unpack[CallOptions]) -> GenerateResponse:
@@ -428,7 +429,7 @@ class AsyncClient(ModelManagement):
 
         Server: ``POST /api/generate`` without a prompt
         """
-        body = {"model": model_name(model), "stream": False, "keep_alive": encode_keep_alive(keep_alive)}
+        body = {"model": model_name(model), "stream": False, **encoded(keep_alive=keep_alive)}
         return await self._request(GenerateResponse, "POST", "/api/generate", body, call)
 
     async def unload(self, model: str, **call: Unpack[CallOptions]) -> GenerateResponse:
@@ -476,12 +477,16 @@ class AsyncClient(ModelManagement):
 
         given = {"model": model_name(model), "state": state, "questions": questions}
         try:
-            request = SystemOneRequest.model_validate({**given, "keep_alive": encode_keep_alive(keep_alive)})
+            request = SystemOneRequest.model_validate({**given, **encoded(keep_alive=keep_alive)})
         except ValidationError as exc:
             raise RequestError(f"systemone: {first_error(exc)}") from exc
         # Of a choice without a description the null says that its name describes it.
         body = request.model_dump(exclude_none=True)
         return await self._request(SystemOneResponse, "POST", "/v1/systemone", body, call)
+
+
+def _render_only(flag: bool | None) -> dict[str, Any]:
+    return {f"_{name}": value for name, value in encoded(debug_render_only=flag).items()}
 
 
 def _only_for_streams(until: object) -> None:

@@ -121,7 +121,8 @@ class Exchange(Channel):
         """
         self.check()
         self._arm()
-        await self._wait_until_due()
+        if self._due_at:
+            await self._wait_until_due()
         try:
             if self._transport is None:
                 errand = _Errand(self, self._client, self._httpx_request())
@@ -358,8 +359,9 @@ class Exchange(Channel):
         super().give_back()
 
     def _unwatch(self) -> None:
-        for registration in drained(self._registrations):
-            registration.remove()
+        if self._registrations:
+            for registration in drained(self._registrations):
+                registration.remove()
 
     def _release(self) -> None:
         self._unwatch()

@@ -6,7 +6,7 @@ import base64
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -28,15 +28,11 @@ __all__ = [
     "JsonBody",
     "checked",
     "checked_stream",
-    "encode_context",
-    "encode_format",
-    "encode_images",
     "encode_input",
     "encode_json",
-    "encode_keep_alive",
     "encode_messages",
     "encode_options",
-    "encode_think",
+    "encoded",
     "first_error",
     "format_model",
     "model_name",
@@ -67,9 +63,8 @@ def _to_json(body: Mapping[str, Any]) -> bytes:
 
 
 def _has_images(body: Mapping[str, Any]) -> bool:
-    messages = body.get("messages") or ()
-    lists = [body.get("images") or (), *(message.get("images") or () for message in messages)]
-    return any(isinstance(image, Image) for images in lists for image in images)
+    holders = [holder for holder in (body, *body.get("messages", ())) if "images" in holder]
+    return any(isinstance(image, Image) for holder in holders for image in holder["images"] or ())
 
 
 class JsonBody(httpx.AsyncByteStream):
@@ -117,9 +112,19 @@ def checked_stream(value: object) -> bool:
     return value
 
 
-def encode_think(value: object) -> bool | str | None:
+def encoded(**given: Any) -> dict[str, Any]:
+    """Check and encode parameters of a call to a model; what is ``None`` was not given, and is left out."""
+    body: dict[str, Any] = {}
+    for name, value in given.items():
+        if value is not None:
+            how = _PARAMETERS[name]
+            body[name] = checked(how, **{name: value})[name] if isinstance(how, str) else how(value)
+    return body
+
+
+def _encode_think(value: object) -> bool | str:
     """Check ``think``; any text is allowed, since servers learn new levels."""
-    if value is not None and not isinstance(value, bool | str):
+    if not isinstance(value, bool | str):
         raise RequestError(f"think={type(value).__name__}: give True, False, or a level such as 'high'")
     return value
 
@@ -127,10 +132,8 @@ def encode_think(value: object) -> bool | str | None:
 _GO_DURATION = re.compile(r"[-+]?((\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h))+|[-+]?0")
 
 
-def encode_keep_alive(value: object) -> float | str | None:
+def _encode_keep_alive(value: object) -> float | str:
     """Turn ``keep_alive`` into seconds, or leave it a duration such as ``"1h30m"``."""
-    if value is None:
-        return None
     if isinstance(value, timedelta):
         return value.total_seconds()
     if isinstance(value, str) and _GO_DURATION.fullmatch(value):
@@ -140,9 +143,9 @@ def encode_keep_alive(value: object) -> float | str | None:
     raise RequestError(f"keep_alive={value!r}: give seconds, a timedelta, or a text such as '5m' or '1h30m'")
 
 
-def encode_format(value: object) -> str | dict[str, Any] | None:
+def _encode_format(value: object) -> str | dict[str, Any]:
     """Turn ``format`` into ``"json"`` or a JSON schema."""
-    if value is None or (isinstance(value, str) and value in ("", "json")):
+    if isinstance(value, str) and value in ("", "json"):
         return value
     if isinstance(value, Mapping):
         return dict(cast("Mapping[str, Any]", value))
@@ -193,10 +196,8 @@ def encode_input(given: Any) -> str | list[str]:
     return texts
 
 
-def encode_context(given: Any) -> list[int] | None:
+def _encode_context(given: Any) -> list[int]:
     """Check the tokens of an earlier answer."""
-    if given is None:
-        return None
     tokens = list(sequence(given, "context"))
     if not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):
         raise RequestError("context: give the list of int that an earlier answer had")
@@ -236,7 +237,7 @@ def _encode_message(message: Any, place: int) -> dict[str, Any]:
     # Dumping an image reads its file.
     encoded: dict[str, Any] = message.model_dump(exclude_none=True, exclude={"images"})
     if message.images is not None:
-        encoded["images"] = encode_images(message.images)
+        encoded["images"] = _encode_images(message.images)
     return encoded
 
 
@@ -245,7 +246,7 @@ def _is_plain(message: Any) -> bool:
     if type(message) is not dict:
         return False
     fields = cast("dict[object, object]", message)
-    return fields.keys() == _PLAIN and all(type(text) is str for text in fields.values())
+    return fields.keys() == _PLAIN and type(fields["role"]) is type(fields["content"]) is str
 
 
 _PLAIN = {"role", "content"}
@@ -318,10 +319,8 @@ def _read(file: Any) -> bytes:
     return data
 
 
-def encode_images(given: Any) -> list[str | Image] | None:
+def _encode_images(given: Any) -> list[str | Image]:
     """Check images; base64 goes as it is, the others are read and encoded when the request goes out."""
-    if given is None:
-        return None
     images = [_encode_image(image) for image in sequence(given, "images")]
     return [image.value if isinstance(image.value, str) else image for image in images]
 
@@ -333,3 +332,28 @@ def _encode_image(image: Any) -> Image:
         return Image(value=image)
     except ValidationError as exc:
         raise RequestError(exc.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")) from exc
+
+
+# By name, how it is encoded, or of what kind it is where it goes as it is.
+_PARAMETERS: dict[str, str | Callable[[Any], Any]] = {
+    "context": _encode_context,
+    "debug_render_only": "flag",
+    "dimensions": "number",
+    "format": _encode_format,
+    "height": "number",
+    "images": _encode_images,
+    "keep_alive": _encode_keep_alive,
+    "logprobs": "flag",
+    "options": encode_options,
+    "prompt": "text",
+    "raw": "flag",
+    "shift": "flag",
+    "steps": "number",
+    "suffix": "text",
+    "system": "text",
+    "template": "text",
+    "think": _encode_think,
+    "top_logprobs": "number",
+    "truncate": "flag",
+    "width": "number",
+}

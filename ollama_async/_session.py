@@ -378,9 +378,8 @@ def _headers(defaults: httpx.Headers, given: Mapping[str, str]) -> httpx.Headers
 
 def check_call(call: CallOptions) -> None:
     """Refuse what no call takes, before anything is sent."""
-    unknown = set(call) - _CALL_OPTIONS
-    if unknown:
-        raise TypeError(f"unknown parameter {min(unknown)!r}")
+    if not call.keys() <= _CALL_OPTIONS:
+        raise TypeError(f"unknown parameter {min(call.keys() - _CALL_OPTIONS)!r}")
     _check_kind("token", call.get("token"), CancelToken)
     _check_kind("headers", call.get("headers"), Mapping)
     if "timeout" in call:

@@ -470,7 +470,8 @@ class Stream(Generic[ChunkT]):
         if self._next:
             self._clear()
         self._last_at = exchange.now
-        if len(self._lines) > 1 and self._merge.together > 1:
+        # The first one by itself: it is what is waited for, and does not wait for those that came with it.
+        if len(self._lines) > 1 and self._merge.together > 1 and self._before:
             self._chunks = _parse_together(self._merge, self._lines[: -self._merge.together - 1 : -1])
         if self._chunks:
             del self._lines[-len(self._chunks) :]

@@ -285,12 +285,7 @@ class DirectTransport(httpx.AsyncBaseTransport):
 
     # -- connecting --
 
-    async def _connection(self, channel: Channel, origin: Origin, timeout: float | None) -> Connection:
-        channel.check()
-        pool = self._pool()
-        kept = pool.take(origin)
-        if kept is not None:
-            return kept
+    async def _new_connection(self, pool: _Pool, channel: Channel, origin: Origin, timeout: float | None) -> Connection:
         dialling = _Dialling()
         task = dialling.task = channel.loop.create_task(self._dial(pool, origin, dialling.sockets, timeout))
         task.add_done_callback(lambda _: channel.wake())
@@ -371,7 +366,9 @@ class DirectTransport(httpx.AsyncBaseTransport):
 
         Cancellation: the connection is closed at once; so is it when the channel is torn down after an error.
         """
-        connection = await self._connection(channel, outgoing.origin, connect_timeout)
+        channel.check()
+        pool, origin = self._pool(), outgoing.origin
+        connection = pool.take(origin) or await self._new_connection(pool, channel, origin, connect_timeout)
         channel.touched = channel.sent = channel.loop.time()
         blocks = outgoing.blocks
         connection.begin(channel, outgoing.method, outgoing.data, more=blocks is not None)
