@@ -45,16 +45,17 @@ class Ours:
     pause = 0.0
 
     def __init__(self, url: str) -> None:
-        from ollama_async import AsyncClient, CancelToken
+        from ollama_async import AbortError, AsyncClient, CancelToken
 
         self._client = AsyncClient(url)
         self._make_token = CancelToken
+        self._aborted = AbortError
         self._token = CancelToken()
 
     async def read(self, model: str, tick: Callable[[], None]) -> int:
         self._token = self._make_token()
         count = 0
-        with contextlib.suppress(ConnectionAbortedError):
+        with contextlib.suppress(self._aborted):
             async for _ in self._client.chat(model, MESSAGES, stream=True, token=self._token):
                 count += 1
                 tick()

@@ -394,7 +394,8 @@ class Connection(asyncio.Protocol):
 
     def close(self) -> None:
         """Close an idle connection at once."""
-        self.sock.sever()
+        if not self._severed:
+            self.sock.sever()
         if self._transport is not None:
             self._transport.abort()
 

@@ -39,6 +39,9 @@ class Merge(Protocol[ChunkT]):
     together: int
     """How many chunks may be made at once, before the first of them is delivered."""
 
+    completed: int
+    """Bytes that are done, if it is about bytes; else 0."""
+
     def add(self, chunk: ChunkT) -> None:
         """Add the next chunk."""
         ...
@@ -157,6 +160,7 @@ class ChatMerge(_Lists):
 
     model = ChatResponse
     together = _TOGETHER
+    completed = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,6 +196,7 @@ class GenerateMerge(_Lists):
 
     model = GenerateResponse
     together = _TOGETHER
+    completed = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -225,12 +230,14 @@ class ProgressMerge:
     together = 1
 
     def __init__(self) -> None:
+        self.completed = 0
         self._last: ProgressResponse | None = None
         self._meter = Meter()
 
     def add(self, chunk: ProgressResponse) -> None:
         """Add the next step, and note on it how far the whole is."""
         self._meter.add(chunk)
+        self.completed = chunk.overall.completed
         self._last = chunk
 
     def text(self) -> str:

@@ -20,7 +20,6 @@ from ._errors import ProtocolError, StreamBusy, StreamError, StreamTruncated
 from ._failures import json_object, stream_error
 from ._merge import Chunk, ChunkT, Merge, validators
 from ._ndjson import LineSplitter
-from ._progress import ProgressResponse
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping
@@ -379,9 +378,8 @@ class Stream(Generic[ChunkT]):
     def _follow(self, failed: Exchange) -> Exchange | None:
         """Put the exchange that tries again in the place of one that has failed, if that is allowed."""
         self._clear()
-        last = self._merge.result()
-        if isinstance(last, ProgressResponse) and last.overall.completed > self._completed:
-            self._completed = last.overall.completed
+        if self._merge.completed > self._completed:
+            self._completed = self._merge.completed
             failed.got_on()
         successor = failed.successor()
         if successor is None:

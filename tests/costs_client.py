@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import sys
@@ -10,7 +11,7 @@ import tracemalloc
 from collections import Counter
 from typing import Any
 
-from ollama_async import AsyncClient, CancelToken
+from ollama_async import AbortError, AsyncClient, CancelToken
 
 
 async def read(client: AsyncClient, chunks: int, token: CancelToken, *, slowly: bool = False) -> int:
@@ -82,6 +83,18 @@ async def plain(url: str, chunks: int) -> dict[str, int]:
         return {"chunks": await read(client, chunks, CancelToken())}
 
 
+async def aborted(url: str, streams: int) -> dict[str, int]:
+    """Streams that are aborted after their first chunk, by the task that reads them."""
+    async with AsyncClient(url) as client:
+        for _ in range(streams):
+            stream = client.chat("fake", "hi", stream=True)
+            await anext(stream)
+            stream.abort()
+            with contextlib.suppress(AbortError):
+                await anext(stream)
+    return {"aborted": streams}
+
+
 if __name__ == "__main__":
-    what = {"calls": calls, "idle": idle, "slow": slow, "plain": plain}[sys.argv[2]]
+    what = {"calls": calls, "idle": idle, "slow": slow, "plain": plain, "aborted": aborted}[sys.argv[2]]
     print(json.dumps(asyncio.run(what(sys.argv[1], int(sys.argv[3])))))

@@ -99,23 +99,38 @@ def test_what_a_slow_reader_of_a_fast_server_holds(server: FakeOllama) -> None:
     assert client(server, "slow", chunks)["peak"] < 1024 * 1024
 
 
-def syscalls(server: FakeOllama, chunks: int, make: Callable[[int], Reply], report: Path) -> int:
-    server.script("/api/chat", make(chunks))
+def syscalls(server: FakeOllama, what: str, number: int, report: Path) -> int:
     # Not those of files: how many an import takes depends on what is cached.
     strace = ("strace", "-c", "-f", "-e", "trace=!%file,read,fstat,lseek,ioctl,close,mmap,brk", "-o", str(report))
-    assert client(server, "plain", chunks, *strace)["chunks"] == chunks
+    client(server, what, number, *strace)
     total = re.search(r"^100\.00\s+\S+\s+(?:\d+\s+)?(\d+)\s+(?:\d+\s+)?total$", report.read_text(), re.MULTILINE)
     assert total is not None, report.read_text()
     return int(total[1])
 
 
-@pytest.mark.parametrize(("make", "limit"), [(burst, 0.1), (paced, 4.3)])
-def test_syscalls_a_chunk(server: FakeOllama, make: Callable[[int], Reply], limit: float, tmp_path: Path) -> None:
+@pytest.fixture
+def report(tmp_path: Path) -> Path:
+    """Where syscalls are counted."""
     if shutil.which("strace") is None:
         needs("strace", how="run .ci/install-parts, or sudo apt-get install strace")
     allowed = subprocess.run(["strace", "-o", "/dev/null", "true"], capture_output=True, timeout=BOUND, check=False)
     if allowed.returncode:
         pytest.skip("this machine does not let processes be traced")
-    few, many = (syscalls(server, chunks, make, tmp_path / "report") for chunks in (FEW, MANY))
+    return tmp_path / "report"
+
+
+@pytest.mark.parametrize(("make", "limit"), [(burst, 0.1), (paced, 4.3)])
+def test_syscalls_a_chunk(server: FakeOllama, make: Callable[[int], Reply], limit: float, report: Path) -> None:
+    def counted(chunks: int) -> int:
+        server.script("/api/chat", make(chunks))
+        return syscalls(server, "plain", chunks, report)
+
     # A chunk that comes alone: two looks for events, one read, and one question of asyncio's for the process.
-    assert (many - few) / (MANY - FEW) < limit
+    assert (counted(MANY) - counted(FEW)) / (MANY - FEW) < limit
+
+
+def test_syscalls_of_a_stream_that_is_aborted(server: FakeOllama, report: Path) -> None:
+    server.script("/api/chat", Reply([CHUNK, Stall()]), always=True)
+    few, many = (syscalls(server, "aborted", streams, report) for streams in (20, 120))
+    # From its connecting on; 3 more if the loop, which is awake, were woken.
+    assert (many - few) / 100 < 33
