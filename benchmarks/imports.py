@@ -14,6 +14,7 @@ PROGRAMS = {
     "httpx and pydantic": "import httpx, pydantic; pydantic.BaseModel",
     "httpx, pydantic, one model": "import httpx, pydantic\nclass Model(pydantic.BaseModel):\n    field: int",
     "ollama_async": "import ollama_async",
+    "ollama_async, its client": "from ollama_async import AsyncClient",
     "ollama-python": "import ollama",
     "openai": "import openai",
 }

@@ -3,52 +3,33 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ._cancel import CancelToken, Registration
-from ._client import AsyncClient
-from ._errors import (
-    AbortError,
-    AuthenticationError,
-    BadRequestError,
-    ConnectError,
-    ConnectionBroken,
-    HostError,
-    NotFoundError,
-    OllamaError,
-    ParseError,
-    PermissionDeniedError,
-    PhaseTimeout,
-    ProtocolError,
-    RateLimitError,
-    RequestError,
-    ResponseError,
-    ServerBusyError,
-    ServerError,
-    StreamBusy,
-    StreamClosed,
-    StreamError,
-    StreamTruncated,
-)
-from ._input import Image
-from ._options import Options
-from ._progress import Progress, ProgressResponse
-from ._stream import Stream, Timing
-from ._timeouts import Timeouts
-from ._tools import Tool, convert_function_to_tool, tool_schema
-from ._transport import DirectTransport
-from ._types import (
-    ChatResponse,
-    DebugInfo,
-    EmbeddingsResponse,
-    EmbedResponse,
-    GenerateResponse,
-    Logprob,
-    Message,
-    StatusResponse,
-    TokenLogprob,
-    ToolCall,
-)
-
 if TYPE_CHECKING:
+    from ._cancel import CancelToken, Registration
+    from ._client import AsyncClient
+    from ._errors import (
+        AbortError,
+        AuthenticationError,
+        BadRequestError,
+        ConnectError,
+        ConnectionBroken,
+        HostError,
+        NotFoundError,
+        OllamaError,
+        ParseError,
+        PermissionDeniedError,
+        PhaseTimeout,
+        ProtocolError,
+        RateLimitError,
+        RequestError,
+        ResponseError,
+        ServerBusyError,
+        ServerError,
+        StreamBusy,
+        StreamClosed,
+        StreamError,
+        StreamTruncated,
+    )
+    from ._input import Image
     from ._manage_types import (
         CloudStatus,
         CloudStatusResponse,
@@ -67,6 +48,9 @@ if TYPE_CHECKING:
         WebSearchResponse,
         WebSearchResult,
     )
+    from ._options import Options
+    from ._progress import Progress, ProgressResponse
+    from ._stream import Stream, Timing
     from ._systemone import (
         SystemOneAnswer,
         SystemOneChoiceAnswer,
@@ -80,6 +64,21 @@ if TYPE_CHECKING:
         SystemOneScoreAnswer,
         SystemOneScoreQuestion,
         SystemOneUsage,
+    )
+    from ._timeouts import Timeouts
+    from ._tools import Tool, convert_function_to_tool, tool_schema
+    from ._transport import DirectTransport
+    from ._types import (
+        ChatResponse,
+        DebugInfo,
+        EmbeddingsResponse,
+        EmbedResponse,
+        GenerateResponse,
+        Logprob,
+        Message,
+        StatusResponse,
+        TokenLogprob,
+        ToolCall,
     )
 
 __all__ = [
@@ -159,16 +158,51 @@ __all__ = [
 ]
 
 
-# Not for type checkers, which would take any misspelt name for one that is made here.
+# Imported when they are first asked for: what is imported for its types, by the plugin of pytest, or by a program that
+# does not come to use it, costs nothing.
+_HOMES = {
+    "_cancel": "CancelToken Registration",
+    "_client": "AsyncClient",
+    "_errors": """
+        AbortError AuthenticationError BadRequestError ConnectError ConnectionBroken HostError
+        NotFoundError OllamaError ParseError PermissionDeniedError PhaseTimeout ProtocolError
+        RateLimitError RequestError ResponseError ServerBusyError ServerError StreamBusy StreamClosed
+        StreamError StreamTruncated
+    """,
+    "_input": "Image",
+    "_manage_types": """
+        CloudStatus CloudStatusResponse ListedModel ListResponse LoadedModel ModelDetails
+        ModelRecommendation ProcessResponse RecommendationsResponse ShowResponse Tensor UserResponse
+        VersionResponse WebFetchResponse WebSearchResponse WebSearchResult
+    """,
+    "_options": "Options",
+    "_progress": "Progress ProgressResponse",
+    "_stream": "Stream Timing",
+    "_systemone": """
+        SystemOneAnswer SystemOneChoiceAnswer SystemOneChoiceQuestion SystemOneContent
+        SystemOneNoulAnswer SystemOneNoulQuestion SystemOneQuestion SystemOneRequest SystemOneResponse
+        SystemOneScoreAnswer SystemOneScoreQuestion SystemOneUsage
+    """,
+    "_timeouts": "Timeouts",
+    "_tools": "Tool convert_function_to_tool tool_schema",
+    "_transport": "DirectTransport",
+    "_types": """
+        ChatResponse DebugInfo EmbeddingsResponse EmbedResponse GenerateResponse Logprob Message
+        StatusResponse TokenLogprob ToolCall
+    """,
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
+
+
+# Not for type checkers, which would take any misspelt name for one that is there.
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        # What only some endpoints take and give is half of all models, and of the time that it takes to make them.
-        if name in __all__:
-            module = "_systemone" if name.startswith("SystemOne") else "_manage_types"
-            value = globals()[name] = getattr(import_module(f".{module}", __name__), name)
-            return value
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        home = _HOME_OF.get(name)
+        if home is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(f".{home}", __name__), name)
+        return value
 
 
 def __dir__() -> list[str]:

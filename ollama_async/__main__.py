@@ -13,7 +13,7 @@ def main() -> None:
         try:
             from .cli import run
         except ModuleNotFoundError as exc:
-            # The core is imported by now, so what is missing belongs to the extra, unless it is a module of ours.
+            # What is missing can be had with the extra, unless it is a module of ours.
             if (exc.name or "").partition(".")[0] == "ollama_async":
                 raise
             sys.stderr.write(

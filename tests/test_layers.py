@@ -99,12 +99,32 @@ def test_public_names_are_sorted_and_exist() -> None:
     assert all(hasattr(ollama_async, name) for name in ollama_async.__all__)
 
 
+def test_what_is_not_asked_for_is_not_imported() -> None:
+    program = (
+        "import sys; import importlib, typing; before = set(sys.modules)\n"
+        "import ollama_async\n"
+        "print(sorted(set(sys.modules) - before))\n"
+        "ollama_async.CancelToken\n"
+        "print('pydantic' in sys.modules, 'ollama_async._client' in sys.modules)\n"
+        "from ollama_async import *\n"
+        "print(all(name in globals() for name in ollama_async.__all__))\n"
+        "try:\n    ollama_async.AsyncCleint\nexcept AttributeError as exc:\n    print(exc)"
+    )
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert output.stdout.splitlines() == [
+        "['ollama_async']",
+        "False False",
+        "True",
+        "module 'ollama_async' has no attribute 'AsyncCleint'",
+    ]
+
+
 def test_importing_touches_no_optional_package_and_makes_no_client() -> None:
     program = (
         "import sys, ssl; made = []; ssl.SSLContext.__init__ = lambda *a, **k: made.append(a)\n"
         # httpx tries to import what its own command needs.
         "import httpx; before = set(sys.modules)\n"
-        "import ollama_async\n"
+        "import ollama_async; [getattr(ollama_async, name) for name in ollama_async.__all__]\n"
         "new = set(sys.modules) - before\n"
         "optional = ('typer', 'rich', 'prompt_toolkit', 'pytest', 'uvloop', 'numpy', 'redis', 'starlette', 'uvicorn')\n"
         "print([name for name in optional if name in new], made)"
