@@ -98,7 +98,8 @@ class Exchange(Channel):
         self._attempts = attempts
         # Not before this time of the loop's clock is it sent.
         self._due_at = 0.0
-        self._watched: list[tuple[CancelToken, Kind]] = []
+        # What a successor is put under, if there may be one.
+        self._watched: list[tuple[CancelToken, Kind]] | None = [] if attempts.allowed else None
         # The task that runs the request where somebody else's transport or code is on the way.
         self._task: asyncio.Task[None] | None = None
         self._registrations: list[Registration] = []
@@ -106,7 +107,8 @@ class Exchange(Channel):
 
     def watch(self, token: CancelToken, kind: Kind = "aborted") -> None:
         """End with the token."""
-        self._watched.append((token, kind))
+        if self._watched is not None:
+            self._watched.append((token, kind))
         self._registrations.append(token.on_abort(_Watch(self, kind)))
         if self.end is not None:
             self._unwatch()
@@ -201,7 +203,7 @@ class Exchange(Channel):
         )
         successor.started = self.started
         successor._due_at = self.loop.time() + delay
-        for token, kind in self._watched:
+        for token, kind in self._watched or ():
             successor.watch(token, kind)
         return successor
 

@@ -7,7 +7,7 @@ import os
 import re
 import socket
 import threading
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import httptools
 import httpx
@@ -15,7 +15,7 @@ import httpx
 from ._channel import Channel, End
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
 
 __all__ = [
@@ -312,21 +312,38 @@ class _Refused(Exception):  # noqa: N818  (only for the way through the parser)
 _TOO_LARGE = f"the head of the server's answer is over {MAX_HEAD_BYTES:,} bytes"
 
 
+class Home(Protocol):
+    """Where a connection belongs."""
+
+    def put_back(self, connection: Connection) -> None:
+        """Its answer has come; it can take another request."""
+
+    def lost(self, connection: Connection) -> None:
+        """It is gone."""
+
+
 class Connection(asyncio.Protocol):
     """One connection, used for one exchange at a time."""
 
-    def __init__(
-        self,
-        sock: GuardedSocket,
-        origin: Origin,
-        on_idle: Callable[[Connection], None],
-        on_lost: Callable[[Connection], None],
-    ) -> None:
+    __slots__ = (
+        "_answer",
+        "_channel",
+        "_full",
+        "_home",
+        "_sending",
+        "_severed",
+        "_transport",
+        "_writable",
+        "idle_since",
+        "origin",
+        "sock",
+    )
+
+    def __init__(self, sock: GuardedSocket, origin: Origin, home: Home) -> None:
         self.origin = origin
         self.idle_since = 0.0
         self.sock = sock
-        self._on_idle = on_idle
-        self._on_lost = on_lost
+        self._home = home
         self._transport: asyncio.Transport | None = None
         self._channel: Channel | None = None
         self._answer: _Answer | None = None
@@ -483,7 +500,7 @@ class Connection(asyncio.Protocol):
         detail = f": {exc}" if exc is not None else ""
         self._broken(httpx.ReadError(f"the connection was lost{detail}"))
         self.resume_writing()
-        self._on_lost(self)
+        self._home.lost(self)
 
     def pause_writing(self) -> None:
         """The peer reads too slowly."""
@@ -500,7 +517,7 @@ class Connection(asyncio.Protocol):
         reusable = answer.keep_alive and not answer.extra and not self._sending
         self._let_go()
         if reusable and not self._severed:
-            self._on_idle(self)
+            self._home.put_back(self)
         else:
             self.close()
         channel.complete()

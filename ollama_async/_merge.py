@@ -58,6 +58,8 @@ class Merge(Protocol[ChunkT]):
 class _Lists:
     """Fields that come in parts, and are joined: lists of strings, and lists of lists."""
 
+    __slots__ = ("content", "logprobs", "thinking", "tool_calls")
+
     def __init__(self) -> None:
         self.content: list[str] = []
         self.thinking: list[str] = []
@@ -158,6 +160,8 @@ def _from_schema(*classes: type[Sparse]) -> Generator[None]:
 class ChatMerge(_Lists):
     """Merges chunks of a chat."""
 
+    __slots__ = ("_last",)
+
     model = ChatResponse
     together = _TOGETHER
     completed = 0
@@ -193,6 +197,8 @@ class ChatMerge(_Lists):
 
 class GenerateMerge(_Lists):
     """Merges chunks of a completion."""
+
+    __slots__ = ("_last",)
 
     model = GenerateResponse
     together = _TOGETHER

@@ -30,15 +30,17 @@ class Attempts:
         resume: Whether it is sent again when its answer breaks off, too: for operations that go on where they were.
     """
 
+    __slots__ = ("_failures", "_resume", "allowed")
+
     def __init__(self, retries: int, *, resume: bool = False) -> None:
-        self._allowed = max(retries, _RESUMES) if resume else retries
+        self.allowed = max(retries, _RESUMES) if resume else retries
         self._resume = resume
         self._failures = 0
 
     @property
     def left(self) -> bool:
         """Whether there is one left."""
-        return self._failures < self._allowed
+        return self._failures < self.allowed
 
     def got_on(self) -> None:
         """The operation has got on: what failed before is forgotten."""

@@ -357,6 +357,8 @@ class Stream(Generic[ChunkT]):
         exchange = self._exchange
         if exchange is None:
             exchange = self._exchange = self._start(self._early.value)
+            # It holds the call and its body, which an answer of minutes does not need.
+            self._start = _started
             if self._token is not None:
                 exchange.watch(self._token)
             early = self._early.value
@@ -617,6 +619,10 @@ class _Loop(Generic[ChunkT]):
         # A second reader that was turned away must not take the stream from the first.
         if not self._stream._reading:  # noqa: SLF001
             self._stream._left()  # noqa: SLF001
+
+
+def _started(_: End | None) -> NoReturn:
+    raise RuntimeError("the stream has been started")
 
 
 _is_done: Callable[[Chunk], bool] = attrgetter("done")

@@ -326,7 +326,7 @@ class DirectTransport(httpx.AsyncBaseTransport):
         sock = await open_socket(loop, proxy.origin if proxy else origin, self._uds, sockets)
         if proxy and context:
             await open_tunnel(loop, sock, origin, proxy)
-        connection = Connection(sock, origin, pool.put_back, pool.lost)
+        connection = Connection(sock, origin, pool)
         create = loop.create_connection if self._uds is None else loop.create_unix_connection
         try:
             if context is None:

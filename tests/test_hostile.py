@@ -6,7 +6,6 @@ import asyncio
 import gzip
 import itertools
 import json
-import socket
 import sys
 import zlib
 from collections.abc import AsyncIterator
@@ -17,6 +16,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from teardown.harness import BOUND, nothing_left_behind
+from wire import Wire
 
 from ollama_async import (
     AsyncClient,
@@ -28,7 +28,7 @@ from ollama_async import (
     StreamError,
 )
 from ollama_async._channel import Channel
-from ollama_async._http import MAX_HEAD_BYTES, Connection, GuardedSocket, Origin
+from ollama_async._http import MAX_HEAD_BYTES
 from ollama_async._ndjson import LineSplitter
 from ollama_async.testing import Cut, Endless, FakeOllama, Reply, Stall
 
@@ -137,40 +137,20 @@ def mangled(draw: st.DrawFn) -> bytes:
     return bytes(data)
 
 
-class Wire:
-    """What a connection needs of asyncio's transport."""
-
-    def __init__(self) -> None:
-        self.closed = False
-
-    def write(self, data: bytes) -> None: ...
-    def is_closing(self) -> bool:
-        return self.closed
-
-    def abort(self) -> None:
-        self.closed = True
-
-    def pause_reading(self) -> None: ...
-    def resume_reading(self) -> None: ...
-
-
 async def fed(*received: bytes) -> tuple[Any, ...]:
     """All that comes of an answer which arrives like this, up to its end."""
-    idle: list[Connection] = []
-    sock = GuardedSocket(socket.AF_INET)
     wire = Wire()
-    connection = Connection(sock, Origin("http", "h", 80), idle.append, lambda _: None)
-    connection.connection_made(wire)  # type: ignore[arg-type]
+    connection = wire.connection
     channel = Channel(asyncio.get_running_loop())
     connection.begin(channel, "GET", b"", more=False)
     for block in received:
         # As asyncio: nothing is read from what has been closed.
         if not wire.closed:
             connection.data_received(block)
-    kept = bool(idle) and not wire.closed
+    kept = wire.kept and not wire.closed
     if not wire.closed:
         connection.eof_received()
-    sock.close()
+    wire.sock.close()
     assert channel.arrived != (channel._failure is not None)
     assert channel._failure is None or isinstance(channel._failure, httpx.RemoteProtocolError)
     assert channel._size <= sum(map(len, received))

@@ -18,9 +18,10 @@ import pytest
 import pytest_asyncio
 import uvloop
 from teardown.harness import BOUND, Baseline, black_hole, in_thread, live_timers, nothing_left_behind, ticks, until
+from wire import Wire
 
 from ollama_async._channel import HIGH_WATER, Channel
-from ollama_async._http import MAX_HEAD_BYTES, Connection, GuardedSocket, Origin, encode_head
+from ollama_async._http import MAX_HEAD_BYTES, encode_head
 from ollama_async._transport import CHANNEL, DirectTransport
 from ollama_async.testing import Cut, Endless, FakeOllama, Gate, Pause, Raw, Reply, Reset, Stall, Trickle
 
@@ -183,40 +184,17 @@ async def test_answer_byte_by_byte_over_the_wire(
     assert (answer.status_code, answer.content, answer.headers.multi_items()) == (status, body, headers)
 
 
-class StubTransport:
-    """What a ``Connection`` needs of asyncio's transport."""
-
-    def __init__(self) -> None:
-        self.closed = self.paused = False
-
-    def write(self, data: bytes) -> None: ...
-    def is_closing(self) -> bool:
-        return self.closed
-
-    def abort(self) -> None:
-        self.closed = True
-
-    def pause_reading(self) -> None:
-        self.paused = True
-
-    def resume_reading(self) -> None:
-        self.paused = False
-
-
 async def fed(method: str, *pieces: bytes, end: bool) -> tuple[Any, ...]:
     """Return all that comes of an answer which arrives in these pieces."""
-    idle: list[Connection] = []
-    sock = GuardedSocket(socket.AF_INET)
-    connection = Connection(sock, Origin("http", "h", 80), idle.append, lambda _: None)
-    transport = StubTransport()
-    connection.connection_made(transport)  # type: ignore[arg-type]
+    wire = Wire()
+    connection = wire.connection
     channel = Channel(asyncio.get_running_loop())
     connection.begin(channel, method, b"", more=False)
     for piece in pieces:
         connection.data_received(piece)
     if end:
         connection.eof_received()
-    sock.close()
+    wire.sock.close()
     assert channel.arrived
     return (
         channel.status,
@@ -224,7 +202,7 @@ async def fed(method: str, *pieces: bytes, end: bool) -> tuple[Any, ...]:
         list(channel.headers),
         channel.take(),
         channel.http_version,
-        bool(idle),
+        wire.kept,
     )
 
 

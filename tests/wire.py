@@ -1,0 +1,41 @@
+"""A connection without a network: what it needs of asyncio's transport, and of the pool that it belongs to."""
+
+from __future__ import annotations
+
+import socket
+
+from ollama_async._http import Connection, GuardedSocket, Origin
+
+
+class Wire:
+    """Stands for the transport and the pool of one connection.
+
+    Attributes:
+        closed: Whether the connection has closed it.
+        paused: Whether the connection wants nothing more for now.
+        kept: Whether the connection could take another request.
+    """
+
+    def __init__(self) -> None:
+        self.closed = self.paused = self.kept = False
+        self.sock = GuardedSocket(socket.AF_INET)
+        self.connection = Connection(self.sock, Origin("http", "h", 80), self)
+        self.connection.connection_made(self)  # type: ignore[arg-type]
+
+    def write(self, data: bytes) -> None: ...
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def abort(self) -> None:
+        self.closed = True
+
+    def pause_reading(self) -> None:
+        self.paused = True
+
+    def resume_reading(self) -> None:
+        self.paused = False
+
+    def put_back(self, connection: Connection) -> None:
+        self.kept = True
+
+    def lost(self, connection: Connection) -> None: ...
