@@ -110,7 +110,8 @@ def splitting(tokens: int) -> float:
 
 def validating(tokens: int) -> float:
     if tokens == 1:
-        return timed(lambda: validators(ChatResponse).one(LINE))
+        one = validators(ChatResponse).one
+        return timed(lambda: one(LINE))
     merge, lines = ChatMerge(), [LINE] * tokens
     assert len(_parse_together(merge, lines)) == tokens
     return timed(lambda: _parse_together(merge, lines), tokens)

@@ -1,6 +1,5 @@
 """An asyncio-native streaming SDK for Ollama: every call can be aborted, and the socket is gone when it is."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -158,51 +157,50 @@ __all__ = [
 ]
 
 
-# Imported when they are first asked for: what is imported for its types, by the plugin of pytest, or by a program that
-# does not come to use it, costs nothing.
-_HOMES = {
-    "_cancel": "CancelToken Registration",
-    "_client": "AsyncClient",
-    "_errors": """
-        AbortError AuthenticationError BadRequestError ConnectError ConnectionBroken HostError
-        NotFoundError OllamaError ParseError PermissionDeniedError PhaseTimeout ProtocolError
-        RateLimitError RequestError ResponseError ServerBusyError ServerError StreamBusy StreamClosed
-        StreamError StreamTruncated
-    """,
-    "_input": "Image",
-    "_manage_types": """
-        CloudStatus CloudStatusResponse ListedModel ListResponse LoadedModel ModelDetails
-        ModelRecommendation ProcessResponse RecommendationsResponse ShowResponse Tensor UserResponse
-        VersionResponse WebFetchResponse WebSearchResponse WebSearchResult
-    """,
-    "_options": "Options",
-    "_progress": "Progress ProgressResponse",
-    "_stream": "Stream Timing",
-    "_systemone": """
-        SystemOneAnswer SystemOneChoiceAnswer SystemOneChoiceQuestion SystemOneContent
-        SystemOneNoulAnswer SystemOneNoulQuestion SystemOneQuestion SystemOneRequest SystemOneResponse
-        SystemOneScoreAnswer SystemOneScoreQuestion SystemOneUsage
-    """,
-    "_timeouts": "Timeouts",
-    "_tools": "Tool convert_function_to_tool tool_schema",
-    "_transport": "DirectTransport",
-    "_types": """
-        ChatResponse DebugInfo EmbeddingsResponse EmbedResponse GenerateResponse Logprob Message
-        StatusResponse TokenLogprob ToolCall
-    """,
-}
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
-
-
 # Not for type checkers, which would take any misspelt name for one that is there.
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        home = _HOME_OF.get(name)
-        if home is None:
+        # Imported when something is first asked for: who imports this for its types, as a plugin (of pytest), or on the
+        # way to something else does not pay for it. By plain statements, which those that pack programs can follow.
+        if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = globals()[name] = getattr(import_module(f".{home}", __name__), name)
-        return value
+        from . import (
+            _cancel,
+            _client,
+            _errors,
+            _input,
+            _options,
+            _progress,
+            _stream,
+            _timeouts,
+            _tools,
+            _transport,
+            _types,
+        )
+
+        modules = [
+            _cancel,
+            _client,
+            _errors,
+            _input,
+            _options,
+            _progress,
+            _stream,
+            _timeouts,
+            _tools,
+            _transport,
+            _types,
+        ]
+        if not any(name in module.__all__ for module in modules):
+            # What only some endpoints take and give is half of all models, and of the time that it takes to make them.
+            from . import _manage_types, _systemone
+
+            modules = [_manage_types, _systemone]
+        for module in modules:
+            for public in set(module.__all__).intersection(__all__):
+                globals().setdefault(public, getattr(module, public))
+        return globals()[name]
 
 
 def __dir__() -> list[str]:

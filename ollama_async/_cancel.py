@@ -323,12 +323,10 @@ class CancelToken:
 
 def in_loop(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object) -> None:
     """Call a function in a loop, from any thread; not at all if the loop is closed."""
-    # A loop in which a task runs does not sleep before its next round, also where a signal handler is what runs in it.
-    # To wake it nevertheless is three syscalls, while a server that has been left waits for this processor.
-    awake = asyncio._get_running_loop() is loop and asyncio.current_task(loop) is not None  # noqa: SLF001
-    call = loop.call_soon if awake else loop.call_soon_threadsafe
+    # Also from a task of that loop, which seems to be awake: this may be a signal handler, and a loop that runs within
+    # a task, as nest_asyncio does, sleeps there.
     try:
-        call(function, *args)
+        loop.call_soon_threadsafe(function, *args)
     except RuntimeError:
         if not loop.is_closed():
             raise

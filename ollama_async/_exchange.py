@@ -147,7 +147,7 @@ class Exchange(Channel):
             raise
         finally:
             # It holds this exchange, which holds it.
-            self._request.forget(for_good=not self._attempts.left)
+            self._request.forget(for_good=self._attempts.spent)
 
     def _httpx_request(self) -> httpx.Request:
         request = self._request.http

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -14,7 +13,7 @@ from ._progress import Meter, ProgressResponse
 from ._types import ChatResponse, GenerateResponse, Message, Model, Sparse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping
+    from collections.abc import Callable, Mapping
 
 __all__ = ["ChatMerge", "Chunk", "GenerateMerge", "Merge", "ProgressMerge", "validators"]
 
@@ -109,15 +108,42 @@ def validators(model: type[ChunkT]) -> Validators[ChunkT]:
 
 @cache
 def _validators(model: type[Any]) -> Validators[Any]:
-    model.model_rebuild()
-    whole: Any = model.__pydantic_core_schema__
     if not issubclass(model, Sparse):
-        return Validators(whole)
-    with _from_schema(Message, model):
-        made: Validators[Any] = Validators(cs.union_schema([_token(model), whole], mode="left_to_right"))
-    Message.may_lack_fields()
-    model.may_lack_fields()
+        model.model_rebuild()
+        return Validators(_schema(model))
+    with _building:
+        model.model_rebuild()
+        made = _sparse(model)
+        Message.may_lack_fields()
+        model.may_lack_fields()
     return made
+
+
+# Reentrant: a signal handler may begin a stream.
+_building = threading.RLock()
+
+
+def _schema(model: type[Any]) -> cs.CoreSchema:
+    schema: cs.CoreSchema = model.__pydantic_core_schema__
+    return schema
+
+
+def _sparse(model: type[Sparse]) -> Validators[Any]:
+    """Make validators whose chunks have only the fields that came, where they are what a line of a token has."""
+    while True:
+        # For a class that is complete, pydantic does not follow the schema that it is given, but takes the validator
+        # that the class has. It asks for that only when it builds one, so nobody else notices: who builds one in this
+        # moment has the same, only not shared. Who completes a class in this moment is noticed by us.
+        complete = [cls for cls in (Message, model) if cls.__pydantic_complete__]
+        try:
+            for cls in complete:
+                cls.__pydantic_complete__ = False
+            made: Validators[Any] = Validators(cs.union_schema([_token(model), _schema(model)], mode="left_to_right"))
+            if not (Message.__pydantic_complete__ or model.__pydantic_complete__):
+                return made
+        finally:
+            for cls in complete:
+                cls.__pydantic_complete__ = True
 
 
 def _token(model: type[Sparse]) -> cs.CoreSchema:
@@ -136,25 +162,6 @@ def _just(cls: type[Sparse], /, **fields: cs.CoreSchema) -> cs.CoreSchema:
     return cs.model_schema(
         cls, cs.model_fields_schema(fits, extra_behavior="allow", extras_schema=cs.is_instance_schema(cls))
     )
-
-
-_building = threading.Lock()
-
-
-@contextmanager
-def _from_schema(*classes: type[Sparse]) -> Generator[None]:
-    """Have pydantic follow the schemas that it is given for some classes."""
-    # For a class that is complete it takes the validator that the class has. It asks for that only when it builds one,
-    # so nobody else notices, unless they build one in this moment: theirs is the same, only not shared.
-    with _building:
-        complete = [cls for cls in classes if cls.__pydantic_complete__]
-        try:
-            for cls in complete:
-                cls.__pydantic_complete__ = False
-            yield
-        finally:
-            for cls in complete:
-                cls.__pydantic_complete__ = True
 
 
 class ChatMerge(_Lists):

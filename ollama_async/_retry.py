@@ -42,6 +42,11 @@ class Attempts:
         """Whether there is one left."""
         return self._failures < self.allowed
 
+    @property
+    def spent(self) -> bool:
+        """Whether there will not be one left any more, whatever happens."""
+        return not self.left and not self._resume
+
     def got_on(self) -> None:
         """The operation has got on: what failed before is forgotten."""
         self._failures = 0

@@ -88,7 +88,11 @@ class Model(BaseModel):
         object.__setattr__(self, "_origin", origin)
 
     def _answer_origin(self) -> Origin | None:
-        origin: Origin | None = getattr(self, "_origin", None)
+        # Past __getattr__, by which pydantic answers for what is not set: the merged answer is asked at every chunk.
+        try:
+            origin: Origin = object.__getattribute__(self, "_origin")
+        except AttributeError:
+            return None
         return origin
 
     # A copy, by model_copy() as well, and what comes out of a pickle, come from where the original does.
@@ -137,6 +141,10 @@ _slot: Any = BaseModel.__dict__["__dict__"]
 _write_down: Callable[[BaseModel, dict[str, Any]], None] = _slot.__set__
 
 
+# In what is written down of an instance before it is complete, no field's name.
+_COMPLETE = "\0"
+
+
 class Sparse(Model):
     """Base of what a token is made of: an instance may have been made with only the fields that came.
 
@@ -171,8 +179,9 @@ class Sparse(Model):
             absent = _absent.get(type(self))
             if absent is None or absent.last in fields:
                 return fields
-            complete = {**absent.in_order, **fields}
-            # A new dict at once, not name by name: another thread may be looking.
+            # A new dict at once, not name by name: another thread may be looking. Of several that look, or a signal
+            # handler that interrupts one, the first decides which it is: else what one of them sets would be lost.
+            complete: dict[str, Any] = fields.setdefault(_COMPLETE, {**absent.in_order, **fields})
             _write_down(self, complete)
             return complete
 
@@ -180,9 +189,14 @@ class Sparse(Model):
 
         def __getattr__(self, name: str) -> Any:
             absent = _absent.get(type(self))
-            if absent is not None and name in absent.defaults:
+            if absent is not None and name in absent.defaults and absent.last not in self.fields_that_came:
                 return absent.defaults[name]
             return super().__getattr__(name)
+
+        def __delattr__(self, name: str) -> None:
+            # What is not written down cannot be deleted.
+            vars(self)
+            super().__delattr__(name)
 
 
 class _Absent(NamedTuple):

@@ -376,6 +376,18 @@ async def test_a_pull_that_gets_on_may_break_off_any_number_of_times(fake_ollama
 
 
 @pytest.mark.usefixtures("quick")
+async def test_the_last_attempt_of_a_pull_that_gets_on_is_not_the_last(
+    fake_ollama: FakeOllama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_retry, "_LONGEST_DELAY", 0.001)
+    stuck = [Reply([START, layer(5), Cut()])] * 8
+    fake_ollama.script("/api/pull", *stuck, Reply([START, layer(50), Cut()]), Reply([START, layer(100), SUCCESS]))
+    async with AsyncClient(fake_ollama.url) as client:
+        assert (await client.pull("m", resume=True)).done
+    assert len(fake_ollama.requests) == 10
+
+
+@pytest.mark.usefixtures("quick")
 async def test_a_pull_that_does_not_get_on_is_given_up(
     fake_ollama: FakeOllama, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from ollama_async import ChatResponse, GenerateResponse, Message
+from ollama_async import ChatResponse, GenerateResponse, Message, _merge, _types
 from ollama_async._merge import validators
 
 CHAT = {"model": "m", "created_at": "2026", "message": {"role": "assistant", "content": "a"}, "done": False}
@@ -166,6 +166,18 @@ def test_any_line(model: type[Any], usual: dict[str, Any], frame: dict[str, Any]
     assert chunk == whole
 
 
+@each_sparse
+def test_what_is_deleted_is_gone(model: type[Any], frame: dict[str, Any]) -> None:
+    chunk, whole = made(model, frame)
+    for deleted in ("done_reason", "done"):
+        delattr(chunk, deleted)
+        delattr(whole, deleted)
+        assert not hasattr(chunk, deleted)
+        assert chunk.model_dump_json() == whole.model_dump_json()
+    with pytest.raises(AttributeError):
+        del chunk.done
+
+
 class Mine(ChatResponse):
     """A class of somebody's own, with a field that has another default."""
 
@@ -214,6 +226,40 @@ def test_threads_that_look_at_once_all_see_all() -> None:
     finally:
         sys.setswitchinterval(interval)
     assert seen == [{wanted}] * 4
+
+
+def test_what_one_sets_is_not_lost_when_another_one_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk, _ = made(ChatResponse, CHAT)
+    write_down = _types._write_down
+
+    def interrupted(looked_at: Any, fields: dict[str, Any]) -> None:
+        # A thread, or a signal handler, that comes right between two steps of a look.
+        monkeypatch.setattr(_types, "_write_down", write_down)
+        chunk.eval_count = 5
+        write_down(looked_at, fields)
+
+    monkeypatch.setattr(_types, "_write_down", interrupted)
+    assert chunk.model_dump()["eval_count"] == 5
+    assert chunk.eval_count == 5
+    assert list(vars(chunk)) == list(ChatResponse.model_fields)
+
+
+def test_a_class_that_somebody_builds_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    describe = _merge._token
+    meanwhile = [lambda: ChatResponse.model_rebuild(force=True), lambda: Message.model_rebuild(force=True)]
+
+    def interrupted(model: type[Any]) -> Any:
+        if meanwhile:
+            meanwhile.pop()()
+        return describe(model)
+
+    monkeypatch.setattr(_merge, "_token", interrupted)
+    chunk = _merge._sparse(ChatResponse).one(json.dumps(CHAT).encode())
+    assert not meanwhile
+    assert len(chunk.fields_that_came) == 4
+    assert len(chunk.message.fields_that_came) == 3
+    assert ChatResponse.__pydantic_complete__
+    assert Message.__pydantic_complete__
 
 
 @pytest.mark.parametrize(
