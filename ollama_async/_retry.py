@@ -37,6 +37,11 @@ class Attempts:
         self._resume = resume
         self._failures = 0
 
+    @classmethod
+    def of(cls, retries: int, *, resume: bool) -> Attempts:
+        """As ``Attempts()``; where there can be none, all calls share them."""
+        return cls(retries, resume=resume) if retries or resume else _NONE
+
     @property
     def left(self) -> bool:
         """Whether there is one left."""
@@ -81,6 +86,9 @@ class Attempts:
         if isinstance(error, ConnectionBroken):
             return self._resume or not answered
         return isinstance(error, ConnectError) and not _refused_by_proxy(error)
+
+
+_NONE = Attempts(0)
 
 
 def _refused_by_proxy(error: ConnectError) -> bool:

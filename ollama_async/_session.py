@@ -232,7 +232,7 @@ class Session:
             raise StreamClosed("the client is closed")
         timeouts = Timeouts.of(call["timeout"]) if "timeout" in call else self._timeouts
         retries = call.get("retries")
-        attempts = Attempts(self._retries if retries is None else retries, resume=resume)
+        attempts = Attempts.of(self._retries if retries is None else retries, resume=resume)
         exchange = Exchange(
             self._client, request, transport=self._direct, streaming=streaming, timeouts=timeouts, attempts=attempts
         )
