@@ -1,5 +1,6 @@
 """An asyncio-native streaming SDK for Ollama: every call can be aborted, and the socket is gone when it is."""
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -162,45 +163,26 @@ if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
         # Imported when something is first asked for: who imports this for its types, as a plugin (of pytest), or on the
-        # way to something else does not pay for it. By plain statements, which those that pack programs can follow.
+        # way to something else does not pay for it. By statements, which those that pack programs can follow.
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from . import (
-            _cancel,
-            _client,
-            _errors,
-            _input,
-            _options,
-            _progress,
-            _stream,
-            _timeouts,
-            _tools,
-            _transport,
-            _types,
-        )
+        from . import _client  # noqa: F401  (and with it all the others)
 
-        modules = [
-            _cancel,
-            _client,
-            _errors,
-            _input,
-            _options,
-            _progress,
-            _stream,
-            _timeouts,
-            _tools,
-            _transport,
-            _types,
-        ]
-        if not any(name in module.__all__ for module in modules):
+        _publish("cancel", "client", "errors", "input", "options", "progress")
+        _publish("stream", "timeouts", "tools", "transport", "types")
+        if name not in globals():
             # What only some endpoints take and give is half of all models, and of the time that it takes to make them.
-            from . import _manage_types, _systemone
+            from . import _manage_types, _systemone  # noqa: F401
 
-            modules = [_manage_types, _systemone]
-        for module in modules:
-            for public in set(module.__all__).intersection(__all__):
-                globals().setdefault(public, getattr(module, public))
+            _publish("manage_types", "systemone")
         return globals()[name]
+
+
+def _publish(*homes: str) -> None:
+    for home in homes:
+        module = sys.modules[f"{__name__}._{home}"]
+        for public in set(module.__all__).intersection(__all__):
+            globals().setdefault(public, getattr(module, public))
 
 
 def __dir__() -> list[str]:

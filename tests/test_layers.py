@@ -119,6 +119,27 @@ def test_what_is_not_asked_for_is_not_imported() -> None:
     ]
 
 
+def test_threads_may_ask_for_the_first_names_at_once() -> None:
+    program = """if True:
+        import sys, threading, ollama_async
+        sys.setswitchinterval(1e-6)
+        names, got, begin = ollama_async.__all__, [], threading.Barrier(8)
+
+        def ask(first):
+            begin.wait(30)
+            got.append([getattr(ollama_async, name) for name in names[first:] + names[:first]])
+
+        threads = [threading.Thread(target=ask, args=(9 * turn,), daemon=True) for turn in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        print([len(each) == len(names) for each in got] == [True] * 8)
+    """
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert output.stdout.strip() == "True"
+
+
 def test_importing_touches_no_optional_package_and_makes_no_client() -> None:
     program = (
         "import sys, ssl; made = []; ssl.SSLContext.__init__ = lambda *a, **k: made.append(a)\n"
