@@ -931,6 +931,30 @@ HOWS = {
 }
 
 
+@contextlib.contextmanager
+def noticed(process: subprocess.Popen[str]) -> Iterator[None]:
+    """See to it that a process notices the Ctrl-C that it has been sent.
+
+    asyncio's own handler has no descriptor that wakes the loop. A signal that comes in the few hundred nanoseconds
+    between Python's last look for signals and the loop's sleep is noticed when something else wakes it, which may be
+    never. A process that is stopped and continued looks again.
+    """
+    done = threading.Event()
+
+    def look_again() -> None:
+        while not done.wait(1.0):
+            process.send_signal(signal.SIGSTOP)
+            process.send_signal(signal.SIGCONT)
+
+    looking = threading.Thread(target=look_again)
+    looking.start()
+    try:
+        yield
+    finally:
+        done.set()
+        looking.join()
+
+
 @ONE_SERVER
 @pytest.mark.parametrize("how", HOWS)
 async def test_s57_ctrl_c_under_asyncio_run(server: FakeOllama, how: str) -> None:
@@ -953,7 +977,8 @@ async def test_s57_ctrl_c_under_asyncio_run(server: FakeOllama, how: str) -> Non
                 assert process.stdout is not None
                 assert process.stdout.readline() == "reading\n"
                 process.send_signal(signal.SIGINT)
-                told = process.stdout.readline()
+                with noticed(process):
+                    told = process.stdout.readline()
                 saw_leave(server)
                 _, errors = process.communicate("go\n", timeout=2 * BOUND)
                 return told, errors, process.returncode
@@ -961,9 +986,8 @@ async def test_s57_ctrl_c_under_asyncio_run(server: FakeOllama, how: str) -> Non
                 bound.cancel()
                 process.kill()
 
-    told, errors, code = await asyncio.to_thread(run)
-    assert told == "interrupted cancelled\n"
-    assert (errors, code) == ("", 0)
+    # All at once: without what it wrote to stderr, nobody knows why it said nothing.
+    assert await asyncio.to_thread(run) == ("interrupted cancelled\n", "", 0)
 
 
 def same_tick(monkeypatch: pytest.MonkeyPatch, event: str) -> Callable[[list[Callable[[], object] | None]], None]:
