@@ -283,6 +283,7 @@ class CancelToken:
             self.raise_if_aborted()
 
     def _decision(self) -> _Decision | None:
+        # As its value, without the call: each registration asks.
         decided: _Decision | None = self._decided.slot.get(0)
         if decided is None and (self._parents or self._deadline is not None):
             decisions = [parent._decision() for parent in self._parents]  # noqa: SLF001

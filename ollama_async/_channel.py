@@ -202,6 +202,7 @@ class Channel:
     @property
     def end(self) -> End | None:
         """How it ended, ``None`` while open."""
+        # As its value, without the call: a stream asks ten times.
         end: End | None = self._end.slot.get(0)
         return end
 

@@ -235,10 +235,10 @@ def _encode_message(message: Any, place: int) -> dict[str, Any]:
         except ValidationError as exc:
             raise RequestError(f"messages[{place}] is no message: {first_error(exc)}") from exc
     # Dumping an image reads its file.
-    encoded: dict[str, Any] = message.model_dump(exclude_none=True, exclude={"images"})
+    sent: dict[str, Any] = message.model_dump(exclude_none=True, exclude={"images"})
     if message.images is not None:
-        encoded["images"] = _encode_images(message.images)
-    return encoded
+        sent["images"] = _encode_images(message.images)
+    return sent
 
 
 def _is_plain(message: Any) -> bool:
@@ -355,5 +355,6 @@ _PARAMETERS: dict[str, str | Callable[[Any], Any]] = {
     "think": _encode_think,
     "top_logprobs": "number",
     "truncate": "flag",
+    "verbose": "flag",
     "width": "number",
 }

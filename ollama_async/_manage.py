@@ -14,6 +14,7 @@ from ._input import (
     checked_stream,
     encode_messages,
     encode_options,
+    encoded,
     model_name,
     sequence,
 )
@@ -201,12 +202,8 @@ class ModelManagement(FileTransfer):
         """
         from ._manage_types import ShowResponse
 
-        body = {
-            "model": model_name(model),
-            "options": encode_options(options),
-            **checked("flag", verbose=verbose),
-            **checked("text", system=system, template=template),
-        }
+        given = encoded(options=options, verbose=verbose, system=system, template=template)
+        body = {"model": model_name(model), **given}
         return await self._request(ShowResponse, "POST", "/api/show", body, call)
 
     async def copy(self, source: str, destination: str, **call: Unpack[CallOptions]) -> StatusResponse:
