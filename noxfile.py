@@ -136,7 +136,7 @@ def dropin(session: nox.Session) -> None:
 
 @nox.session(python=OLDEST)
 def bench(session: nox.Session) -> None:
-    """All benchmarks against all clients, 50 minutes; `-- --quick` is a smaller one of under 3 minutes."""
+    """All benchmarks against all clients, an hour; `-- --quick` is a smaller one of under 3 minutes."""
     session.install(".", *group("bench"))
     session.run("python", "benchmarks/run.py", *session.posargs)
 

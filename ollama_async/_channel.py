@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["HIGH_WATER", "Channel", "End", "Ended", "Link", "settled"]
 
 # Reading from the socket stops when this many bytes wait to be read, and goes on when the reader waits for more, so
-# that a slow reader of a fast server holds a bounded amount. One read of asyncio or uvloop brings up to 256 KiB.
+# that a slow reader of a fast server holds a bounded amount. One read brings no more than that.
 HIGH_WATER = 64 * 1024
 
 Kind = Literal["complete", "error", "aborted", "timeout", "closed", "cancelled"]

@@ -1,4 +1,4 @@
-"""HTTP/1.1 on one connection: an ``asyncio.Protocol`` over httptools, and the socket under it."""
+"""HTTP/1.1 on one connection: an ``asyncio.BufferedProtocol`` over httptools, and the socket under it."""
 
 from __future__ import annotations
 
@@ -259,7 +259,7 @@ class _Answer:
 
     # -- called by the connection --
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: memoryview) -> None:
         """Parse what arrived; raises ``httpx.RemoteProtocolError``."""
         # A head, a trailer or the head of a chunk that has no end is kept by the parser: body resets the count.
         self.fed += len(data)
@@ -290,7 +290,8 @@ class _Answer:
             self.extra = True
             del self.bodies[self.length :]
 
-    def _explain(self, exc: httptools.HttpParserError, data: bytes) -> str:
+    def _explain(self, exc: httptools.HttpParserError, received: memoryview) -> str:
+        data = bytes(received[:8])
         cause = exc.__context__
         if isinstance(cause, _Refused):
             return str(cause)
@@ -313,7 +314,13 @@ _TOO_LARGE = f"the head of the server's answer is over {MAX_HEAD_BYTES:,} bytes"
 
 
 class Home(Protocol):
-    """Where a connection belongs."""
+    """Where a connection belongs.
+
+    Attributes:
+        buffer: Into which the connections of a loop read, one after the other.
+    """
+
+    buffer: memoryview
 
     def put_back(self, connection: Connection) -> None:
         """Its answer has come; it can take another request."""
@@ -322,7 +329,7 @@ class Home(Protocol):
         """It is gone."""
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.BufferedProtocol):
     """One connection, used for one exchange at a time."""
 
     __slots__ = (
@@ -454,8 +461,15 @@ class Connection(asyncio.Protocol):
         """Start."""
         self._transport = cast("asyncio.Transport", transport)
 
-    def data_received(self, data: bytes) -> None:
-        """Parse, and hand over all that came at once, so that the reader is woken once."""
+    # Left to itself, asyncio makes a buffer of 256 KiB for each read. So much memory is, depending on what the program
+    # has done before, got from the kernel and given back every time, which costs more than all the rest.
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Where to read into; what is there has been parsed when the next one asks."""
+        return self._home.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Parse what has been read, and hand over all that came at once, so that the reader is woken once."""
         answer, channel = self._answer, self._channel
         if answer is None or channel is None:
             # Nothing was asked.
@@ -463,7 +477,7 @@ class Connection(asyncio.Protocol):
             return
         channel.now = channel.loop.time()
         try:
-            answer.feed(data)
+            answer.feed(self._home.buffer[:nbytes])
         except httpx.RemoteProtocolError as exc:
             self._broken(exc)
             return

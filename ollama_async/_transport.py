@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from ._cancel import in_loop
-from ._channel import Channel, End, Ended, settled
+from ._channel import HIGH_WATER, Channel, End, Ended, settled
 from ._dial import explain_error, explain_tls_error, open_socket, open_tunnel, start_tls
 from ._errors import RequestError
 from ._http import Connection, GuardedSocket, Origin
@@ -36,6 +36,9 @@ ANSWERED = "ollama_async.answered"
 # at the same moment the client's next request is the one that suffers.
 KEEPALIVE_EXPIRY = 4.0
 
+# As much as may wait to be read before reading stops.
+_READ_BYTES = HIGH_WATER
+
 _CLOSED = "the event loop or the client was closed"
 
 
@@ -49,6 +52,7 @@ class _Pool:
         self._all: set[Connection] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._retired = False
+        self.buffer = memoryview(bytearray(_READ_BYTES))
         # Channels whose connection is in the making.
         self.dialling: dict[Channel, _Dialling] = {}
         self._guard = _close_with_loop(self)

@@ -146,7 +146,7 @@ async def fed(*received: bytes) -> tuple[Any, ...]:
     for block in received:
         # As asyncio: nothing is read from what has been closed.
         if not wire.closed:
-            connection.data_received(block)
+            wire.receive(block)
     kept = wire.kept and not wire.closed
     if not wire.closed:
         connection.eof_received()

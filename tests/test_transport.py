@@ -191,7 +191,7 @@ async def fed(method: str, *pieces: bytes, end: bool) -> tuple[Any, ...]:
     channel = Channel(asyncio.get_running_loop())
     connection.begin(channel, method, b"", more=False)
     for piece in pieces:
-        connection.data_received(piece)
+        wire.receive(piece)
     if end:
         connection.eof_received()
     wire.sock.close()
