@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from ._http import MAX_HEAD_BYTES, Connection, GuardedSocket, HttpProxy, Origin, encode_headers
+from ._http import MAX_HEAD_BYTES, GuardedSocket, HttpProxy, Origin, TlsConnection, encode_headers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -21,6 +21,9 @@ __all__ = ["explain_error", "explain_tls_error", "open_socket", "open_tunnel", "
 
 # RFC 8305, section 5: how long one address may take before the next one is tried beside it.
 _STAGGER = 0.25
+
+# After how long a unix socket is tried again whose server has not taken those before.
+_QUEUE_FULL = 0.01
 
 _STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-9][0-9]{2})(?: ([^\r\n]*))?\r\n")
 
@@ -47,7 +50,7 @@ async def open_socket(
 
 
 async def start_tls(
-    connection: Connection, create: Any, sock: GuardedSocket, context: ssl.SSLContext, name: str
+    connection: TlsConnection, create: Any, sock: GuardedSocket, context: ssl.SSLContext, name: str
 ) -> None:
     """Make a TLS connection in two steps.
 
@@ -62,7 +65,7 @@ async def start_tls(
         raise
     if tls is None or tls.is_closing():
         raise ConnectionResetError("the connection was lost as soon as it was made")
-    connection.connection_made(tls)
+    connection.secured(plain, tls)
 
 
 async def open_tunnel(loop: asyncio.AbstractEventLoop, sock: GuardedSocket, origin: Origin, proxy: HttpProxy) -> None:
@@ -128,12 +131,27 @@ async def _connect_socket(
         if family in (socket.AF_INET, socket.AF_INET6):
             # asyncio sets it only on sockets that name their protocol; without it a second small write waits 40 ms.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        await loop.sock_connect(sock, address)
+        if family == socket.AF_UNIX:
+            await _connect_unix(sock, address)
+        else:
+            await loop.sock_connect(sock, address)
     except BaseException:
         sockets.discard(sock)
         sock.close()
         raise
     return sock
+
+
+async def _connect_unix(sock: GuardedSocket, path: str) -> None:
+    # It is done at once, or the server's queue is full; that, asyncio and uvloop take for "in progress", and then for
+    # connected.
+    while True:
+        try:
+            sock.connect(path)
+        except BlockingIOError:
+            await asyncio.sleep(_QUEUE_FULL)
+        else:
+            return
 
 
 async def _first_connected(

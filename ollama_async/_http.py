@@ -1,4 +1,4 @@
-"""HTTP/1.1 on one connection: an ``asyncio.BufferedProtocol`` over httptools, and the socket under it."""
+"""HTTP/1.1 on one connection: a protocol of asyncio's over httptools, and the socket under it."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ __all__ = [
     "HttpProxy",
     "Origin",
     "PeerClosed",
+    "PlainConnection",
+    "TlsConnection",
     "encode_head",
     "encode_headers",
 ]
@@ -259,7 +261,7 @@ class _Answer:
 
     # -- called by the connection --
 
-    def feed(self, data: memoryview) -> None:
+    def feed(self, data: bytes | memoryview) -> None:
         """Parse what arrived; raises ``httpx.RemoteProtocolError``."""
         # A head, a trailer or the head of a chunk that has no end is kept by the parser: body resets the count.
         self.fed += len(data)
@@ -290,7 +292,7 @@ class _Answer:
             self.extra = True
             del self.bodies[self.length :]
 
-    def _explain(self, exc: httptools.HttpParserError, received: memoryview) -> str:
+    def _explain(self, exc: httptools.HttpParserError, received: bytes | memoryview) -> str:
         data = bytes(received[:8])
         cause = exc.__context__
         if isinstance(cause, _Refused):
@@ -329,8 +331,8 @@ class Home(Protocol):
         """It is gone."""
 
 
-class Connection(asyncio.BufferedProtocol):
-    """One connection, used for one exchange at a time."""
+class Connection(asyncio.BaseProtocol):
+    """One connection, used for one exchange at a time; what it reads is given to ``received()``."""
 
     __slots__ = (
         "_answer",
@@ -339,6 +341,7 @@ class Connection(asyncio.BufferedProtocol):
         "_home",
         "_sending",
         "_severed",
+        "_source",
         "_transport",
         "_writable",
         "idle_since",
@@ -352,6 +355,8 @@ class Connection(asyncio.BufferedProtocol):
         self.sock = sock
         self._home = home
         self._transport: asyncio.Transport | None = None
+        # What is paused.
+        self._source: asyncio.Transport | None = None
         self._channel: Channel | None = None
         self._answer: _Answer | None = None
         self._sending = False
@@ -447,28 +452,21 @@ class Connection(asyncio.BufferedProtocol):
 
     def pause(self) -> None:
         """Read no more for now."""
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.pause_reading()
+        if self._source is not None and not self.gone:
+            self._source.pause_reading()
 
     def resume(self) -> None:
         """Read on."""
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.resume_reading()
+        if self._source is not None and not self.gone:
+            self._source.resume_reading()
 
     # -- called by the event loop --
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start."""
-        self._transport = cast("asyncio.Transport", transport)
+        self._transport = self._source = cast("asyncio.Transport", transport)
 
-    # Left to itself, asyncio makes a buffer of 256 KiB for each read. So much memory is, depending on what the program
-    # has done before, got from the kernel and given back every time, which costs more than all the rest.
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        """Where to read into; what is there has been parsed when the next one asks."""
-        return self._home.buffer
-
-    def buffer_updated(self, nbytes: int) -> None:
+    def received(self, data: bytes | memoryview) -> None:
         """Parse what has been read, and hand over all that came at once, so that the reader is woken once."""
         answer, channel = self._answer, self._channel
         if answer is None or channel is None:
@@ -477,7 +475,7 @@ class Connection(asyncio.BufferedProtocol):
             return
         channel.now = channel.loop.time()
         try:
-            answer.feed(self._home.buffer[:nbytes])
+            answer.feed(data)
         except httpx.RemoteProtocolError as exc:
             self._broken(exc)
             return
@@ -510,7 +508,7 @@ class Connection(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Gone, by whoever's doing."""
         with self.sock.guard:
-            self._transport = None
+            self._transport = self._source = None
         detail = f": {exc}" if exc is not None else ""
         self._broken(httpx.ReadError(f"the connection was lost{detail}"))
         self.resume_writing()
@@ -552,3 +550,41 @@ class Connection(asyncio.BufferedProtocol):
         if self._answer is not None:
             self._answer.parser = None
         self._answer = None
+
+
+class PlainConnection(Connection, asyncio.BufferedProtocol):
+    """A connection without TLS, which reads into the buffer of its loop.
+
+    Left to itself, asyncio makes a buffer of 256 KiB for each read. So much memory is, depending on what the program
+    has done before, got from the kernel and given back every time, which costs more than all the rest.
+    """
+
+    __slots__ = ()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Where to read into; what is there has been parsed when the next one asks."""
+        return self._home.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Take what has been read."""
+        self.received(self._home.buffer[:nbytes])
+
+
+class TlsConnection(Connection, asyncio.Protocol):
+    """A connection with TLS.
+
+    When the server has closed it, the event loops drop what they have not handed over yet: asyncio what is more than
+    one buffer, if it is given buffers; uvloop all of it. So it takes everything that they have decrypted, at once, and
+    what pauses is the connection under it.
+    """
+
+    __slots__ = ()
+
+    def secured(self, plain: asyncio.Transport, tls: asyncio.Transport) -> None:
+        """Start, when TLS has been agreed on over a connection."""
+        self.connection_made(tls)
+        self._source = plain
+
+    def data_received(self, data: bytes) -> None:
+        """Take what has been read."""
+        self.received(data)

@@ -16,12 +16,12 @@ from ._cancel import in_loop
 from ._channel import HIGH_WATER, Channel, End, Ended, settled
 from ._dial import explain_error, explain_tls_error, open_socket, open_tunnel, start_tls
 from ._errors import RequestError
-from ._http import Connection, GuardedSocket, Origin
+from ._http import Connection, GuardedSocket, Origin, PlainConnection, TlsConnection
 from ._proxy import http_proxy
 from ._upload import Outgoing, Upload
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 
 __all__ = ["ANSWERED", "CHANNEL", "DirectTransport"]
 
@@ -278,8 +278,7 @@ class DirectTransport(httpx.AsyncBaseTransport):
         if hasattr(self, "_pools"):
             self._release()
 
-    def _pool(self) -> _Pool:
-        loop = asyncio.get_running_loop()
+    def _pool(self, loop: asyncio.AbstractEventLoop) -> _Pool:
         pool = self._pools.get(loop)
         if pool is None:
             for old in [old for old in self._pools if old.is_closed()]:
@@ -330,13 +329,17 @@ class DirectTransport(httpx.AsyncBaseTransport):
         sock = await open_socket(loop, proxy.origin if proxy else origin, self._uds, sockets)
         if proxy and context:
             await open_tunnel(loop, sock, origin, proxy)
-        connection = Connection(sock, origin, pool)
         create = loop.create_connection if self._uds is None else loop.create_unix_connection
+        connection: Connection
+        making: Awaitable[Any]
+        if context is None:
+            connection = PlainConnection(sock, origin, pool)
+            making = create(lambda: connection, sock=sock)
+        else:
+            connection = TlsConnection(sock, origin, pool)
+            making = start_tls(connection, create, sock, context, origin.host)
         try:
-            if context is None:
-                await create(lambda: connection, sock=sock)
-            else:
-                await start_tls(connection, create, sock, context, origin.host)
+            await making
         except BaseException:
             connection.close()
             raise
@@ -356,6 +359,25 @@ class DirectTransport(httpx.AsyncBaseTransport):
 
     # -- sending --
 
+    def send_at_once(self, channel: Channel, outgoing: Outgoing) -> bool:
+        """Send a request whose body is bytes, if there is a connection to its server already.
+
+        Args:
+            channel: Where the answer goes.
+            outgoing: The request.
+
+        Returns:
+            Whether it has been sent; else use ``send()``.
+
+        Raises:
+            httpx.TransportError: The connection was lost in this moment.
+        """
+        connection = None if outgoing.blocks else self._pool(channel.loop).take(outgoing.origin)
+        if connection is None:
+            return False
+        _begin(connection, channel, outgoing)
+        return True
+
     async def send(self, channel: Channel, outgoing: Outgoing, connect_timeout: float | None) -> None:
         """Send a request over a connection, on which the channel then hangs.
 
@@ -371,17 +393,21 @@ class DirectTransport(httpx.AsyncBaseTransport):
         Cancellation: the connection is closed at once; so is it when the channel is torn down after an error.
         """
         channel.check()
-        pool, origin = self._pool(), outgoing.origin
+        pool, origin = self._pool(channel.loop), outgoing.origin
         connection = pool.take(origin) or await self._new_connection(pool, channel, origin, connect_timeout)
-        channel.touched = channel.sent = channel.loop.time()
+        _begin(connection, channel, outgoing)
         blocks = outgoing.blocks
-        connection.begin(channel, outgoing.method, outgoing.data, more=blocks is not None)
         if blocks is None:
             return
         channel.sent = 0.0
         upload = Upload(channel, connection, blocks, outgoing.length)
         channel.attach(upload)
         await upload.finished(channel)
+
+
+def _begin(connection: Connection, channel: Channel, outgoing: Outgoing) -> None:
+    channel.touched = channel.sent = channel.loop.time()
+    connection.begin(channel, outgoing.method, outgoing.data, more=outgoing.blocks is not None)
 
 
 def _as_httpx(end: End) -> BaseException:

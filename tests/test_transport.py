@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import socket
+import ssl
 import struct
 import time
 import warnings
@@ -758,30 +759,35 @@ def kernel_buffers() -> int:
     return sum(int(Path(f"/proc/sys/net/ipv4/tcp_{end}mem").read_text().split()[2]) for end in "rw")
 
 
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])
 async def test_a_slow_reader_of_a_fast_server_holds_little_and_loses_nothing(
-    fake_ollama: FakeOllama, http: httpx.AsyncClient
+    server_tls: ssl.SSLContext, client_tls: ssl.SSLContext, secure: bool
 ) -> None:
     def block(number: int) -> bytes:
         return b"%08d" % number * 128
 
-    fake_ollama.script(URL, Reply([Endless(block)]))
-    channel = Channel(asyncio.get_running_loop())
-    record = None
-    async with http.stream("GET", URL, extensions={CHANNEL: channel}) as answer:
-        (record,) = fake_ollama.connections
-        blocks = answer.aiter_raw()
-        got = bytearray(await anext(blocks))
-        for _ in range(3):
-            sent = await steady(lambda: record.bytes_sent)
-            assert sent - len(got) < kernel_buffers() + 1024 * 1024
-            assert channel.paused
-            assert channel._size <= HIGH_WATER + 256 * 1024
-            goal = len(got) + 8 * 1024 * 1024
-            while len(got) < goal:
-                got += await anext(blocks)
+    with FakeOllama(ssl=server_tls if secure else None) as server:
+        server.script(URL, Reply([Endless(block)]))
+        channel = Channel(asyncio.get_running_loop())
+        async with (
+            client_of(server, verify=client_tls) as http,
+            http.stream("GET", URL, extensions={CHANNEL: channel}) as answer,
+        ):
+            (record,) = server.connections
+            blocks = answer.aiter_raw()
+            got = bytearray(await anext(blocks))
+            for _ in range(3):
+                sent = await steady(lambda: record.bytes_sent)
+                assert sent - len(got) < kernel_buffers() + 1024 * 1024
+                assert channel.paused
+                # What one read brings comes on top of it.
+                assert channel._size <= HIGH_WATER + (256 * 1024 if secure else HIGH_WATER)
+                goal = len(got) + 8 * 1024 * 1024
+                while len(got) < goal:
+                    got += await anext(blocks)
+        assert await blocking(record.wait_left, BOUND)
     expected = b"".join(block(number) for number in range(len(got) // 1024 + 1))
     assert got == expected[: len(got)]
-    assert record.wait_left(BOUND)
 
 
 # -- httpx's timeouts --
@@ -1073,6 +1079,61 @@ async def test_a_connection_in_the_making_in_a_loop_that_was_closed(fake_ollama:
         silent.settimeout(BOUND)
         assert in_thread(run)
     gc.collect()
+
+
+@pytest.mark.parametrize("size", [150_000, 600_000])
+@pytest.mark.parametrize("framing", ["length", "chunks", "close"])
+async def test_nothing_that_came_over_tls_is_lost_when_the_server_has_closed(
+    server_tls: ssl.SSLContext, client_tls: ssl.SSLContext, framing: str, size: int
+) -> None:
+    """Neither by asyncio, which hands over one buffer of it, nor by uvloop, which hands over nothing while paused."""
+    body = bytes(index % 251 for index in range(size))
+    heads = {
+        "length": (b"Content-Length: %d\r\n\r\n" % size, b""),
+        "chunks": (b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % size, b"\r\n0\r\n\r\n"),
+        "close": (b"\r\n", b""),
+    }
+    head, end = heads[framing]
+    with FakeOllama(ssl=server_tls) as secure:
+        secure.script(URL, Reply([Raw(body), Raw(end)], raw=OK + b"Connection: close\r\n" + head))
+        got: list[bytes] = []
+        async with client_of(secure, verify=client_tls) as http:
+            answer: httpx.Response
+            async with http.stream("GET", URL, headers={"Connection": "close"}) as answer:
+                async for block in answer.aiter_raw():
+                    got.append(block)
+                    # Time enough to notice the end while reading is paused.
+                    await asyncio.sleep(0.01)
+    assert b"".join(got) == body
+
+
+async def test_a_unix_socket_whose_queue_is_full_is_waited_for(tmp_path: Path) -> None:
+    path = str(tmp_path / "full")
+    before: list[socket.socket] = []
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+        server.listen(0)
+        server.settimeout(BOUND)
+        while len(before) < 100:
+            before.append(socket.socket(socket.AF_UNIX))
+            before[-1].setblocking(False)
+            try:
+                before[-1].connect(path)
+            except BlockingIOError:
+                break
+        async with httpx.AsyncClient(transport=DirectTransport(uds=path), timeout=BOUND) as http:
+            task = asyncio.create_task(http.get("http://x/"))
+            await ticks(20)
+            assert not task.done()
+            for sock in before[:-1]:
+                server.accept()[0].close()
+                sock.close()
+            before[-1].close()
+            peer, _ = await blocking(server.accept)
+            with peer:
+                assert await blocking(peer.recv, 65536)
+                peer.sendall(HELLO)
+                assert (await task).content == b"hello"
 
 
 async def test_pause_is_no_end(fake_ollama: FakeOllama, http: httpx.AsyncClient) -> None:

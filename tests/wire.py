@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-from ollama_async._http import Connection, GuardedSocket, Origin
+from ollama_async._http import Connection, GuardedSocket, Origin, PlainConnection
 
 
 class Wire:
@@ -20,7 +20,7 @@ class Wire:
         self.closed = self.paused = self.kept = False
         self.buffer = memoryview(bytearray(65536))
         self.sock = GuardedSocket(socket.AF_INET)
-        self.connection = Connection(self.sock, Origin("http", "h", 80), self)
+        self.connection = PlainConnection(self.sock, Origin("http", "h", 80), self)
         self.connection.connection_made(self)  # type: ignore[arg-type]
 
     def receive(self, data: bytes) -> None:

@@ -128,14 +128,14 @@ class Machine(RuleBasedStateMachine):
         self.received = self.sent = 0
         # Why the token was aborted before the stream was started.
         self.early: Reason | None = None
-        self.buffer_updated = Connection.buffer_updated
+        self.take = Connection.received
         machine = self
 
-        def counting(connection: Connection, nbytes: int) -> None:
-            machine.received += nbytes
-            machine.buffer_updated(connection, nbytes)
+        def counting(connection: Connection, data: bytes | memoryview) -> None:
+            machine.received += len(data)
+            machine.take(connection, data)
 
-        Connection.buffer_updated = counting  # type: ignore[method-assign]
+        Connection.received = counting  # type: ignore[method-assign]
 
     # -- how the machine moves the world --
 
@@ -532,7 +532,7 @@ class Machine(RuleBasedStateMachine):
             if hasattr(self, "stream"):
                 self.leave_nothing()
         finally:
-            Connection.buffer_updated = self.buffer_updated  # type: ignore[method-assign]
+            Connection.received = self.take  # type: ignore[method-assign]
             if self.peer is not None:
                 self.peer.close()
             self.listener.close()

@@ -765,7 +765,7 @@ async def test_s54_wait_for_on_one_chunk_closes_the_stream_and_loses_nothing(
 async def test_s54_a_chunk_that_comes_with_the_cancellation_is_kept(
     server: FakeOllama, client: AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    happen = same_tick(monkeypatch, "buffer_updated")
+    happen = same_tick(monkeypatch, "received")
     gate = Gate()
     server.script("/api/chat", Reply([line("one "), gate, line("two "), Stall()]))
     stream = client.chat("fake", "hi", stream=True)
@@ -1030,7 +1030,7 @@ async def test_s58_cancel_abort_and_the_natural_end_in_the_same_tick(
     order: str,
     streaming: bool,
 ) -> None:
-    happen = same_tick(monkeypatch, "buffer_updated")
+    happen = same_tick(monkeypatch, "received")
     gate = Gate()
     seen: list[ChatResponse] = []
     if streaming:
