@@ -21,7 +21,7 @@ import json
 import re
 import time
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\nTransfer-Encoding: chunked\r\n\r\n"
 LAST_CHUNK = b"0\r\n\r\n"
@@ -48,6 +48,39 @@ def token(style: str, *, last: bool = False) -> bytes:
     choice = {"index": 0, "delta": delta, "finish_reason": "stop" if last else None}
     body = {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "bench", "choices": [choice]}
     return chunk(b"data: " + json.dumps(body).encode() + b"\n\n" + (b"data: [DONE]\n\n" if last else b""))
+
+
+class Request(NamedTuple):
+    """What a client wants: where, in which style, and what the name of its model says."""
+
+    path: bytes
+    style: str
+    kind: str
+    numbers: tuple[int, ...]
+
+
+@lru_cache
+def parsed(received: bytes) -> Request | None:
+    """Read a request, ``None`` while it is not whole; a client that sends the same again does not wait for that."""
+    head, found, body = received.partition(b"\r\n\r\n")
+    length = LENGTH.search(head)
+    if not found or (length and len(body) < int(length[1])):
+        return None
+    path = head.split(b" ", 2)[1]
+    model = MODEL.search(body)
+    kind, *numbers = (model[1].decode() if model else "short").split("-")
+    return Request(path, "openai" if path.startswith(b"/v1/") else "ollama", kind, tuple(map(int, numbers)))
+
+
+@lru_cache
+def head(style: str) -> bytes:
+    return HEAD % (b"application/x-ndjson" if style == "ollama" else b"text/event-stream")
+
+
+@lru_cache
+def few(style: str, tokens: int) -> bytes:
+    """An answer that is written at once."""
+    return head(style) + token(style) * tokens + token(style, last=True) + LAST_CHUNK
 
 
 class Pacer:
@@ -107,36 +140,32 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.received += data
-        head, found, body = self.received.partition(b"\r\n\r\n")
-        if not found:
-            return
-        length = LENGTH.search(head)
-        if length and len(body) < int(length[1]):
-            return
-        self.received = b""
-        self.answer(head.split(b" ", 2)[1], body)
+        request = parsed(self.received)
+        if request is not None:
+            self.received = b""
+            self.answer(*request)
 
-    def answer(self, path: bytes, body: bytes) -> None:
+    def answer(self, path: bytes, style: str, kind: str, numbers: tuple[int, ...]) -> None:
         if path in {b"/left", b"/pace"}:
             self.send_json(self.server.left if path == b"/left" else self.server.slowest)
             self.server.left, self.server.slowest = [], 0.0
             return
-        self.style = "openai" if path.startswith(b"/v1/") else "ollama"
-        model = MODEL.search(body)
-        kind, *numbers = (model[1].decode() if model else "short").split("-")
+        self.style = style
         if kind == "short":
-            self.send_json(SHORT[self.style])
+            self.send_json(SHORT[style])
+            return
+        if kind == "burst" and numbers[0] <= BLOCK:
+            self.transport.write(few(style, numbers[0]))
             return
         self.streaming, self.begun = True, time.monotonic()
         if kind == "mute":
             return
-        mime = b"application/x-ndjson" if self.style == "ollama" else b"text/event-stream"
-        self.transport.write(HEAD % mime + (token(self.style) if kind == "silent" else b""))
+        self.transport.write(head(style) + (token(style) if kind == "silent" else b""))
         if kind == "paced":
-            self.tokens_left = int(numbers[0])
-            self.server.pacer(int(numbers[1])).add(self)
+            self.tokens_left = numbers[0]
+            self.server.pacer(numbers[1]).add(self)
         elif kind != "silent":
-            self.tokens_left = int(numbers[0]) if kind == "burst" else -1
+            self.tokens_left = numbers[0] if kind == "burst" else -1
             self.fill()
 
     def fill(self) -> None:

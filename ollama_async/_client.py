@@ -211,8 +211,8 @@ class AsyncClient(ModelManagement):
                 truncate=truncate,
                 shift=shift,
                 top_logprobs=top_logprobs,
+                debug_render_only=debug_render_only,
             ),
-            **_render_only(debug_render_only),
         }
         form = format_model(format)
         if stream:
@@ -343,8 +343,8 @@ class AsyncClient(ModelManagement):
                 width=width,
                 height=height,
                 steps=steps,
+                debug_render_only=debug_render_only,
             ),
-            **_render_only(debug_render_only),
         }
         form = format_model(format)
         if stream:
@@ -483,10 +483,6 @@ class AsyncClient(ModelManagement):
         # Of a choice without a description the null says that its name describes it.
         body = request.model_dump(exclude_none=True)
         return await self._request(SystemOneResponse, "POST", "/v1/systemone", body, call)
-
-
-def _render_only(flag: bool | None) -> dict[str, Any]:
-    return {f"_{name}": value for name, value in encoded(debug_render_only=flag).items()}
 
 
 def _only_for_streams(until: object) -> None:

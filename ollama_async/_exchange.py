@@ -110,7 +110,7 @@ class Exchange(Channel):
         if self._watched is not None:
             self._watched.append((token, kind))
         self._registrations.append(token.on_abort(_Watch(self, kind)))
-        if self.end is not None:
+        if self._end.slot:
             self._unwatch()
 
     async def open(self) -> None:
@@ -122,10 +122,14 @@ class Exchange(Channel):
         Cancellation: the socket is closed at once.
         """
         self.check()
-        self._arm()
         if self._due_at:
+            self._arm()
             await self._wait_until_due()
         try:
+            at_once = self._send_at_once()
+            if not self._due_at:
+                # After that, since the server is at work meanwhile.
+                self._arm()
             if self._transport is None:
                 errand = _Errand(self, self._client, self._httpx_request())
                 self.attach(errand)
@@ -134,7 +138,8 @@ class Exchange(Channel):
             elif self._request.outgoing is None:
                 await self._send_by_httpx()
             else:
-                await self._transport.send(self, self._request.outgoing, self._timeouts.connect)
+                if not at_once:
+                    await self._transport.send(self, self._request.outgoing, self._timeouts.connect)
                 await self.wait_for_head()
                 if self._concerns_httpx():
                     await self._send_by_httpx(answered=True)
@@ -148,6 +153,10 @@ class Exchange(Channel):
         finally:
             # It holds this exchange, which holds it.
             self._request.forget(for_good=self._attempts.spent)
+
+    def _send_at_once(self) -> bool:
+        outgoing = self._request.outgoing
+        return outgoing is not None and self._transport is not None and self._transport.send_at_once(self, outgoing)
 
     def _httpx_request(self) -> httpx.Request:
         request = self._request.http

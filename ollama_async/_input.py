@@ -63,8 +63,11 @@ def _to_json(body: Mapping[str, Any]) -> bytes:
 
 
 def _has_images(body: Mapping[str, Any]) -> bool:
-    holders = [holder for holder in (body, *body.get("messages", ())) if "images" in holder]
-    return any(isinstance(image, Image) for holder in holders for image in holder["images"] or ())
+    for holder in (body, *body.get("messages", ())):
+        images = holder.get("images")
+        if images and any(isinstance(image, Image) for image in images):
+            return True
+    return False
 
 
 class JsonBody(httpx.AsyncByteStream):
@@ -118,7 +121,8 @@ def encoded(**given: Any) -> dict[str, Any]:
     for name, value in given.items():
         if value is not None:
             how = _PARAMETERS[name]
-            body[name] = checked(how, **{name: value})[name] if isinstance(how, str) else how(value)
+            sent = checked(how, **{name: value})[name] if isinstance(how, str) else how(value)
+            body[_SENT_AS.get(name, name)] = sent
     return body
 
 
@@ -333,6 +337,8 @@ def _encode_image(image: Any) -> Image:
     except ValidationError as exc:
         raise RequestError(exc.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")) from exc
 
+
+_SENT_AS = {"debug_render_only": "_debug_render_only"}
 
 # By name, how it is encoded, or of what kind it is where it goes as it is.
 _PARAMETERS: dict[str, str | Callable[[Any], Any]] = {
