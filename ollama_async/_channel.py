@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["HIGH_WATER", "Channel", "End", "Ended", "Link", "settled"]
 
 # Reading from the socket stops when this many bytes wait to be read, and goes on when the reader waits for more, so
-# that a slow reader of a fast server holds a bounded amount. One read brings no more than that.
+# that a slow reader of a fast server holds a bounded amount. One read brings up to as much on top of it, over TLS up to
+# 256 KiB.
 HIGH_WATER = 64 * 1024
 
 Kind = Literal["complete", "error", "aborted", "timeout", "closed", "cancelled"]

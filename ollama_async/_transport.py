@@ -36,9 +36,6 @@ ANSWERED = "ollama_async.answered"
 # at the same moment the client's next request is the one that suffers.
 KEEPALIVE_EXPIRY = 4.0
 
-# As much as may wait to be read before reading stops.
-_READ_BYTES = HIGH_WATER
-
 _CLOSED = "the event loop or the client was closed"
 
 
@@ -52,7 +49,8 @@ class _Pool:
         self._all: set[Connection] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._retired = False
-        self.buffer = memoryview(bytearray(_READ_BYTES))
+        # As much as may wait to be read before reading stops.
+        self.buffer = memoryview(bytearray(HIGH_WATER))
         # Channels whose connection is in the making.
         self.dialling: dict[Channel, _Dialling] = {}
         self._guard = _close_with_loop(self)
