@@ -27,7 +27,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Generator, Sequence
     from typing import Self, SupportsIndex
 
-__all__ = ["CancelToken", "EmptyContext", "LiveObject", "Once", "Registration", "Watch", "in_loop", "raise_in_loop"]
+__all__ = [
+    "CancelToken",
+    "EmptyContext",
+    "LiveObject",
+    "Once",
+    "Registration",
+    "Watch",
+    "in_loop",
+    "raise_in_loop",
+    "resolve",
+]
 
 # Thirty years: what is later is never.
 _ENDLESS = 1e9
@@ -318,7 +328,7 @@ class CancelToken(LiveObject):
         """
         loop = asyncio.get_running_loop()
         woken: asyncio.Future[None] = loop.create_future()
-        waker = _Waker(self, loop, _resolve, woken)
+        waker = _Waker(self, loop, resolve, woken)
         try:
             waker.arm()
             await woken
@@ -474,9 +484,14 @@ def _was_called(exc: BaseException) -> bool:
     return True
 
 
-def _resolve(future: asyncio.Future[None]) -> None:
+def resolve(future: asyncio.Future[None]) -> None:
+    """Wake whoever waits for a future, unless something else has."""
     if not future.done():
-        future.set_result(None)
+        try:
+            future.set_result(None)
+        except asyncio.InvalidStateError:
+            # A signal handler has cancelled the waiting task in between, as that of asyncio.run() does at Ctrl-C.
+            return
 
 
 class _Timer:

@@ -365,7 +365,7 @@ class Exchange(Channel):
             self.tidied = self.ended_early is None
 
     def _on_decided(self) -> None:
-        self.ended_at = self.loop.time()
+        self.ended_at = self.ended_at or self.loop.time()
         # In whatever thread this is: a token that outlives many calls must not collect what is left of them.
         self._unwatch()
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 import httptools
 import httpx
 
-from ._cancel import raise_in_loop
+from ._cancel import raise_in_loop, resolve
 from ._channel import Channel, End
 
 if TYPE_CHECKING:
@@ -546,8 +546,8 @@ class Connection(asyncio.BaseProtocol):
     def resume_writing(self) -> None:
         """The peer has caught up, or is gone."""
         self._full = False
-        if self._writable is not None and not self._writable.done():
-            self._writable.set_result(None)
+        if self._writable is not None:
+            resolve(self._writable)
 
     def _finished(self, answer: _Answer, channel: Channel) -> None:
         # An answer that came before the whole request was sent leaves the connection in the middle of that request.

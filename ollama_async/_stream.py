@@ -128,8 +128,8 @@ class Stream(LiveObject, Generic[ChunkT]):
         statement runs.
         """
         # An `async for` awaits each step at once. Whoever calls aiter() may make a task of one, and cancel it.
-        step = self._read_chunk if _called_by_async_for() else self.__anext__
-        return _Loop(self, step)  # pyright: ignore[reportReturnType]  (it takes the slot for a method without self)
+        kind = _Loop if _called_by_async_for() else _Iterator
+        return kind(self)  # pyright: ignore[reportReturnType]  (it takes the slot for a method without self)
 
     # -- chunk = await anext(stream) --
 
@@ -364,19 +364,19 @@ class Stream(LiveObject, Generic[ChunkT]):
 
     async def _ready(self) -> Self:
         if not self._opened:
-            self._become_reader()
+            self._check_reader()
             try:
+                self._reading = True
                 await self._open()
             finally:
                 self._reading = False
         return self
 
-    def _become_reader(self) -> None:
+    def _check_reader(self) -> None:
         if self._reading:
             raise StreamBusy("another task is reading this stream; a stream has one reader at a time")
         if self._exchange is not None and self._exchange.loop is not asyncio.get_running_loop():
             raise StreamBusy("the stream belongs to another event loop")
-        self._reading = True
 
     async def _open(self) -> Exchange:
         exchange = self._exchange
@@ -424,9 +424,10 @@ class Stream(LiveObject, Generic[ChunkT]):
 
     async def _fill(self) -> None:
         """Get lines, or get to the end."""
-        self._become_reader()
-        self._clear()
+        self._check_reader()
         try:
+            self._reading = True
+            self._clear()
             exchange = self._exchange
             if exchange is None or not self._opened:
                 exchange = await self._open()
@@ -671,26 +672,44 @@ class Stream(LiveObject, Generic[ChunkT]):
             raise_in_loop(exchange.loop, exc)
 
 
-class _Loop(Generic[ChunkT]):
-    """What a ``for`` loop holds of a stream. When the loop is left, this is dropped, and that closes the stream."""
+class _Iterator(Generic[ChunkT]):
+    """An iterator over a stream. When it is dropped, that closes the stream."""
 
-    # Its __anext__ is a method of the stream. Python looks it up in the class, where a slot stands for what the object
-    # has; a method that calls the stream's would be one more call for each token.
-    __slots__ = ("__anext__", "_stream")
+    __slots__ = ("_stream",)
 
-    __anext__: Callable[[], Coroutine[Any, Any, ChunkT]]
-
-    def __init__(self, stream: Stream[ChunkT], step: Callable[[], Coroutine[Any, Any, ChunkT]]) -> None:
+    def __init__(self, stream: Stream[ChunkT]) -> None:
         self._stream = stream
-        self.__anext__ = step
 
     def __aiter__(self) -> Self:
         return self
 
+    def __anext__(self) -> Coroutine[Any, Any, ChunkT]:
+        # The step holds this iterator: `anext(aiter(stream))` gets its chunk before the stream is closed.
+        return Guarded(self._stream._read_chunk(), self._reader_cancelled)  # noqa: SLF001
+
+    def _reader_cancelled(self) -> None:
+        self._stream._reader_cancelled()  # noqa: SLF001
+
     def __del__(self) -> None:
+        # None if Ctrl-C came before it was made.
+        stream = getattr(self, "_stream", None)
         # A second reader that was turned away must not take the stream from the first.
-        if not self._stream._reading:  # noqa: SLF001
-            self._stream._dropped()  # noqa: SLF001
+        if stream is not None and not stream._reading:  # noqa: SLF001
+            stream._dropped()  # noqa: SLF001
+
+
+class _Loop(_Iterator[ChunkT]):
+    """What an ``async for`` holds of a stream; it is dropped when the loop is left."""
+
+    # Its __anext__ is a method of the stream. Python looks it up in the class, where a slot stands for what the object
+    # has; a method that calls the stream's would be one more call for each token.
+    __slots__ = ("__anext__",)
+
+    __anext__: Callable[[], Coroutine[Any, Any, ChunkT]]  # type: ignore[assignment]  # pyright: ignore
+
+    def __init__(self, stream: Stream[ChunkT]) -> None:
+        super().__init__(stream)
+        self.__anext__ = stream._read_chunk  # noqa: SLF001
 
 
 _GET_AITER = dis.opmap.get("GET_AITER")

@@ -295,19 +295,27 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
 
     async def _new_connection(self, pool: _Pool, channel: Channel, origin: Origin, timeout: float | None) -> Connection:
         sockets = Sockets()
-        dial = self._dial(pool, origin, sockets, timeout)
-        # The task, and all that it makes, gets a copy of the pool's context in place of the caller's.
-        task = pool.context.run(channel.loop.create_task, dial)
-        task.add_done_callback(lambda _: channel.wake())
-        dialling = pool.dialling[channel] = _Dialling(sockets, task)
-        channel.attach(dialling)
+        task: asyncio.Task[Connection] | None = None
         try:
+            dial = self._dial(pool, origin, sockets, timeout)
+            # The task, and all that it makes, gets a copy of the pool's context in place of the caller's.
+            task = pool.context.run(channel.loop.create_task, dial)
+            task.add_done_callback(lambda _: channel.wake())
+            dialling = pool.dialling[channel] = _Dialling(sockets, task)
+            channel.attach(dialling)
             while not task.done():
                 await channel.pause()
             return task.result()
+        except BaseException:
+            if task is not None and not task.done():
+                # Mostly the channel has told it so already.
+                sockets.sever()
+                cancel_once(task)
+            raise
         finally:
             pool.dialling.pop(channel, None)
-            await settled(task)
+            if task is not None:
+                await settled(task)
 
     async def _dial(self, pool: _Pool, origin: Origin, sockets: Sockets, timeout: float | None) -> Connection:
         via = f" through the proxy {self.proxy.origin}" if self.proxy else ""
