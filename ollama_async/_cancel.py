@@ -138,11 +138,11 @@ class Registration(LiveObject):
                 self._timers = [_Timer(each) for each in tokens if each._expires_later()]
                 for timer in self._timers:
                     timer.start()
+            # An abort that came before all this was in place has not seen it; one that comes now will.
+            decision = token._decision()
         except BaseException:
             self.remove()
             raise
-        # An abort that came before all this was in place has not seen it; one that comes now will.
-        decision = token._decision()
         if decision is not None:
             self._fire(decision.reason)
 

@@ -160,8 +160,8 @@ async def _connect_socket(
     loop: asyncio.AbstractEventLoop, family: int, proto: int, address: Any, sockets: Sockets
 ) -> GuardedSocket:
     sock = GuardedSocket(family, socket.SOCK_STREAM, proto)
-    sockets.add(sock)
     try:
+        sockets.add(sock)
         if family in (socket.AF_INET, socket.AF_INET6):
             # asyncio sets it only on sockets that name their protocol; without it a second small write waits 40 ms.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

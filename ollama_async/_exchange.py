@@ -213,11 +213,15 @@ class Exchange(Channel):
             timeouts=self._timeouts,
             attempts=self._attempts,
         )
-        successor.started = self.started
-        successor._due_at = self.loop.time() + delay
-        for token, kind in self._watched or ():
-            successor.watch(token, kind)
-        return successor
+        try:
+            successor.started = self.started
+            successor._due_at = self.loop.time() + delay
+            for token, kind in self._watched or ():
+                successor.watch(token, kind)
+            return successor  # noqa: TRY300  (Ctrl-C at this line leaves nothing either)
+        except BaseException as exc:
+            successor.teardown(End("cancelled", exc))
+            raise
 
     def got_on(self) -> None:
         """What is being done has got on: earlier failures do not count any more."""
@@ -382,12 +386,12 @@ class Exchange(Channel):
 
     def _tidy_up(self) -> None:
         self._unwatch()
-        in_loop(self.loop, self._release_if_not_tidied)
+        in_loop(self.loop, self._give_back_if_not_tidied)
 
-    def _release_if_not_tidied(self) -> None:
-        # Meanwhile the timer may be another one, which limits a drain.
+    def _give_back_if_not_tidied(self) -> None:
+        # Mostly it is by now: the end was being dealt with in another thread.
         if not self.tidied:
-            self._release()
+            self.give_back()
             self.tidied = True
 
     def _release(self) -> None:

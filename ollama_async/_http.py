@@ -451,6 +451,8 @@ class Connection(asyncio.BaseProtocol):
             self.sock.sever()
         if self._transport is not None:
             self._transport.abort()
+        else:
+            self.sock.close()
 
     # -- as the link of a channel --
 
@@ -500,16 +502,18 @@ class Connection(asyncio.BaseProtocol):
             return
         try:
             channel.now = channel.loop.time()
-            answer.feed(data)
+            try:
+                answer.feed(data)
+            except httpx.RemoteProtocolError as exc:
+                self._broken(exc)
+                return
             if answer.done:
                 self._finished(answer, channel)
             elif not answer.room:
                 answer.room = True
                 self.pause()
-        except httpx.RemoteProtocolError as exc:
-            self._broken(exc)
         except BaseException as exc:
-            self._interrupted(channel, exc)
+            self._interrupted(answer, channel, exc)
 
     def eof_received(self) -> bool:
         """The peer will send nothing more: that ends a body without framing, and breaks any other."""
@@ -518,26 +522,34 @@ class Connection(asyncio.BaseProtocol):
             # severed together before that. (Over TLS, asyncio does not let it wait.)
             return self.origin.scheme == "http"
         answer, channel = self._answer, self._channel
-        if answer is None or channel is None:
-            return False
+        if answer is not None and channel is not None:
+            try:
+                self._ended_by_peer(answer, channel)
+            except BaseException as exc:
+                self._interrupted(answer, channel, exc)
+        return False
+
+    def _ended_by_peer(self, answer: _Answer, channel: Channel) -> None:
         if answer.until_close():
+            answer.done = True
             self._let_go()
             channel.complete()
-        else:
-            where = "in the middle of its answer" if answer.status else "before it answered"
-            # What a TLS server does with a request in the clear.
-            hint = "" if answer.status or self.origin.scheme == "https" else "; if this is a TLS port, use https://"
-            self._broken(PeerClosed(f"the server closed the connection {where}{hint}"))
-        return False
+            return
+        where = "in the middle of its answer" if answer.status else "before it answered"
+        # What a TLS server does with a request in the clear.
+        hint = "" if answer.status or self.origin.scheme == "https" else "; if this is a TLS port, use https://"
+        self._broken(PeerClosed(f"the server closed the connection {where}{hint}"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Gone, by whoever's doing."""
-        with self.sock.guard:
-            self._transport = self._source = None
-        detail = f": {exc}" if exc is not None else ""
-        self._broken(httpx.ReadError(f"the connection was lost{detail}"))
-        self.resume_writing()
-        self._home.lost(self)
+        try:
+            with self.sock.guard:
+                self._transport = self._source = None
+            detail = f": {exc}" if exc is not None else ""
+            self._broken(httpx.ReadError(f"the connection was lost{detail}"))
+            self.resume_writing()
+        finally:
+            self._home.lost(self)
 
     def pause_writing(self) -> None:
         """The peer reads too slowly."""
@@ -559,13 +571,15 @@ class Connection(asyncio.BaseProtocol):
             self.close()
         channel.complete()
 
-    def _interrupted(self, channel: Channel, exc: BaseException) -> None:
+    def _interrupted(self, answer: _Answer, channel: Channel, exc: BaseException) -> None:
         """Close the connection after Ctrl-C or the like: where the parser was in the answer, nobody knows any more."""
         # By itself: uvloop takes what its callbacks raise for an error of the connection.
         raise_in_loop(channel.loop, exc)
-        if not channel.arrived:
+        if answer.done:
+            channel.complete()
+        else:
             channel.fail(httpx.ReadError(f"reading the answer was interrupted by {type(exc).__name__}"))
-        channel.cut()
+            channel.cut()
         self.close()
 
     def _broken(self, error: Exception) -> None:

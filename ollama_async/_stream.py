@@ -350,15 +350,10 @@ class Stream(LiveObject, Generic[ChunkT]):
         return f"<Stream of {self._merge.model.__name__}: {state}, {self._before + self._next} chunks>"
 
     def __del__(self) -> None:
-        if not hasattr(self, "_last_at"):
-            return
-        exchange = self._exchange
-        unclosed = exchange is not None and exchange.end is None and exchange.linked and self._opened
-        shown = repr(self) if unclosed else ""
-        # First of all: the warning may have been turned into an error.
-        self._dropped()
-        if unclosed:
-            warnings.warn(f"unclosed {shown}", ResourceWarning, source=self, stacklevel=1)
+        # Its last attribute is missing if Ctrl-C came before it was made.
+        if hasattr(self, "_last_at") and self._dropped():
+            text = f"unclosed <Stream of {self._merge.model.__name__}: open, {self._before + self._next} chunks>"
+            warnings.warn(text, ResourceWarning, source=self, stacklevel=1)
 
     # -- inside --
 
@@ -550,8 +545,8 @@ class Stream(LiveObject, Generic[ChunkT]):
             # Aborted in there.
             raise self._broken_off()
         if enough:
-            self._settle(exchange, "until")
             exchange.teardown(End("complete"))
+            self._settle(exchange, "until")
 
     def _truncated(self, exchange: Exchange) -> None:
         self._settle(exchange, "truncated")
@@ -657,12 +652,18 @@ class Stream(LiveObject, Generic[ChunkT]):
         if not self._reading:
             self._left("cancelled")
 
-    def _dropped(self) -> None:
-        """Nobody will read on: called from ``__del__``, that is from anywhere."""
+    def _dropped(self) -> bool:
+        """Nobody will read on: called from ``__del__``, that is from anywhere.
+
+        Returns:
+            Whether it was open.
+        """
         exchange = self._exchange
         if exchange is None:
-            return
+            return False
+        unclosed = False
         try:
+            unclosed = self._opened and exchange.end is None and exchange.linked
             self._left()
         except BaseException as exc:
             # The second time for what Ctrl-C kept it from.
@@ -670,6 +671,7 @@ class Stream(LiveObject, Generic[ChunkT]):
             if isinstance(exc, Exception):
                 raise
             raise_in_loop(exchange.loop, exc)
+        return unclosed
 
 
 class _Iterator(Generic[ChunkT]):
@@ -705,7 +707,7 @@ class _Loop(_Iterator[ChunkT]):
     # has; a method that calls the stream's would be one more call for each token.
     __slots__ = ("__anext__",)
 
-    __anext__: Callable[[], Coroutine[Any, Any, ChunkT]]  # type: ignore[assignment]  # pyright: ignore
+    __anext__: Callable[[], Coroutine[Any, Any, ChunkT]]  # type: ignore[assignment]  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def __init__(self, stream: Stream[ChunkT]) -> None:
         super().__init__(stream)

@@ -21,7 +21,7 @@ from ._proxy import http_proxy
 from ._upload import Outgoing, Upload
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+    from collections.abc import AsyncGenerator, AsyncIterator
 
 __all__ = ["ANSWERED", "CHANNEL", "DirectTransport"]
 
@@ -83,8 +83,11 @@ class _Pool:
         idle = self._idle.get(origin, [])
         oldest = self.loop.time() - self._expiry
         while idle:
-            connection = idle.pop()
-            if connection.idle_since >= oldest and connection.usable():
+            connection = idle[-1]
+            usable = connection.idle_since >= oldest and connection.usable()
+            # Not before: Ctrl-C in between would leave it open, in nobody's hands.
+            idle.pop()
+            if usable:
                 return connection
             connection.close()
         return None
@@ -249,8 +252,9 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
         if channel.status:
             channel.restart()
         await self.send(channel, Outgoing.of(request, self.proxy), timeouts.get("connect"))
-        timer = _limit(channel, timeouts.get("read"))
+        timer: asyncio.TimerHandle | None = None
         try:
+            timer = _limit(channel, timeouts.get("read"))
             await channel.wait_for_head()
         finally:
             _stop(timer)
@@ -340,24 +344,25 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
         context = await self._context(loop) if origin.scheme == "https" else None
         proxy = self.proxy
         sock = await open_socket(loop, proxy.origin if proxy else origin, self._uds, sockets)
-        if proxy and context:
-            await open_tunnel(loop, sock, origin, proxy)
-        create = loop.create_connection if self._uds is None else loop.create_unix_connection
-        connection: Connection
-        making: Awaitable[Any]
-        if context is None:
-            connection = PlainConnection(sock, origin, pool)
-            making = create(lambda: connection, sock=sock)
-        else:
-            connection = TlsConnection(sock, origin, pool)
-            making = start_tls(connection, create, sock, context, origin.host)
+        connection: Connection | None = None
         try:
-            await making
+            if proxy and context:
+                await open_tunnel(loop, sock, origin, proxy)
+            create = loop.create_connection if self._uds is None else loop.create_unix_connection
+            if context is None:
+                plain = connection = PlainConnection(sock, origin, pool)
+                await create(lambda: plain, sock=sock)
+            else:
+                connection = TlsConnection(sock, origin, pool)
+                await start_tls(connection, create, sock, context, origin.host)
+            pool.add(connection)
+            return connection  # noqa: TRY300  (Ctrl-C at this line leaves nothing either)
         except BaseException:
-            connection.close()
+            if connection is None:
+                sock.close()
+            else:
+                connection.close()
             raise
-        pool.add(connection)
-        return connection
 
     async def _context(self, loop: asyncio.AbstractEventLoop) -> ssl.SSLContext:
         context = self._ssl_context
@@ -419,8 +424,12 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
 
 
 def _begin(connection: Connection, channel: Channel, outgoing: Outgoing) -> None:
-    channel.touched = channel.sent = channel.loop.time()
-    connection.begin(channel, outgoing.method, outgoing.data, more=outgoing.blocks is not None)
+    try:
+        channel.touched = channel.sent = channel.loop.time()
+        connection.begin(channel, outgoing.method, outgoing.data, more=outgoing.blocks is not None)
+    except BaseException:
+        connection.close()
+        raise
 
 
 def _as_httpx(end: End) -> BaseException:
