@@ -128,8 +128,9 @@ class Stream(LiveObject, Generic[ChunkT]):
         statement runs.
         """
         # An `async for` awaits each step at once. Whoever calls aiter() may make a task of one, and cancel it.
-        kind = _Loop if _called_by_async_for() else _Iterator
-        return kind(self)  # pyright: ignore[reportReturnType]  (it takes the slot for a method without self)
+        if _called_by_async_for():
+            return _Loop(self)  # pyright: ignore[reportReturnType]  (it takes the slot for a method without self)
+        return _Iterator(self)
 
     # -- chunk = await anext(stream) --
 
@@ -707,7 +708,7 @@ class _Loop(_Iterator[ChunkT]):
     # has; a method that calls the stream's would be one more call for each token.
     __slots__ = ("__anext__",)
 
-    __anext__: Callable[[], Coroutine[Any, Any, ChunkT]]  # type: ignore[assignment]  # pyright: ignore[reportIncompatibleMethodOverride]
+    __anext__: Callable[[], Coroutine[Any, Any, ChunkT]]  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def __init__(self, stream: Stream[ChunkT]) -> None:
         super().__init__(stream)
