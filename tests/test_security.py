@@ -425,8 +425,9 @@ async def test_no_file_is_opened_but_the_one_that_was_named(
     named = private.parent / "named.png"
     named.write_bytes(b"picture")
     read: list[Path] = []
-    read_bytes = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: (read.append(path), read_bytes(path))[1])
+    opening = os.open
+    monkeypatch.setattr(os, "open", lambda path, *rest: (read.append(Path(path)), opening(path, *rest))[1])
+    monkeypatch.setattr("builtins.open", None)
     server.script("/api/chat", Reply([ANSWER]))
     async with AsyncClient(server.url) as client:
         await client.chat("m", [{"role": "user", "content": str(private), "images": [str(named)]}])
