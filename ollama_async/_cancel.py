@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import anyio
 
 from ._errors import AbortError, RequestError
+from ._secret import showable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -108,6 +109,7 @@ class Registration:
             self.remove()
 
 
+@showable
 class CancelToken:
     """A handle to give to calls, with which they are aborted.
 
