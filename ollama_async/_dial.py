@@ -60,7 +60,7 @@ async def start_tls(
     """
     if not isinstance(context, ssl.SSLContext):
         sock.close()
-        raise ssl.SSLError("a connection without a TLS context would be in the clear")
+        raise httpx.ConnectError("TLS has no context: without one the connection would be in the clear")
     plain, _ = await create(asyncio.Protocol, sock=sock)
     try:
         tls = await asyncio.get_running_loop().start_tls(plain, connection, context, server_hostname=name)

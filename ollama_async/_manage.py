@@ -69,6 +69,7 @@ class _CreateFromOptions(_CreateOptions, total=False):
 
 
 _CALL = set(CallOptions.__optional_keys__)
+_CREATE_FROM = set(_CreateFromOptions.__optional_keys__)
 
 
 class ModelManagement(FileTransfer):
@@ -401,6 +402,9 @@ class ModelManagement(FileTransfer):
         hide(options)
         model_name(model)
         checked("flag", follow_links=follow_links)
+        if not options.keys() <= _CREATE_FROM:
+            # Else told by create(), when everything has been uploaded.
+            raise TypeError(f"unknown parameter {min(options.keys() - _CREATE_FROM)!r}")
         given: dict[str, Any] = dict(options)
         call = cast("CallOptions", {name: given.pop(name) for name in _CALL & set(given)})
         job = self._job(call, on_progress)

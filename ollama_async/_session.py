@@ -139,12 +139,12 @@ class Session:
         if http_client is None:
             if via.value is None and trust_env and transport is None and uds is None:
                 via = Secret(env_proxy(self._host, even_local=compat))
-            tls = TlsOptions(verify, certificate.value, trust_env)
+            tls = TlsOptions(verify, certificate, trust_env)
             if transport is None and via.value is not None and http_proxy(via.value) is None:
                 transport = ProxyTransport(via.value, tls=tls)
             elif transport is None:
                 transport = DirectTransport(
-                    verify=tls.verify, cert=tls.cert, trust_env=trust_env, uds=uds, proxy=via.value
+                    verify=tls.verify, cert=certificate.value, trust_env=trust_env, uds=uds, proxy=via.value
                 )
                 # Where somebody's code runs within the request, the request needs a task of its own.
                 if not any(map(others.value.get, ("auth", "event_hooks", "mounts"))):

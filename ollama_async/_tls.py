@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import ssl
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from ._errors import RequestError
+
+if TYPE_CHECKING:
+    from ._secret import Secret
 
 __all__ = ["TlsOptions"]
 
@@ -17,26 +21,26 @@ class TlsOptions:
 
     Attributes:
         verify: True, False, a path, or a context. ``None`` was not given, as httpx has it, and so is True.
-        cert: A client certificate, or None.
+        cert: A client certificate, or None, as httpx takes it.
         trust_env: Whether ``SSL_CERT_FILE`` and ``SSL_CERT_DIR`` are followed.
 
     Raises:
         RequestError: One of them is something else. What is merely false must not pass for False.
     """
 
-    def __init__(self, verify: object, cert: object, trust_env: object) -> None:
+    def __init__(self, verify: object, cert: Secret[Any], trust_env: object) -> None:
         verify = True if verify is None else verify
         if not isinstance(verify, bool | ssl.SSLContext) and not (isinstance(verify, str) and verify):
             raise RequestError(
                 f"verify={_shown(verify)}: give True, False, an ssl.SSLContext, or the path of a file of certificates"
             )
-        if cert is not None and not _is_certificate(cert):
-            # Not shown: a password may be in it.
+        if not _is_certificate(cert):
             raise RequestError(
-                f"cert={type(cert).__name__}: give the path of a client certificate, or (certificate, key[, password])"
+                f"cert={type(cert.value).__name__}: give the path of a client certificate, or (certificate, key[, password])"
             )
-        self.verify: Any = verify
-        self.cert: Any = cert
+        self.verify: ssl.SSLContext | str | bool = verify
+        # It may have a password in it.
+        self.cert = cert
         self.trust_env = bool(trust_env)
 
     def context(self) -> ssl.SSLContext:
@@ -45,19 +49,34 @@ class TlsOptions:
         Raises:
             RequestError: They cannot be read.
         """
-        why = ""
         try:
-            made: object = httpx.create_ssl_context(verify=self.verify, cert=self.cert, trust_env=self.trust_env)
+            made = self._verifying()
+            if self.cert.value is not None:
+                made.load_cert_chain(*_parts(self.cert.value))
         except (OSError, ValueError) as exc:
-            made, why = None, str(exc)
-        if not isinstance(made, ssl.SSLContext):
-            raise RequestError(f"the certificates of verify= or cert= cannot be used: {why}")
-        return made
+            flaw = str(exc)
+        else:
+            return made
+        raise RequestError(f"the certificates of verify= or cert= cannot be used: {flaw}")
+
+    def _verifying(self) -> ssl.SSLContext:
+        if isinstance(self.verify, ssl.SSLContext):
+            return self.verify
+        if isinstance(self.verify, bool):
+            return httpx.create_ssl_context(verify=self.verify, trust_env=self.trust_env)
+        # httpx can do this as well, and warns that it will not for ever.
+        if os.path.isdir(self.verify):
+            return ssl.create_default_context(capath=self.verify)
+        return ssl.create_default_context(cafile=self.verify)
 
 
-def _is_certificate(cert: object) -> bool:
-    parts: tuple[object, ...] = cert if isinstance(cert, tuple) else (cert,)
-    return 1 <= len(parts) <= 3 and all(isinstance(part, str) and part for part in parts)
+def _is_certificate(cert: Secret[Any]) -> bool:
+    parts = _parts(cert.value)
+    return cert.value is None or (1 <= len(parts) <= 3 and all(isinstance(part, str) and part for part in parts))
+
+
+def _parts(cert: Any) -> tuple[Any, ...]:
+    return cert if isinstance(cert, tuple) else (cert,)
 
 
 def _shown(value: object) -> str:

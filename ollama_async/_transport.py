@@ -224,7 +224,7 @@ class DirectTransport(httpx.AsyncBaseTransport):
         self.proxy = None if via.value is None else http_proxy(via.value)
         if via.value is not None and (self.proxy is None or uds is not None):
             raise RequestError("proxy= takes a proxy of the scheme http, and does not go with uds=")
-        self._tls = TlsOptions(verify, certificate.value, trust_env)
+        self._tls = TlsOptions(verify, certificate, trust_env)
         self._ssl_context: ssl.SSLContext | None = None
         self._uds = uds
         self._expiry = keepalive_expiry
