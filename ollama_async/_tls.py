@@ -36,7 +36,7 @@ class TlsOptions:
             )
         if not _is_certificate(cert):
             raise RequestError(
-                f"cert={type(cert.value).__name__}: give the path of a client certificate, or (certificate, key[, password])"
+                f"cert={type(cert.value).__name__}: give the path of a certificate, or (certificate, key[, password])"
             )
         self.verify: ssl.SSLContext | str | bool = verify
         # It may have a password in it.
