@@ -99,7 +99,7 @@ class AsyncClient(ModelManagement):
         http_client: An ``httpx.AsyncClient`` to use; it is not closed with this client.
         proxy: URL of a proxy, or an ``httpx.Proxy``. Without it those of the environment are followed, but never for
             this machine.
-        verify: As httpx: True, False, or an ``ssl.SSLContext``.
+        verify: As httpx: True (also for None), False, an ``ssl.SSLContext``, or the path of a file of certificates.
         cert: As httpx: a client certificate.
         uds: Path of a unix socket to connect to.
         trust_env: Whether the environment is looked at (proxies, certificate store, ``OLLAMA_API_KEY``).

@@ -489,18 +489,31 @@ async def test_a_stop_leaves_a_thread_behind_that_hangs_in_the_file_system(
 async def test_an_upload_that_was_answered_early_is_sent_again_when_its_thread_is_back(
     fake_ollama: FakeOllama, gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hang = Hang()
+    reached, go, back = threading.Event(), threading.Event(), threading.Event()
     data = gguf.read_bytes()
     digest = digest_of(data)
     busy = Reply([b"{}"], status=503, headers={"Retry-After": "0"}, read_body=False)
     fake_ollama.script(f"/api/blobs/{digest}", Reply.json({}, 404), busy, Reply.json({}, 201))
-    reads = itertools.count()
-    # Hashing takes four reads, of which the last is empty; the sixth is in the middle of sending.
-    monkeypatch.setattr(RegularFile, "read", hang(RegularFile.read, lambda _: next(reads) == 5))
+    reading, turns = RegularFile.read, itertools.count()
+
+    def read(file: RegularFile) -> bytes:
+        # Hashing takes four reads, of which the last is empty; the sixth is in the middle of the first attempt.
+        turn = next(turns)
+        if turn == 5:
+            reached.set()
+            assert go.wait(BOUND)
+            block = reading(file)
+            back.set()
+            return block
+        if turn == 7:
+            assert back.wait(BOUND)
+        return reading(file)
+
+    monkeypatch.setattr(RegularFile, "read", read)
     async with AsyncClient(fake_ollama.url, retries=1) as client:
         task = asyncio.create_task(client.upload(gguf))
-        assert await asyncio.to_thread(hang.reached.wait, BOUND)
+        assert await asyncio.to_thread(reached.wait, BOUND)
         await until(lambda: len(fake_ollama.requests) == 3, "the second attempt")
-        hang.go_on()
+        go.set()
         assert await asyncio.wait_for(task, BOUND) == digest
     assert fake_ollama.requests[-1].body == data
