@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 
@@ -88,10 +88,10 @@ def guarded(client: Any) -> Any:
 
     The given one stays as it is for whoever else uses it. What is no client of httpx's making is returned itself.
     """
-    kind: Any = type(client)
+    kind = cast("Any", type(client))
     if not hasattr(kind, "_send_single_request"):
         return client
-    view: Any = object.__new__(_guarded_kind(kind))
+    view = cast("Any", object.__new__(_guarded_kind(kind)))
     view.__dict__ = client.__dict__
     return view
 
@@ -99,7 +99,11 @@ def guarded(client: Any) -> Any:
 @lru_cache(16)
 def _guarded_kind(kind: type) -> type:
     # One that closes itself when it is dropped must not do so for this one.
-    return type(kind.__name__, (_Guard, kind), {"__del__": lambda self: None} if hasattr(kind, "__del__") else {})
+    return type(kind.__name__, (_Guard, kind), {"__del__": _nothing} if hasattr(kind, "__del__") else {})
+
+
+def _nothing(_: object) -> None:
+    return
 
 
 def _at_home(home: Origin, there: Origin) -> bool:
@@ -163,7 +167,7 @@ class _Limited:
 
 def limited(stream: Any, limit: int) -> Any:
     """Return a body of httpx or httpx2 that is an error beyond so many bytes."""
-    return _limited_kind(_family(type(stream)))(stream, limit)
+    return _limited_kind(_family(cast("Any", type(stream))))(stream, limit)
 
 
 @cache

@@ -24,10 +24,8 @@ Result = TypeVar("Result")
 # How much of a file is read, and hashed or sent, in one go in a worker thread.
 _BLOCK = 1024 * 1024
 
-# None of these is there on every system. A FIFO that nobody writes to would else be waited for.
-_FLAGS = os.O_RDONLY
-for _name in ("O_NON_BLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"):
-    _FLAGS |= getattr(os, _name, 0)
+# What each system has of these. A FIFO that nobody writes to would else be waited for.
+_FLAGS: int = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"))
 
 
 class RegularFile:

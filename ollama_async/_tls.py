@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import ssl
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 
@@ -76,7 +76,7 @@ def _is_certificate(cert: Secret[Any]) -> bool:
 
 
 def _parts(cert: Any) -> tuple[Any, ...]:
-    return cert if isinstance(cert, tuple) else (cert,)
+    return cast("tuple[Any, ...]", cert) if isinstance(cert, tuple) else (cert,)
 
 
 def _shown(value: object) -> str:

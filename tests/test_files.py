@@ -489,31 +489,35 @@ async def test_a_stop_leaves_a_thread_behind_that_hangs_in_the_file_system(
 async def test_an_upload_that_was_answered_early_is_sent_again_when_its_thread_is_back(
     fake_ollama: FakeOllama, gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reached, go, back = threading.Event(), threading.Event(), threading.Event()
+    reached, go, again = threading.Event(), threading.Event(), threading.Event()
     data = gguf.read_bytes()
     digest = digest_of(data)
-    busy = Reply([b"{}"], status=503, headers={"Retry-After": "0"}, read_body=False)
+    gate = Gate()
+    busy = Reply([b"{}"], status=503, headers={"Retry-After": "0"}, read_body=False, before_head=[gate])
     fake_ollama.script(f"/api/blobs/{digest}", Reply.json({}, 404), busy, Reply.json({}, 201))
-    reading, turns = RegularFile.read, itertools.count()
+    reading, rewinding, turns = RegularFile.read, RegularFile.rewind, itertools.count()
 
     def read(file: RegularFile) -> bytes:
         # Hashing takes four reads, of which the last is empty; the sixth is in the middle of the first attempt.
-        turn = next(turns)
-        if turn == 5:
+        if next(turns) == 5:
             reached.set()
             assert go.wait(BOUND)
-            block = reading(file)
-            back.set()
-            return block
-        if turn == 7:
-            assert back.wait(BOUND)
         return reading(file)
 
+    def rewind(file: RegularFile) -> None:
+        if reached.is_set():
+            again.set()
+        rewinding(file)
+
     monkeypatch.setattr(RegularFile, "read", read)
+    monkeypatch.setattr(RegularFile, "rewind", rewind)
     async with AsyncClient(fake_ollama.url, retries=1) as client:
         task = asyncio.create_task(client.upload(gguf))
         assert await asyncio.to_thread(reached.wait, BOUND)
+        gate.open()
         await until(lambda: len(fake_ollama.requests) == 3, "the second attempt")
+        # Both would read from one position.
+        assert not await asyncio.to_thread(again.wait, 0.3)
         go.set()
         assert await asyncio.wait_for(task, BOUND) == digest
     assert fake_ollama.requests[-1].body == data

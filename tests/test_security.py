@@ -252,13 +252,18 @@ async def asks_for_a_key(request: Any) -> None:
     request.headers["X-Hook"] = SECRET
 
 
+def adds_a_key(request: httpx.Request) -> httpx.Request:
+    request.headers["X-Flow"] = SECRET
+    return request
+
+
 # What of httpx, or of the caller's own code, writes headers, and when it does.
 WRITERS: dict[str, dict[str, Any]] = {
     "cookies=": {"cookies": {"session": SECRET}},
     "auth=": {"auth": ("user", SECRET)},
     "Digest": {"auth": httpx.DigestAuth("user", SECRET)},
     "event hook": {"event_hooks": {"request": [asks_for_a_key]}},
-    "auth flow": {"auth": lambda request: (request.headers.update({"X-Flow": SECRET}), request)[1]},
+    "auth flow": {"auth": adds_a_key},
     "Set-Cookie": {},
 }
 
@@ -668,7 +673,12 @@ async def test_no_file_is_opened_but_the_one_that_was_named(
     named.write_bytes(b"picture")
     read: list[Path] = []
     opening = os.open
-    monkeypatch.setattr(os, "open", lambda path, *rest: (read.append(Path(path)), opening(path, *rest))[1])
+
+    def open_it(path: str, *rest: int) -> int:
+        read.append(Path(path))
+        return opening(path, *rest)
+
+    monkeypatch.setattr(os, "open", open_it)
     monkeypatch.setattr("builtins.open", None)
     server.script("/api/chat", Reply([ANSWER]))
     async with AsyncClient(server.url) as client:
@@ -693,7 +703,8 @@ async def test_a_blob_is_the_file_that_was_named(server: FakeOllama, private: Pa
 
 def in_frames(error: BaseException) -> set[str]:
     """The variables of the library's frames, on an error's way, in which a crash reporter finds a secret."""
-    found, queue = set(), [traceback.TracebackException.from_exception(error, capture_locals=True)]
+    found: set[str] = set()
+    queue = [traceback.TracebackException.from_exception(error, capture_locals=True)]
     while queue:
         told = queue.pop()
         for frame in told.stack:
@@ -773,7 +784,7 @@ async def test_no_frame_of_the_library_has_a_key_in_a_variable(
     leaks: set[str] = set()
     async with AsyncClient(host, headers=dict(MANY_KEYS), trust_env=False, **options[way]) as client:
         for endpoint in endpoints():
-            given = {"stream": stream, "headers": dict(MANY_KEYS)}
+            given: dict[str, Any] = {"stream": stream, "headers": dict(MANY_KEYS)}
             for path in server_paths(endpoint):
                 server.script(path, case if isinstance(case, Reply) else SILENT, always=True)
             if isinstance(case, dict):
