@@ -13,6 +13,11 @@ from ._http import Origin
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
 
+    # Of which it is a part; httpx2's is alike.
+    _Client = httpx.AsyncClient
+else:
+    _Client = object
+
 __all__ = ["MAX_BODY_BYTES", "MAX_PAGE_BYTES", "HttpClient", "guarded", "limited"]
 
 # An answer that is no stream is held as a whole. 1,000 embeddings of 4,096 numbers are about 50 MB of JSON.
@@ -32,7 +37,7 @@ _CROSSES = {
 _USERINFO = re.compile(r"//[^/?#]*@")
 
 
-class _Guard:
+class _Guard(_Client):
     """A layer on an httpx client, of httpx or of httpx2, below everything that writes headers and reads bodies.
 
     Cookies come from the jar after the headers of a redirect are made, auth flows and event hooks write later still,
@@ -40,39 +45,41 @@ class _Guard:
     """
 
     def _build_redirect_request(self, request: Any, response: Any) -> Any:
-        where = refused = ""
         try:
             # The rules of httpx, which fails in many ways with what a server may write there.
-            made = super()._build_redirect_request(request, response)  # type: ignore[misc]
+            made = super()._build_redirect_request(request, response)
             here, there = Origin.of(request.url), Origin.of(made.url)
             # Some transports ask for it as text, which is none if its label cannot be decoded.
-            if made.url.host and here.scheme == "https" and there.scheme == "http":
-                refused = f"the server redirects from https to plain http, to {there}"
+            _ = made.url.host
         except Exception as exc:
-            where = _USERINFO.sub("//", response.headers.get("location", ""))[:100]
-            refused = f"the server redirects to {where!r}, where nothing can be asked: {type(exc).__name__}"
-        if refused:
-            raise httpx.RemoteProtocolError(refused)
-        made.extensions = {**made.extensions, _HOME: request.extensions.get(_HOME, here)}
-        return made
+            why = str(exc) if isinstance(exc, httpx.UnsupportedProtocol) else type(exc).__name__
+        else:
+            if here.scheme == "https" and there.scheme == "http":
+                raise httpx.RemoteProtocolError(f"the server redirects from https to plain http, to {there}")
+            made.extensions = {**made.extensions, _HOME: request.extensions.get(_HOME, here)}
+            return made
+        where = _USERINFO.sub("//", response.headers.get("location", ""))[:100]
+        raise httpx.RemoteProtocolError(f"the server redirects to {where!r}, where nothing can be asked: {why}")
 
-    def _build_request_auth(self, request: Any, *given: Any) -> Any:
-        auth = super()._build_request_auth(request, *given)  # type: ignore[misc]
-        kind = type(auth)
-        ours = kind.__name__ == "DigestAuth" and kind.__module__.partition(".")[0] in ("httpx", "httpx2")
-        return _Digest(auth) if ours else auth
+    def _build_request_auth(self, request: Any, auth: Any = httpx.USE_CLIENT_DEFAULT) -> Any:
+        # The default is of another class in httpx2, and means the same.
+        given = () if auth is httpx.USE_CLIENT_DEFAULT else (auth,)
+        made = super()._build_request_auth(request, *given)
+        kind = type(made)
+        theirs = kind.__name__ == "DigestAuth" and kind.__module__.partition(".")[0] in ("httpx", "httpx2")
+        return _Digest(made) if theirs else made
 
     async def _send_single_request(self, request: Any) -> Any:
         home = request.extensions.get(_HOME)
         if home is not None and not _at_home(home, Origin.of(request.url)):
             for name in {name.lower() for name in request.headers} - _CROSSES:
                 del request.headers[name]
-        response = await super()._send_single_request(request)  # type: ignore[misc]
+        response = await super()._send_single_request(request)
         response.stream = limited(response.stream, MAX_BODY_BYTES if response.status_code < 300 else MAX_PAGE_BYTES)
         return response
 
     async def send(self, request: Any, **options: Any) -> Any:
-        response = await super().send(request, **options)  # type: ignore[misc]
+        response = await super().send(request, **options)
         if options.get("stream"):
             # Its reader is this library from here on, which has limits for each kind of answer.
             response.stream = getattr(response.stream, "unlimited", response.stream)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import ssl
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
@@ -75,8 +75,8 @@ def _is_certificate(cert: Secret[Any]) -> bool:
     return cert.value is None or (1 <= len(parts) <= 3 and all(isinstance(part, str) and part for part in parts))
 
 
-def _parts(cert: Any) -> tuple[Any, ...]:
-    return cast("tuple[Any, ...]", cert) if isinstance(cert, tuple) else (cert,)
+def _parts(cert: str | tuple[Any, ...] | None) -> tuple[Any, ...]:
+    return cert if isinstance(cert, tuple) else (cert,)
 
 
 def _shown(value: object) -> str:
