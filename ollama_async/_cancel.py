@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import anyio
 
 from ._errors import AbortError, RequestError
+from ._secret import showable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Generator, Sequence
@@ -209,6 +210,7 @@ class _Waker(Watch):
         in_loop(self._loop, self._function, *self._args)
 
 
+@showable
 class CancelToken(LiveObject):
     """A handle to give to calls, with which they are aborted.
 

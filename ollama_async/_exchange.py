@@ -19,6 +19,7 @@ from ._cancel import EmptyContext, Watch, in_loop
 from ._channel import Channel, End, Ended, Kind, cancel_once, settled
 from ._errors import AbortError, PhaseTimeout, ProtocolError, StreamClosed
 from ._failures import json_object, status_error, stream_error, translate
+from ._guard import MAX_BODY_BYTES
 from ._transport import ANSWERED, CHANNEL
 from ._types import Origin
 
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
     from ._transport import DirectTransport
 
 __all__ = ["MAX_BODY_BYTES", "Exchange"]
-
-# An answer that is no stream is held as a whole. 1,000 embeddings of 4,096 numbers are about 50 MB of JSON.
-MAX_BODY_BYTES = 512 * 1024 * 1024
 
 # More of an error's body than this is of use to nobody.
 _MAX_ERROR_BODY = 64 * 1024

@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import threading
+from itertools import starmap
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import httptools
@@ -15,6 +16,7 @@ import httpx
 
 from ._cancel import raise_in_loop, resolve
 from ._channel import Channel, End
+from ._secret import Secret
 
 if TYPE_CHECKING:
     import contextvars
@@ -41,6 +43,9 @@ _NOT_IN_VALUE = re.compile(rb"[\x00\r\n]")
 _NOT_IN_TARGET = re.compile(rb"[\x00-\x20\x7f]")
 
 
+_PORTS = {"http": 80, "https": 443}
+
+
 class Origin(NamedTuple):
     """Where a connection goes."""
 
@@ -50,11 +55,16 @@ class Origin(NamedTuple):
 
     @classmethod
     def of(cls, url: httpx.URL) -> Origin:
-        if url.scheme not in ("http", "https"):
+        """Return where a URL leads; raises ``httpx.UnsupportedProtocol`` if nothing can connect to that."""
+        if url.scheme not in _PORTS:
             raise httpx.UnsupportedProtocol(f"the URL has the scheme {url.scheme!r}, not http or https")
-        if not url.host:
+        # Not url.host, which decodes the name, and fails with one that cannot be.
+        if not url.raw_host:
             raise httpx.UnsupportedProtocol("the URL has no host")
-        return cls(url.scheme, url.raw_host.decode("ascii"), url.port or (443 if url.scheme == "https" else 80))
+        port = _PORTS[url.scheme] if url.port is None else url.port
+        if not 0 < port < 65536:
+            raise httpx.UnsupportedProtocol(f"the URL has the port {str(port)[:20]}, which is not from 1 to 65535")
+        return cls(url.scheme, url.raw_host.decode("ascii"), port)
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -165,22 +175,19 @@ def encode_head(request: httpx.Request, proxy: HttpProxy | None = None) -> bytes
         raise httpx.LocalProtocolError(f"illegal method {request.method!r}", request=request)
     if _NOT_IN_TARGET.search(target):
         raise httpx.LocalProtocolError("illegal character in the path of the URL", request=request)
-    headers = request.headers.raw
+    headers = Secret(request.headers.raw)
     if proxy is not None and request.url.scheme == "http":
         target = b"http://%b%b" % (request.url.netloc, target)
-        headers = [*headers, *proxy.besides(headers)]
+        headers = Secret([*headers.value, *proxy.besides(headers.value)])
     return b"%b %b HTTP/1.1\r\n%b\r\n" % (method, target, encode_headers(headers))
 
 
-def encode_headers(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+def encode_headers(headers: Secret[list[tuple[bytes, bytes]]]) -> bytes:
     """Write header lines; raises ``httpx.LocalProtocolError``."""
-    lines: list[bytes] = []
-    for name, value in headers:
-        flaw = header_flaw(name, value)
-        if flaw is not None:
-            raise httpx.LocalProtocolError(flaw)
-        lines.append(b"%b: %b\r\n" % (name, value))
-    return b"".join(lines)
+    flaw = next(filter(None, starmap(header_flaw, headers.value)), None)
+    if flaw is not None:
+        raise httpx.LocalProtocolError(flaw)
+    return b"".join([b"%b: %b\r\n" % header for header in headers.value])
 
 
 def header_flaw(name: bytes, value: bytes) -> str | None:
@@ -398,8 +405,6 @@ class Connection(asyncio.BaseProtocol):
             data: The first bytes.
             more: Whether the body is still to be written with ``write()``, up to ``end()``.
         """
-        if self.gone:
-            raise httpx.ReadError("the connection was lost as soon as it was made")
         self._answer = _Answer(channel, method)
         self._channel = channel
         self._sending = more

@@ -23,6 +23,7 @@ from ._errors import ProtocolError, StreamBusy, StreamError, StreamTruncated
 from ._failures import json_object, stream_error
 from ._merge import Chunk, ChunkT, Merge, validators
 from ._ndjson import LineSplitter
+from ._secret import showable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping
@@ -39,6 +40,7 @@ __all__ = ["Outcome", "Stream", "Timing"]
 Outcome = Literal["done", "aborted", "timeout", "cancelled", "closed", "until", "error", "truncated"]
 
 
+@showable
 @dataclass(frozen=True, slots=True)
 class Timing:
     """How fast an answer came.
@@ -56,6 +58,7 @@ class Timing:
     chunks_per_second: float | None
 
 
+@showable
 class Stream(LiveObject, Generic[ChunkT]):
     """An answer as it comes, chunk by chunk.
 

@@ -16,8 +16,11 @@ from ._cancel import EmptyContext, LiveObject, in_loop
 from ._channel import HIGH_WATER, Channel, End, Ended, cancel_once, settled
 from ._dial import Sockets, explain_error, explain_tls_error, open_socket, open_tunnel, start_tls
 from ._errors import RequestError
+from ._guard import MAX_PAGE_BYTES, limited
 from ._http import Connection, Origin, PlainConnection, TlsConnection
 from ._proxy import http_proxy
+from ._secret import Secret
+from ._tls import TlsOptions
 from ._upload import Outgoing, Upload
 
 if TYPE_CHECKING:
@@ -35,6 +38,9 @@ ANSWERED = "ollama_async.answered"
 # Shorter than the idle limits of common servers (uvicorn 5 s, nginx 75 s): of two ends that close an idle connection
 # at the same moment the client's next request is the one that suffers.
 KEEPALIVE_EXPIRY = 4.0
+
+# Redirects, and what asks for credentials: httpx reads their bodies as a whole, unasked.
+_READ_BY_HTTPX = {301, 302, 303, 307, 308, 401}
 
 _CLOSED = "the event loop or the client was closed"
 
@@ -187,7 +193,8 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
     httpx's ``connect`` and ``read`` timeouts.
 
     Args:
-        verify: As httpx: True, False, or an ``ssl.SSLContext``. The context is made when the first TLS connection is.
+        verify: As httpx: True (also for None), False, or an ``ssl.SSLContext``. The context is made when the first TLS
+            connection is.
         cert: As httpx: a client certificate.
         trust_env: Whether ``SSL_CERT_FILE`` and ``SSL_CERT_DIR`` are followed.
         uds: Path of a unix socket to connect to, whatever the URL's host.
@@ -202,17 +209,20 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
     def __init__(
         self,
         *,
-        verify: ssl.SSLContext | str | bool = True,
+        verify: ssl.SSLContext | str | bool | None = True,
         cert: str | tuple[str, str] | tuple[str, str, str] | None = None,
         trust_env: bool = True,
         uds: str | None = None,
         proxy: str | httpx.Proxy | None = None,
         keepalive_expiry: float = KEEPALIVE_EXPIRY,
     ) -> None:
-        self.proxy = None if proxy is None else http_proxy(proxy)
-        if proxy is not None and (self.proxy is None or uds is not None):
+        # Passwords may be in both.
+        via, certificate = Secret(proxy), Secret(cert)
+        del proxy, cert
+        self.proxy = None if via.value is None else http_proxy(via.value)
+        if via.value is not None and (self.proxy is None or uds is not None):
             raise RequestError("proxy= takes a proxy of the scheme http, and does not go with uds=")
-        self._ssl_options = (verify, cert, trust_env)
+        self._tls = TlsOptions(verify, certificate, trust_env)
         self._ssl_context: ssl.SSLContext | None = None
         self._uds = uds
         self._expiry = keepalive_expiry
@@ -241,10 +251,14 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
         except BaseException as exc:
             channel.teardown(End("error", exc))
             raise
+        ours = CHANNEL not in request.extensions
+        body: Any = _Body(channel, timeouts.get("read"), ours=ours)
+        if ours and channel.status in _READ_BY_HTTPX:
+            body = limited(body, MAX_PAGE_BYTES)
         return httpx.Response(
             channel.status,
             headers=list(channel.headers),
-            stream=_Body(channel, timeouts.get("read"), ours=CHANNEL not in request.extensions),
+            stream=body,
             extensions={"http_version": channel.http_version, "reason_phrase": channel.reason_phrase},
         )
 
@@ -341,15 +355,17 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
 
     async def _connect(self, pool: _Pool, origin: Origin, sockets: Sockets) -> Connection:
         loop = pool.loop
-        context = await self._context(loop) if origin.scheme == "https" else None
+        # The scheme alone says whether there is TLS, never that something is missing.
+        secure = origin.scheme != "http"
+        context = await self._context(loop) if secure else None
         proxy = self.proxy
         sock = await open_socket(loop, proxy.origin if proxy else origin, self._uds, sockets)
         connection: Connection | None = None
         try:
-            if proxy and context:
+            if proxy and secure:
                 await open_tunnel(loop, sock, origin, proxy)
             create = loop.create_connection if self._uds is None else loop.create_unix_connection
-            if context is None:
+            if not secure:
                 plain = connection = PlainConnection(sock, origin, pool)
                 await create(lambda: plain, sock=sock)
             else:
@@ -367,11 +383,7 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
     async def _context(self, loop: asyncio.AbstractEventLoop) -> ssl.SSLContext:
         context = self._ssl_context
         if context is None:
-            verify, cert, trust_env = self._ssl_options
-            # Reading the certificate store takes tens of milliseconds.
-            context = await loop.run_in_executor(
-                None, lambda: httpx.create_ssl_context(verify=verify, cert=cert, trust_env=trust_env)
-            )
+            context = await loop.run_in_executor(None, self._tls.context)
             self._ssl_context = context
         return context
 
@@ -425,6 +437,8 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
 
 def _begin(connection: Connection, channel: Channel, outgoing: Outgoing) -> None:
     try:
+        if connection.gone:
+            raise httpx.ReadError("the connection was lost as soon as it was made")
         channel.touched = channel.sent = channel.loop.time()
         connection.begin(channel, outgoing.method, outgoing.data, more=outgoing.blocks is not None)
     except BaseException:
