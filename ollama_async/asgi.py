@@ -91,6 +91,9 @@ class StreamResponse(Response):
             do not wait. An error that comes later is in the ``end`` event only. ``None``: when the model has answered.
         send_timeout: How many seconds the client has to take what is sent to it, each time. A client that takes nothing
             for so long loses its stream, with the reason ``CLIENT_STUCK``. ``None``: no limit.
+        explain: Says what the client is told of an error. By default that is a fixed text for each kind of error, and
+            what the model's server says with the statuses 400, 404 and 413: an error has addresses in it, names of
+            files, and what others wrote. It is logged.
         headers: Further headers.
         background: What runs afterwards, however the response ended, unless the server cancelled it.
 
@@ -109,6 +112,7 @@ class StreamResponse(Response):
         heartbeat: float = 15.0,
         head_within: float | None = None,
         send_timeout: float | None = 120.0,
+        explain: Callable[[OllamaError], str] | None = None,
         headers: Mapping[str, str] | None = None,
         background: BackgroundTask | None = None,
     ) -> None:
@@ -128,6 +132,7 @@ class StreamResponse(Response):
         self.heartbeat = heartbeat
         self.head_within = head_within
         self.send_timeout = send_timeout
+        self.explain = explain
         self.status_code = 200
         self.media_type = _MEDIA_TYPES[format]
         self.background = background
@@ -221,8 +226,9 @@ class _Delivery:
         makes it read on. With httptools it then tells only the second request. The connection itself shows it.
         """
         connection = self._connection
+        limit = asyncio.timeout(None if connection is None else _LOOK)
         try:
-            async with asyncio.timeout(None if connection is None else _LOOK) as limit:
+            async with limit:
                 message = await self._receive()
         except TimeoutError:
             if connection is None or not limit.expired():
@@ -316,7 +322,7 @@ class _Delivery:
 
     async def _refuse(self, error: OllamaError) -> None:
         """Send an error: as the whole response if that has not begun, else as its last event."""
-        told = _told(error)
+        told = _told(error, self._response.explain)
         _record(self._id, error, told)
         async with self._sending:
             begun, self._begun = self._begun, True
@@ -539,19 +545,21 @@ _MAX_TEXT = 500
 _RETRY_AFTER = re.compile(r"[A-Za-z0-9 ,:]{1,40}")
 
 
-def _told(error: OllamaError) -> _Told:
+def _told(error: OllamaError, explain: Callable[[OllamaError], str] | None = None) -> _Told:
     """Decide what the client is told of an error: the only place that does."""
     # The name that is in the documentation: a class of somebody else's derived from it says nothing to the client.
     kind = next(cls.__name__ for cls in type(error).__mro__ if cls.__module__.startswith("ollama_async."))
     if isinstance(error, ResponseError):
-        status, text = error.status_code, error.error
-        if status in _ABOUT_THE_REQUEST and not _PLACE_OR_KEY.search(text):
-            return _Told(status, text[:_MAX_TEXT], kind)
-        known = _STATUSES.get(status)
-        return _Told(502, "the model's server failed", kind) if known is None else _Told(status, known, kind)
-    if isinstance(error, PhaseTimeout):
-        return _Told(504, _PHASES.get(error.phase, "the model's server took too long"), kind)
-    return _Told(*next(_KINDS[cls] for cls in type(error).__mro__ if cls in _KINDS), kind)
+        status, text = error.status_code, _STATUSES.get(error.status_code)
+        if text is None:
+            status, text = 502, "the model's server failed"
+        elif status in _ABOUT_THE_REQUEST and not _PLACE_OR_KEY.search(error.error):
+            text = error.error[:_MAX_TEXT]
+    elif isinstance(error, PhaseTimeout):
+        status, text = 504, _PHASES.get(error.phase, "the model's server took too long")
+    else:
+        status, text = next(_KINDS[cls] for cls in type(error).__mro__ if cls in _KINDS)
+    return _Told(status, text if explain is None else explain(error), kind)
 
 
 def _told_reason(reason: object) -> str | None:
@@ -579,7 +587,7 @@ def _record(stream_id: str, error: OllamaError, told: _Told) -> None:
         about = error.detail or about
     else:
         # What is quoted there may be of an answer.
-        about = re.split("['\"]", about, maxsplit=1)[0]
+        about = re.split(r"(?<!\w)['\"]", about, maxsplit=1)[0]
     _log.log(level, "stream %s: %s, status %s: %s", stream_id, type(error).__name__, status, _loggable(about))
 
 

@@ -281,7 +281,7 @@ class Link:
         self._asked.clear()
         self._unread.clear()
         self._changed = set(self._book.names())
-        self._unsent = self._book.stops()
+        self._unsent = self._book.stops() | self._unsent
         self.connected, self._away = True, False
 
     async def _until_woken(self, reader: asyncio.Task[NoReturn]) -> None:
@@ -334,7 +334,7 @@ class Link:
                 self._resolve(self._entering, name, True)
 
     async def _send_stops(self) -> None:
-        unsent, self._unsent = self._unsent, {}
+        unsent = self._unsent.copy()
         for names in _portions(unsent, _STOPS_AT_ONCE):
             arguments: list[Any] = [self._prefix, _MAX_UNHEARD, _MAX_UNHEARD_OF_ALL]
             for name in names:
@@ -342,6 +342,9 @@ class Link:
                 arguments += [_message(unsent[name].reason), max(left, 1)]
             answers = await self._redis.eval(_SEND_STOPS, len(names), *map(self._channel, names), *arguments)
             for name, reached in zip(names, answers, strict=True):
+                # Only now, for the connection may be lost meanwhile; and not one that was given meanwhile.
+                if self._unsent.get(name) is unsent[name]:
+                    del self._unsent[name]
                 self._resolve(self._stopping, name, reached)
 
     @staticmethod
