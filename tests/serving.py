@@ -28,7 +28,11 @@ def port_of(server: uvicorn.Server) -> int:
 
 @contextlib.asynccontextmanager
 async def uvicorn_server(app: Any, http: Any = "auto") -> AsyncIterator[uvicorn.Server]:
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off", ws="none", http=http))
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app, port=0, log_level="warning", lifespan="off", ws="none", http=http, timeout_graceful_shutdown=10
+        )
+    )
     # Not serve(), which takes the process's signals.
     running = asyncio.create_task(server._serve())
     try:
@@ -49,7 +53,7 @@ class Tab:
         self.writer = writer
 
     @classmethod
-    async def ask(cls, port: int, path: str, question: Any, *, times: int = 1, **headers: str) -> Self:
+    async def ask(cls, port: int, path: str, question: Any, times: int = 1, **headers: str) -> Self:
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
         body = json.dumps(question)
         headers = {"Host": "x", "Connection": "close", "Content-Length": str(len(body))} | headers
@@ -65,6 +69,10 @@ class Tab:
                 assert block, f"the response ended: {seen!r}"
                 seen += block
         return seen.decode()
+
+    def stop_reading(self) -> None:
+        transport: Any = self.writer.transport
+        transport.pause_reading()
 
     def leave(self, how: Literal["fin", "reset"] = "fin") -> None:
         if how == "reset":

@@ -361,7 +361,7 @@ async def test_a_client_that_leaves_behind_a_middleware(site: Site, reply: Reply
         await site.model_saw_leave()
 
 
-SCOPE = {
+SCOPE: dict[str, Any] = {
     "type": "http",
     "method": "POST",
     "path": "/",
@@ -768,7 +768,7 @@ async def test_a_client_that_stops_reading(site: Site, http: str, caplog: pytest
 
     async with uvicorn_server(Starlette(routes=[Route("/chat", chat, methods=["POST"])]), http) as server:
         tab = await ask(replace(site, port=port_of(server)))
-        tab.writer.transport.pause_reading()
+        tab.stop_reading()
         await site.model_was_asked()
         await site.model_saw_leave()
         async with asyncio.timeout(BOUND):
@@ -793,7 +793,7 @@ async def test_a_client_that_stops_reading_behind_a_middleware(site: Site) -> No
     app = Starlette(routes=[Route("/chat", site.chat, methods=["POST"])], middleware=middleware)
     async with served(app) as site.port:
         tab = await ask(site)
-        tab.writer.transport.pause_reading()
+        tab.stop_reading()
         await site.model_was_asked()
         await site.model_saw_leave()
         tab.leave()
