@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Literal, TypeAlias
 from urllib.parse import parse_qs, urlsplit
 
-from ollama_async._cancel import CancelToken
+from ollama_async._cancel import CancelToken, LiveObject
 from ollama_async._errors import RequestError
 
 from ._errors import RegistryClosed, RegistryUnavailable
@@ -32,7 +32,7 @@ _MAX_NAMESPACE = 100
 _ENDLESS = 1e9
 
 
-class AbortRegistry:
+class AbortRegistry(LiveObject):
     """Streams by owner and id, and the Stops for them.
 
     An id is for one stream: a Stop holds for its ttl, and whatever is registered under that owner and id meanwhile is
