@@ -602,7 +602,7 @@ async def test_many_chunks_that_arrive_together(site: Site, browser: httpx.Async
 # -- what a client is told of an error --
 
 TELLING = "no upstream at http://10.1.2.3:4567"
-SECRETS = ["10.1.2.3", "4567", "inner.svc", ".ollama", "s3cret", "127.0.0.1"]
+SECRETS = ["10.1.2.3", ":4567", "inner.svc", ".ollama", "s3cret", "127.0.0.1"]
 
 
 @pytest.mark.parametrize(
