@@ -172,6 +172,9 @@ class Run:
             self.thread.join(_BOUND)
             if self.thread.is_alive():
                 self.found.append("abort() in a thread never returns")
+        if self.kind == "KeyboardInterrupt":
+            # What held them is gone.
+            world.streams.clear()
         left = [] if self.scene.keeps and self.kind == "KeyboardInterrupt" else self._settle(self._left)
         if self.scene.keeps and self.reached:
             self._do(_call(world.abort))
@@ -413,7 +416,7 @@ class Run:
             # What is noisy by itself (a stream that is dropped) says so.
             return self.name == "drop" and "unclosed <Stream" in line
         if self.kind in ("KeyboardInterrupt", "SystemExit"):
-            if "was never awaited" in line:
+            if "was never awaited" in line or "unclosed <Stream" in line:
                 return True
             if line.startswith("unraisable") and self.kind in line and "__del__" in self.inside:
                 return True

@@ -202,12 +202,13 @@ async def waits_for_head(world: World) -> None:
 
 async def close_client(world: World) -> None:
     stream, other = world.stream(), world.stream()
-    world.deliver(await anext(stream))
     reader = asyncio.create_task(other.collect())
     try:
+        world.deliver(await anext(stream))
         await asyncio.sleep(0.005)
         await world.client.close()
     except BaseException:
+        stream.abort("the scene has failed")
         reader.cancel()
         raise
     finally:
