@@ -9,6 +9,7 @@ reentrant, let the handler in on half-made state. So all shared state changes by
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import itertools
 import math
 import sys
@@ -16,23 +17,26 @@ import threading
 import time
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import anyio
 
 from ._errors import AbortError, RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Collection, Generator, Sequence
+    from typing import Self, SupportsIndex
 
-__all__ = ["CancelToken", "Once", "Registration", "drained", "in_loop"]
-
-Item = TypeVar("Item")
+__all__ = ["CancelToken", "EmptyContext", "LiveObject", "Once", "Registration", "Watch", "in_loop", "raise_in_loop"]
 
 # Thirty years: what is later is never.
 _ENDLESS = 1e9
 
 _order = itertools.count()
+
+# What a timer of ours runs in. A loop keeps a timer that was cancelled until its time comes, and with it the context
+# that it was made in: the caller's request, user, database session.
+EmptyContext = contextvars.Context
 
 
 class Once:
@@ -64,15 +68,36 @@ class _Decision:
         self.reason = reason
 
 
-class Registration:
+class LiveObject:
+    """Something that stands for work under way: a copy of it is the object itself, and it cannot be pickled.
+
+    A real copy would be one that nothing reaches: a Stop on one of both would leave the work of the other going on.
+    """
+
+    __slots__ = ()
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
+        raise TypeError(
+            f"cannot pickle {type(self).__name__!r}: it belongs to this process. To stop a call from another process, "
+            "send that process an id, and register the call under it in an ollama_async.registry.AbortRegistry"
+        )
+
+
+class Registration(LiveObject):
     """A callback that waits for a token's abort; ``remove()`` takes it back."""
 
-    __slots__ = ("_cleanups", "_token")
+    __slots__ = ("_callback", "_timers", "_token")
 
-    def __init__(self, token: CancelToken) -> None:
+    def __init__(self, token: CancelToken, callback: Callable[[Any], object] | None) -> None:
         self._token = token
-        # What this registration left elsewhere: on parent tokens, in timers.
-        self._cleanups: list[Callable[[], object]] = []
+        self._callback = callback
+        self._timers: Sequence[_Timer] = ()
 
     def remove(self) -> bool:
         """Take the callback back; idempotent, from any thread.
@@ -81,34 +106,100 @@ class Registration:
             True if this call kept the callback from being called; False if it has been called, is being called in
             another thread, or had been removed before.
         """
-        claimed = self._claim() is not None
-        # Mostly there are none, and to begin a generator for nothing is as much as all the rest of a removal.
-        if self._cleanups:
-            for clean_up in drained(self._cleanups):
-                clean_up()
+        token = self._token
+        claimed = token._registrations.pop(self, None) is not None
+        if token._parents:
+            for ancestor in token._ancestors():
+                ancestor._registrations.pop(self, None)
+        if self._timers:
+            for timer in self._timers:
+                timer.cancel()
+        self._callback = None
         return claimed
 
-    def _claim(self) -> Callable[[Any], object] | None:
-        # Whoever gets the callback out of the token's dict may call it; nobody else can.
-        return self._token._callbacks.pop(self, None)  # noqa: SLF001
-
-    def _follow(self, _reason: object) -> None:
-        # A parent was aborted. Each registration answers for itself only: to call the others' callbacks here would
-        # take them from the thread that is aborting, whose abort() would then return before they had been called.
-        self._fire(self._token.reason)
+    def _arm(self) -> None:
+        """Wait for the abort; at once, if it has come."""
+        token = self._token
+        tokens = (token, *token._ancestors()) if token._parents else (token,)
+        try:
+            for each in tokens:
+                each._registrations[self] = True
+            if self._timers or any(each._deadline is not None for each in tokens):
+                self._timers = [_Timer(each) for each in tokens if each._expires_later()]
+                for timer in self._timers:
+                    timer.start()
+        except BaseException:
+            self.remove()
+            raise
+        # An abort that came before all this was in place has not seen it; one that comes now will.
+        decision = token._decision()
+        if decision is not None:
+            self._fire(decision.reason)
 
     def _fire(self, reason: object) -> None:
-        callback = self._claim()
+        """Call the callback, unless another thread does or it has been removed."""
+        callback, claimed = self._callback, None
         try:
-            if callback is not None:
+            # Whoever takes the registration out of its own token may call the callback; nobody else can.
+            claimed = self._token._registrations.pop(self, None)
+            if claimed and callback is not None:
                 callback(reason)
-        except Exception as exc:
-            _report(exc, callback)
-        finally:
+        except BaseException as exc:
+            if claimed and not _was_called(exc):
+                if self._callback is not None:
+                    self._token._registrations[self] = True
+                raise
             self.remove()
+            if not isinstance(exc, Exception):
+                raise
+            _report(exc, callback)
+        self.remove()
 
 
-class CancelToken:
+class Watch(Registration):
+    """A registration of the library itself, by which an abort ends something.
+
+    What ``end()`` does can be repeated. So it is in place until it has been done: an abort that did not get through
+    (Ctrl-C, no memory, a stack that is full) raises, and the next one does the rest.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, token: CancelToken) -> None:
+        super().__init__(token, None)
+
+    def arm(self) -> None:
+        """Wait for the abort; at once, if it has come."""
+        self._arm()
+
+    def end(self, reason: object) -> None:
+        """Do what the abort is to bring about; from any thread or signal handler."""
+        raise NotImplementedError
+
+    def _fire(self, reason: object) -> None:
+        if self in self._token._registrations:
+            self.end(reason)
+        self.remove()
+
+
+class _Waker(Watch):
+    """Calls a function in a loop."""
+
+    __slots__ = ("_args", "_function", "_loop")
+
+    def __init__(
+        self, token: CancelToken, loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object
+    ) -> None:
+        super().__init__(token)
+        self._loop = loop
+        self._function = function
+        self._args = args
+
+    def end(self, reason: object) -> None:
+        in_loop(self._loop, self._function, *self._args)
+
+
+class CancelToken(LiveObject):
     """A handle to give to calls, with which they are aborted.
 
     A token is aborted once and stays aborted. The first reason stays. One token can serve any number of calls, on any
@@ -122,14 +213,15 @@ class CancelToken:
         (True, 'the user pressed Stop')
     """
 
-    __slots__ = ("__weakref__", "_callbacks", "_deadline", "_decided", "_parents", "_seconds")
+    __slots__ = ("__weakref__", "_deadline", "_decided", "_parents", "_registrations", "_seconds")
 
     def __init__(self) -> None:
         self._decided = Once()
-        self._callbacks: dict[Registration, Callable[[Any], object]] = {}
+        # Its own, and those of tokens that were derived from it.
+        self._registrations: dict[Registration, bool] = {}
         # A derived token is not registered on its parents by itself (a long-lived parent would collect the remains
-        # of short-lived children): it looks at them when it is asked, and each of its own registrations registers
-        # there as well.
+        # of short-lived children): it looks at them when it is asked, and each of its own registrations is in the
+        # dicts of all its ancestors as well. Nothing here recurses: users build chains of any length.
         self._parents: tuple[CancelToken, ...] = ()
         self._deadline: float | None = None
         self._seconds = 0.0
@@ -225,12 +317,13 @@ class CancelToken:
         Cancellation: safe; the token is unaffected and nothing stays registered on it.
         """
         loop = asyncio.get_running_loop()
-        woken = loop.create_future()
-        registration = self.on_abort(lambda _: in_loop(loop, _resolve, woken))
+        woken: asyncio.Future[None] = loop.create_future()
+        waker = _Waker(self, loop, _resolve, woken)
         try:
+            waker.arm()
             await woken
         finally:
-            registration.remove()
+            waker.remove()
         return self.reason
 
     def on_abort(self, callback: Callable[[Any], object]) -> Registration:
@@ -247,17 +340,8 @@ class CancelToken:
         Returns:
             A registration; ``remove()`` it when the token outlives what the callback is for.
         """
-        registration = Registration(self)
-        self._callbacks[registration] = callback
-        cleanups = registration._cleanups  # noqa: SLF001
-        for parent in self._parents:
-            cleanups.append(parent.on_abort(registration._follow).remove)  # noqa: SLF001
-        if self._deadline is not None and self._decided.value is None:
-            cleanups.append(_call_at(self._deadline, self._expire))
-        # An abort that came before the callback was in place has not seen it; one that comes now will.
-        decision = self._decision()
-        if decision is not None:
-            registration._fire(decision.reason)  # noqa: SLF001
+        registration = Registration(self, callback)
+        registration._arm()
         return registration
 
     @contextmanager
@@ -274,27 +358,58 @@ class CancelToken:
         self.raise_if_aborted()
         loop = asyncio.get_running_loop()
         with anyio.CancelScope() as scope:
-            registration = self.on_abort(lambda _: in_loop(loop, scope.cancel))
+            waker = _Waker(self, loop, scope.cancel)
             try:
+                waker.arm()
                 yield scope
             finally:
-                registration.remove()
+                waker.remove()
         if scope.cancelled_caught:
             self.raise_if_aborted()
+
+    def _ancestors(self) -> Collection[CancelToken]:
+        """Return the tokens that this one is derived from, the nearest first, each once."""
+        found = dict.fromkeys(self._parents)
+        waiting = list(found)
+        # It grows while it is walked.
+        for token in waiting:
+            for parent in token._parents:
+                if parent not in found:
+                    found[parent] = None
+                    waiting.append(parent)
+        return waiting
 
     def _decision(self) -> _Decision | None:
         # As its value, without the call: each registration asks.
         decided: _Decision | None = self._decided.slot.get(0)
         if decided is None and (self._parents or self._deadline is not None):
-            decisions = [parent._decision() for parent in self._parents]  # noqa: SLF001
-            earlier = [decision for decision in decisions if decision is not None]
-            first = min(earlier, key=lambda decision: decision.order, default=None)
-            if first is None and self._deadline is not None and time.monotonic() >= self._deadline:
-                first = self._timed_out()
-            if first is not None:
-                self._decided.decide(first)
-                decided = self._decided.value
+            decided = self._derive()
         return decided
+
+    def _derive(self) -> _Decision | None:
+        """Look whether an ancestor has been aborted or the deadline has passed, and keep the earliest of them."""
+        first: _Decision | None = None
+        waiting: list[CancelToken] = [self]
+        seen = set(waiting)
+        # It grows while it is walked.
+        for token in waiting:
+            if token._deadline is not None and time.monotonic() >= token._deadline:
+                token._decided.decide(token._timed_out())
+            decided: _Decision | None = token._decided.slot.get(0)
+            if decided is None:
+                new = [parent for parent in token._parents if parent not in seen]
+                waiting += new
+                seen.update(new)
+            elif first is None or decided.order < first.order:
+                # Its own decision stands for all that it is derived from: the walk does not go on behind it.
+                first = decided
+        if first is not None:
+            self._decided.decide(first)
+        kept: _Decision | None = self._decided.slot.get(0)
+        return kept
+
+    def _expires_later(self) -> bool:
+        return self._deadline is not None and self._decided.slot.get(0) is None
 
     def _expire(self) -> None:
         # The timer says that it is time: clocks with a coarse grain may disagree by a hair.
@@ -306,20 +421,25 @@ class CancelToken:
 
     def _fire(self) -> None:
         reason = self.reason
-        fatal: BaseException | None = None
-        for registration in list(self._callbacks):
-            try:
-                registration._fire(reason)  # noqa: SLF001
-            except BaseException as exc:
-                # Ctrl-C inside a callback: the other calls are aborted all the same.
-                fatal = exc
-        if fatal is not None:
-            raise fatal
+        failure: BaseException | None = None
+        try:
+            for registration in list(self._registrations):
+                token = registration._token
+                try:
+                    registration._fire(reason if token is self else token.reason)
+                except BaseException as exc:
+                    # Ctrl-C inside a callback, a stack that is full: the other calls are aborted.
+                    failure = exc
+            if failure is not None:
+                raise failure
+        finally:
+            # Raised, it holds this frame.
+            failure = None
 
     def __repr__(self) -> str:
         decision = self._decision()
         state = "open" if decision is None else f"aborted, reason={decision.reason!r}"
-        return f"<CancelToken {state}, {len(self._callbacks)} registered>"
+        return f"<CancelToken {state}, {len(self._registrations)} registered>"
 
 
 def in_loop(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object) -> None:
@@ -333,14 +453,25 @@ def in_loop(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *a
             raise
 
 
-def drained(items: list[Item]) -> Generator[Item]:
-    """Take everything out of a list, beside other threads and signal handlers that do the same."""
-    while True:
-        try:
-            item = items.pop()
-        except IndexError:
-            return
-        yield item
+def raise_in_loop(loop: asyncio.AbstractEventLoop, exc: BaseException) -> None:
+    """Have an exception come out of a loop, from where Python or a library below would drop it.
+
+    Ctrl-C and ``sys.exit()`` in a signal handler are raised wherever the program is at that moment. Python prints and
+    drops what comes out of a ``__del__``; uvloop takes what comes out of a protocol for an error of the connection.
+    """
+    in_loop(loop, _raise, exc)
+
+
+def _raise(exc: BaseException) -> NoReturn:
+    raise exc
+
+
+def _was_called(exc: BaseException) -> bool:
+    """Whether an exception is the callback's, not one that kept it from being called."""
+    if isinstance(exc, (RecursionError, MemoryError)) or not isinstance(exc, Exception):
+        # From the frame that has caught it into the callback's.
+        return exc.__traceback__ is not None and exc.__traceback__.tb_next is not None
+    return True
 
 
 def _resolve(future: asyncio.Future[None]) -> None:
@@ -348,34 +479,51 @@ def _resolve(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
-def _call_at(deadline: float, function: Callable[[], None]) -> Callable[[], object]:
-    """Call a function at a time of the monotonic clock, in the running loop or else in a thread.
+class _Timer:
+    """Lets a token's deadline pass, in the loop that is running at the start, or else in a thread."""
 
-    Returns:
-        A function that takes it back, from any thread.
-    """
-    delay = max(0.0, deadline - time.monotonic())
-    try:
-        loop = asyncio.get_running_loop()
-    except RuntimeError:
-        timer = threading.Timer(delay, function)
+    __slots__ = ("_context", "_loop", "_running", "_token")
+
+    def __init__(self, token: CancelToken) -> None:
+        self._token = token
+        self._context: contextvars.Context | None = contextvars.copy_context()
+        self._loop = asyncio._get_running_loop()
+        self._running: asyncio.TimerHandle | threading.Timer | None = None
+
+    def start(self) -> None:
+        deadline = self._token._deadline
+        assert deadline is not None
+        delay = max(0.0, deadline - time.monotonic())
+        if self._loop is not None:
+            self._running = self._loop.call_later(delay, self._pass, context=EmptyContext())
+            return
+        timer = threading.Timer(delay, self._pass)
         timer.daemon = True
+        self._running = timer
         timer.start()
-        return timer.cancel
-    handle = loop.call_later(delay, function)
 
-    def cancel() -> None:
-        if asyncio._get_running_loop() is loop:  # noqa: SLF001  (documented for library authors)
-            handle.cancel()
+    def _pass(self) -> None:
+        context = self._context
+        if context is not None:
+            # The callbacks see what those who registered had in their context variables.
+            context.run(self._token._expire)
+
+    def cancel(self) -> None:
+        """Take it back, from any thread; idempotent."""
+        self._context = None
+        running, loop = self._running, self._loop
+        if running is None:
+            return
+        if loop is None or asyncio._get_running_loop() is loop:
+            running.cancel()
         else:
-            in_loop(loop, handle.cancel)
-
-    return cancel
+            in_loop(loop, running.cancel)
+        self._running = None
 
 
 def _report(exc: Exception, callback: object) -> None:
     message = f"a callback of a CancelToken raised: {callback!r}"
-    loop = asyncio._get_running_loop()  # noqa: SLF001
+    loop = asyncio._get_running_loop()
     if loop is not None:
         loop.call_exception_handler({"message": message, "exception": exc})
     else:

@@ -17,7 +17,7 @@ from ._cancel import Once, in_loop
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["HIGH_WATER", "Channel", "End", "Ended", "Link", "settled"]
+__all__ = ["HIGH_WATER", "Channel", "End", "Ended", "Link", "cancel_once", "settled"]
 
 # Reading from the socket stops when this many bytes wait to be read, and goes on when the reader waits for more, so
 # that a slow reader of a fast server holds a bounded amount. One read brings up to as much on top of it, over TLS up to
@@ -89,6 +89,7 @@ class Channel:
         "sent",
         "settles_on_arrival",
         "status",
+        "tidied",
         "touched",
     )
 
@@ -116,6 +117,8 @@ class Channel:
         self._waiter: asyncio.Future[None] | None = None
         self._link: Link | None = None
         self._end = Once()
+        # Whether all that follows from the end has been done, or will be in the loop's next round. Set after the deed.
+        self.tidied = False
 
     # -- the writer's side, in the loop's thread --
 
@@ -143,10 +146,11 @@ class Channel:
 
     def cut(self) -> None:
         """Close what the channel hangs on, and leave it to others how it ends."""
-        link, self._link = self._link, None
+        link = self._link
         if link is not None:
             link.sever(self)
             link.dispose(self)
+            self._link = None
 
     def take_head(self, status: int, reason: bytes, headers: Sequence[tuple[bytes, bytes]], version: bytes) -> None:
         """Take the head of the answer."""
@@ -313,10 +317,16 @@ class Channel:
         The rest (waking the reader, giving the transport back) follows in the loop's next round: a signal handler may
         have interrupted the loop in the middle of its own bookkeeping, which must not be entered again.
 
+        What it does can be repeated, and is, until one call got through all of it: Ctrl-C may come at any line.
+
         Returns:
             Whether this call decided.
         """
-        if not self._end.decide(end):
+        decided = self._end.decide(end)
+        if self.tidied:
+            return False
+        if self.ended_early is None:
+            self._tidy_up()
             return False
         # The FIN before everything else: the server works until it has seen it.
         link = self._link
@@ -324,10 +334,13 @@ class Channel:
             if link is not None:
                 link.sever(self)
         finally:
-            # Also when Ctrl-C comes right then: nobody decides again, so nobody else would wake the reader.
             self._on_decided()
             _in_turn(self)
-        return True
+        self.tidied = True
+        return decided
+
+    def _tidy_up(self) -> None:
+        """Do what is left of the natural end, if what was doing it did not get through; from any thread."""
 
     def teardown(self, end: End) -> None:
         """End the channel if it has not ended, and give everything back now; for coroutines and timers of the loop."""
@@ -336,6 +349,7 @@ class Channel:
         if link is not None:
             link.sever(self)
         self.give_back()
+        self.tidied = True
 
     def _decide(self, end: End) -> bool:
         decided = self._end.decide(end)
@@ -353,9 +367,11 @@ class Channel:
 
     def give_back(self) -> None:
         """Let go of the link and wake the reader; in the event loop's thread, when the end is decided."""
-        link, self._link = self._link, None
+        link = self._link
         if link is not None:
             link.dispose(self)
+            # Not before: a Ctrl-C in between would leave nobody who knows the link.
+            self._link = None
         self.wake()
 
 
@@ -377,27 +393,40 @@ class _Turns:
         # A round takes this back before it looks at what is new. So whoever finds it set is seen by a round to come,
         # and of two who set it at once both are, by one round more than is needed.
         if not self._scheduled:
-            self._scheduled = True
-            in_loop(channel.loop, self._round, channel.loop)
+            try:
+                self._scheduled = True
+                in_loop(channel.loop, self._round, channel.loop)
+            except BaseException:
+                self._scheduled = False
+                raise
 
     def _round(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._scheduled = False
         try:
+            self._scheduled = False
             for _ in range(_A_ROUND):
                 queue = self._waiting or self._new
                 if not queue:
                     break
-                queue.popleft().give_back()
+                self._give_back_first(queue)
             while self._new:
-                channel = self._new.popleft()
                 # Else the loop would see the ends of all these sockets in this very round.
-                channel.pause_link()
-                self._waiting.append(channel)
+                self._new[0].pause_link()
+                self._waiting.append(self._new.popleft())
         finally:
             # Also when one of them could not be given back: the others are owed it.
             if (self._waiting or self._new) and not self._scheduled:
                 self._scheduled = True
                 loop.call_soon(self._round, loop)
+
+    @staticmethod
+    def _give_back_first(queue: deque[Channel]) -> None:
+        try:
+            queue[0].give_back()
+        except Exception:
+            queue.popleft()
+            raise
+        # After the deed: if Ctrl-C interrupts it, the next round repeats it.
+        queue.popleft()
 
 
 # How many channels are given back in one round of a loop: a few milliseconds' worth.
@@ -410,11 +439,22 @@ def _in_turn(channel: Channel) -> None:
     turns = _turns.get(channel.loop)
     if turns is None:
         # What waits in a loop that was closed holds that loop, which would be kept here for good.
-        for loop in list(_turns):
-            if loop.is_closed():
+        for reference in _turns.keyrefs():
+            loop = reference()
+            if loop is not None and loop.is_closed():
                 _turns.pop(loop, None)
         turns = _turns.setdefault(channel.loop, _Turns())
     turns.add(channel)
+
+
+def cancel_once(task: asyncio.Task[Any]) -> None:
+    """Tell a task of ours to stop, unless it has been told.
+
+    A second cancellation would interrupt somebody else's code in it (the caller's generator, the pool of a foreign
+    transport) while that cleans up after the first.
+    """
+    if not task.cancelling():
+        task.cancel()
 
 
 async def settled(task: asyncio.Task[Any]) -> None:

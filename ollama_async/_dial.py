@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from ._channel import cancel_once
 from ._http import MAX_HEAD_BYTES, GuardedSocket, HttpProxy, Origin, TlsConnection, encode_headers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["explain_error", "explain_tls_error", "open_socket", "open_tunnel", "start_tls"]
+__all__ = ["Sockets", "explain_error", "explain_tls_error", "open_socket", "open_tunnel", "start_tls"]
 
 # RFC 8305, section 5: how long one address may take before the next one is tried beside it.
 _STAGGER = 0.25
@@ -28,8 +29,41 @@ _QUEUE_FULL = 0.01
 _STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-9][0-9]{2})(?: ([^\r\n]*))?\r\n")
 
 
+class Sockets:
+    """The sockets of a connection in the making, which can all be severed: those that there are, and those to come."""
+
+    __slots__ = ("_open", "_severed")
+
+    def __init__(self) -> None:
+        self._open: set[GuardedSocket] = set()
+        self._severed = False
+
+    def add(self, sock: GuardedSocket) -> None:
+        """Take in a socket, before it connects."""
+        self._open.add(sock)
+        # sever() sets the mark first and then looks at the set; this does it the other way round. One of both sees it.
+        if self._severed:
+            sock.sever()
+
+    def discard(self, sock: GuardedSocket) -> None:
+        """Let go of a socket."""
+        self._open.discard(sock)
+
+    def sever(self) -> None:
+        """Put a FIN on its way on each; from any thread or signal handler."""
+        self._severed = True
+        for sock in list(self._open):
+            sock.sever()
+
+    def close(self) -> None:
+        """Close them; when their loop is closed."""
+        self.sever()
+        for sock in list(self._open):
+            sock.close()
+
+
 async def open_socket(
-    loop: asyncio.AbstractEventLoop, origin: Origin, uds: str | None, sockets: set[GuardedSocket]
+    loop: asyncio.AbstractEventLoop, origin: Origin, uds: str | None, sockets: Sockets
 ) -> GuardedSocket:
     """Connect to an origin, or to a unix socket in its place.
 
@@ -123,7 +157,7 @@ async def _resolve(loop: asyncio.AbstractEventLoop, origin: Origin) -> list[tupl
 
 
 async def _connect_socket(
-    loop: asyncio.AbstractEventLoop, family: int, proto: int, address: Any, sockets: set[GuardedSocket]
+    loop: asyncio.AbstractEventLoop, family: int, proto: int, address: Any, sockets: Sockets
 ) -> GuardedSocket:
     sock = GuardedSocket(family, socket.SOCK_STREAM, proto)
     sockets.add(sock)
@@ -155,7 +189,7 @@ async def _connect_unix(sock: GuardedSocket, path: str) -> None:
 
 
 async def _first_connected(
-    loop: asyncio.AbstractEventLoop, addresses: Iterable[tuple[int, int, Any]], sockets: set[GuardedSocket]
+    loop: asyncio.AbstractEventLoop, addresses: Iterable[tuple[int, int, Any]], sockets: Sockets
 ) -> GuardedSocket:
     """Connect to the addresses in order, each beside the slow ones before it; return the first that succeeds."""
     waiting = list(addresses)
@@ -192,7 +226,7 @@ def _stop_dialling(tasks: Iterable[asyncio.Task[GuardedSocket]]) -> None:
     for task in tasks:
         if not task.cancelling():
             task.add_done_callback(_close_late)
-            task.cancel()
+        cancel_once(task)
 
 
 def _close_late(task: asyncio.Task[GuardedSocket]) -> None:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from ._cancel import drained, in_loop
-from ._channel import Channel, End, Ended, Kind, settled
+from ._cancel import EmptyContext, Watch, in_loop
+from ._channel import Channel, End, Ended, Kind, cancel_once, settled
 from ._errors import AbortError, PhaseTimeout, ProtocolError, StreamClosed
 from ._failures import json_object, status_error, stream_error, translate
 from ._transport import ANSWERED, CHANNEL
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from pydantic import BaseModel
 
-    from ._cancel import CancelToken, Registration
+    from ._cancel import CancelToken
     from ._request import Request
     from ._retry import Attempts
     from ._timeouts import Timeouts
@@ -102,16 +102,19 @@ class Exchange(Channel):
         self._watched: list[tuple[CancelToken, Kind]] | None = [] if attempts.allowed else None
         # The task that runs the request where somebody else's transport or code is on the way.
         self._task: asyncio.Task[None] | None = None
-        self._registrations: list[Registration] = []
+        self._registrations: list[Watch] = []
         self._timer: asyncio.TimerHandle | None = None
 
     def watch(self, token: CancelToken, kind: Kind = "aborted") -> None:
         """End with the token."""
         if self._watched is not None:
             self._watched.append((token, kind))
-        self._registrations.append(token.on_abort(_Watch(self, kind)))
+        watch = _EndByToken(token, self, kind)
+        self._registrations.append(watch)
+        watch.arm()
         if self._end.slot:
-            self._unwatch()
+            # Whoever decided may have looked at the list before this one was in it.
+            watch.remove()
 
     async def open(self) -> None:
         """Send the request and wait for the head of the answer.
@@ -178,7 +181,7 @@ class Exchange(Channel):
 
     async def _wait_until_due(self) -> None:
         while self.loop.time() < self._due_at:
-            timer = self.loop.call_at(self._due_at, self.wake)
+            timer = self.loop.call_at(self._due_at, self.wake, context=EmptyContext())
             try:
                 await self.pause()
             finally:
@@ -289,6 +292,7 @@ class Exchange(Channel):
         decided = self.end
         settled = self._decide(End("complete")) or (decided is not None and decided.kind == "complete")
         self._release()
+        self.tidied = settled
         return settled
 
     async def drain(self) -> None:
@@ -315,7 +319,7 @@ class Exchange(Channel):
             if self.paused:
                 self.take()
                 self.go_on()
-            self._timer = self.loop.call_later(DRAIN_SECONDS, self.teardown, End("complete"))
+            self._timer = self.loop.call_later(DRAIN_SECONDS, self.teardown, End("complete"), context=EmptyContext())
 
     def error(self, partial: Any = None) -> BaseException:
         """Return what to raise for how this ended, to a reader that has got ``partial``; an own instance each time."""
@@ -358,6 +362,7 @@ class Exchange(Channel):
         super().detach()
         if self.end is not None:
             self._release()
+            self.tidied = self.ended_early is None
 
     def _on_decided(self) -> None:
         self.ended_at = self.loop.time()
@@ -371,8 +376,19 @@ class Exchange(Channel):
 
     def _unwatch(self) -> None:
         if self._registrations:
-            for registration in drained(self._registrations):
-                registration.remove()
+            for watch in tuple(self._registrations):
+                watch.remove()
+            self._registrations.clear()
+
+    def _tidy_up(self) -> None:
+        self._unwatch()
+        in_loop(self.loop, self._release_if_not_tidied)
+
+    def _release_if_not_tidied(self) -> None:
+        # Meanwhile the timer may be another one, which limits a drain.
+        if not self.tidied:
+            self._release()
+            self.tidied = True
 
     def _release(self) -> None:
         self._unwatch()
@@ -385,7 +401,7 @@ class Exchange(Channel):
     def _arm(self) -> None:
         due = self._due()
         if due is not None:
-            self._timer = self.loop.call_at(due[0], self._check_time)
+            self._timer = self.loop.call_at(due[0], self._check_time, context=EmptyContext())
 
     def _due(self) -> tuple[float, str] | None:
         """Return when the next limit passes, and which it is, as things stand now."""
@@ -415,19 +431,20 @@ class Exchange(Channel):
         if due[0] <= self.loop.time():
             self.teardown(End("timeout", due[1]))
         else:
-            self._timer = self.loop.call_at(due[0], self._check_time)
+            self._timer = self.loop.call_at(due[0], self._check_time, context=EmptyContext())
 
 
-class _Watch:
-    """Ends an exchange with a token; a third of what a closure holds, of which each stream would have several."""
+class _EndByToken(Watch):
+    """Ends an exchange with a token."""
 
     __slots__ = ("_exchange", "_kind")
 
-    def __init__(self, exchange: Exchange, kind: Kind) -> None:
+    def __init__(self, token: CancelToken, exchange: Exchange, kind: Kind) -> None:
+        super().__init__(token)
         self._exchange = exchange
         self._kind: Kind = kind
 
-    def __call__(self, reason: object) -> None:
+    def end(self, reason: object) -> None:
         self._exchange.finish(End(self._kind, reason))
 
 
@@ -447,9 +464,13 @@ class _Errand:
         self._stopped = False
         self._task: asyncio.Task[None] | None = None
 
-    def start(self) -> asyncio.Task[None]:
-        """Begin; after the errand has become the exchange's link, since an eager task may be through at once."""
-        self._task = self._exchange.loop.create_task(self._run())
+    def start(self) -> asyncio.Task[None] | None:
+        """Begin, unless it has been stopped already; after the errand has become the exchange's link.
+
+        Before that it would be too early: an eager task may be through at once.
+        """
+        if not self._stopped:
+            self._task = self._exchange.loop.create_task(self._run())
         return self._task
 
     def sever(self, channel: Channel) -> None:
@@ -469,10 +490,9 @@ class _Errand:
                 return
 
     def dispose(self, channel: Channel) -> None:
-        # Once: foreign pools leak when they are cancelled again while they clean up.
-        if not self._stopped and self._task is not None:
-            self._stopped = True
-            self._task.cancel()
+        self._stopped = True
+        if self._task is not None:
+            cancel_once(self._task)
 
     def pause(self) -> None:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import re
 import socket
@@ -12,9 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 import httptools
 import httpx
 
+from ._cancel import raise_in_loop
 from ._channel import Channel, End
 
 if TYPE_CHECKING:
+    import contextvars
     from collections.abc import Iterable
 
 
@@ -91,13 +94,26 @@ class GuardedSocket(socket.socket):
     So no duplicate of the descriptor is needed. The guard is reentrant: a signal handler may come at any time.
     """
 
-    __slots__ = ("_pid", "guard")
+    __slots__ = ("_pid", "_severed", "guard")
 
     def __init__(self, family: int = -1, kind: int = -1, proto: int = -1) -> None:
         self.guard = threading.RLock()
         self._pid = os.getpid()
+        # A socket that is not connected yet cannot be shut down: what connects it looks at this.
+        self._severed = False
         super().__init__(family, kind, proto)
         self.setblocking(False)
+
+    def connect(self, address: Any) -> None:
+        """Connect, unless it has been severed.
+
+        Raises:
+            ConnectionAbortedError: It has been.
+        """
+        with self.guard:
+            if self._severed:
+                raise ConnectionAbortedError(errno.ECONNABORTED, "the connection was aborted before it was made")
+            super().connect(address)
 
     def close(self) -> None:
         """Close the descriptor."""
@@ -110,11 +126,12 @@ class GuardedSocket(socket.socket):
             return super().detach()
 
     def sever(self) -> None:
-        """Hand the FIN to the kernel; from any thread or signal handler."""
+        """Hand the FIN to the kernel, and never connect any more; from any thread or signal handler."""
         if self._pid != os.getpid():
             # In a fork: the connection is still the parent's, which a shutdown would end there too.
             return
         with self.guard:
+            self._severed = True
             try:
                 self.shutdown(socket.SHUT_RDWR)
             except OSError:
@@ -270,6 +287,10 @@ class _Answer:
         except httptools.HttpParserUpgrade:
             raise httpx.RemoteProtocolError("the server switched protocols, which nobody asked for") from None
         except httptools.HttpParserError as exc:
+            # What a callback raises, the parser turns into an error of its own.
+            cause = exc.__context__
+            if cause is not None and not isinstance(cause, Exception):
+                raise cause from None
             if self.done:
                 # The answer is whole; whatever followed it only spoils the connection.
                 self.extra = True
@@ -320,9 +341,11 @@ class Home(Protocol):
 
     Attributes:
         buffer: Into which the connections of a loop read, one after the other.
+        context: An empty one, in which everything runs that outlives the call that began it.
     """
 
     buffer: memoryview
+    context: contextvars.Context
 
     def put_back(self, connection: Connection) -> None:
         """Its answer has come; it can take another request."""
@@ -380,8 +403,9 @@ class Connection(asyncio.BaseProtocol):
         self._answer = _Answer(channel, method)
         self._channel = channel
         self._sending = more
-        self.write(data)
+        # First: once it is on the channel, an abort shuts the socket down, and nothing goes out any more.
         channel.attach(self)
+        self.write(data)
 
     def write(self, data: bytes) -> None:
         """Send bytes."""
@@ -440,8 +464,8 @@ class Connection(asyncio.BaseProtocol):
     def dispose(self, channel: Channel) -> None:
         """Close the connection, unless it serves another channel by now."""
         if self._channel is channel:
-            self._let_go()
             self.close()
+            self._let_go()
 
     def sever_now(self) -> None:
         """Put the FIN on its way, whatever the connection is doing; from any thread."""
@@ -458,7 +482,8 @@ class Connection(asyncio.BaseProtocol):
     def resume(self) -> None:
         """Read on."""
         if self._source is not None and not self.gone:
-            self._source.resume_reading()
+            # The loop keeps the context in which it was told to read as long as it reads.
+            self._home.context.run(self._source.resume_reading)
 
     # -- called by the event loop --
 
@@ -473,18 +498,18 @@ class Connection(asyncio.BaseProtocol):
             # Nothing was asked.
             self.close()
             return
-        channel.now = channel.loop.time()
         try:
+            channel.now = channel.loop.time()
             answer.feed(data)
+            if answer.done:
+                self._finished(answer, channel)
+            elif not answer.room:
+                answer.room = True
+                self.pause()
         except httpx.RemoteProtocolError as exc:
             self._broken(exc)
-            return
-        if answer.done:
-            self._finished(answer, channel)
-            return
-        if not answer.room:
-            answer.room = True
-            self.pause()
+        except BaseException as exc:
+            self._interrupted(channel, exc)
 
     def eof_received(self) -> bool:
         """The peer will send nothing more: that ends a body without framing, and breaks any other."""
@@ -533,6 +558,15 @@ class Connection(asyncio.BaseProtocol):
         else:
             self.close()
         channel.complete()
+
+    def _interrupted(self, channel: Channel, exc: BaseException) -> None:
+        """Close the connection after Ctrl-C or the like: where the parser was in the answer, nobody knows any more."""
+        # By itself: uvloop takes what its callbacks raise for an error of the connection.
+        raise_in_loop(channel.loop, exc)
+        if not channel.arrived:
+            channel.fail(httpx.ReadError(f"reading the answer was interrupted by {type(exc).__name__}"))
+        channel.cut()
+        self.close()
 
     def _broken(self, error: Exception) -> None:
         channel = self._channel

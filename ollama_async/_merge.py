@@ -42,7 +42,11 @@ class Merge(Protocol[ChunkT]):
     """Bytes that are done, if it is about bytes; else 0."""
 
     def add(self, chunk: ChunkT) -> None:
-        """Add the next chunk."""
+        """Add the next chunk; when ``count()`` counts it, it has been added."""
+        ...
+
+    def count(self) -> int:
+        """Return how many chunks have been added."""
         ...
 
     def text(self) -> str:
@@ -73,6 +77,10 @@ class _Lists:
             self.tool_calls += part["tool_calls"]
         if chunk.get("logprobs"):
             self.logprobs += chunk["logprobs"]
+
+    def count(self) -> int:
+        """Return how many chunks have been added."""
+        return len(self.content)
 
     def update(self) -> dict[str, Any]:
         """Return what the joined fields have, but for the text."""
@@ -184,10 +192,10 @@ class ChatMerge(_Lists):
         # in its class.
         fields = chunk.fields_that_came
         part = fields["message"].fields_that_came
-        if part["content"]:
-            self.content.append(part["content"])
         if part["thinking"] or part.get("tool_calls") or fields.get("logprobs"):
             self.add_rest(fields, part)
+        # At last, and also if it is empty: it is what is counted.
+        self.content.append(part["content"] or "")
 
     def text(self) -> str:
         """Return the content so far."""
@@ -219,10 +227,9 @@ class GenerateMerge(_Lists):
         """Add the next chunk."""
         self._last = chunk
         fields = chunk.fields_that_came
-        if fields["response"]:
-            self.content.append(fields["response"])
         if fields["thinking"] or fields.get("tool_calls") or fields.get("logprobs"):
             self.add_rest(fields, fields)
+        self.content.append(fields["response"] or "")
 
     def text(self) -> str:
         """Return the response so far."""
@@ -244,6 +251,7 @@ class ProgressMerge:
 
     def __init__(self) -> None:
         self.completed = 0
+        self._count = 0
         self._last: ProgressResponse | None = None
         self._meter = Meter()
 
@@ -252,6 +260,11 @@ class ProgressMerge:
         self._meter.add(chunk)
         self.completed = chunk.overall.completed
         self._last = chunk
+        self._count += 1
+
+    def count(self) -> int:
+        """Return how many chunks have been added."""
+        return self._count
 
     def text(self) -> str:
         """Return the last status."""

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Final, TypedDict, TypeVar
 import httpx
 from pydantic import ValidationError
 
-from ._cancel import CancelToken, drained
-from ._channel import Ended
+from ._awaitable import Guarded
+from ._cancel import CancelToken, LiveObject
+from ._channel import End, Ended
 from ._errors import AbortError, ProtocolError, RequestError, ResponseError, StreamClosed
 from ._exchange import Exchange
 from ._host import env_api_key, env_proxy, is_loopback, is_ollama_com, parse_host
@@ -28,13 +29,12 @@ from ._transport import DirectTransport
 from ._types import StatusResponse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Coroutine, Generator
     from types import TracebackType
     from typing import Self
 
     from pydantic import BaseModel
 
-    from ._channel import End
     from ._merge import ChunkT, Merge
     from ._request import Request
     from ._types import Model
@@ -71,7 +71,7 @@ class CallOptions(TypedDict, total=False):
     """How often this call is sent again, in place of the client's."""
 
 
-class Session:
+class Session(LiveObject):
     """What ``AsyncClient`` is made on: everything but the endpoints."""
 
     def __init__(
@@ -143,8 +143,8 @@ class Session:
         elif transport is not None or proxy is not None or uds is not None or options:
             raise RequestError("with http_client= the options of the connection are that client's; give no others")
         self._writer = RequestWriter(self._client, self._headers, self._direct)
-        # The calls that are under way are under the token in here; abort() takes it out, so that later calls are not
-        # aborted. Two calls that begin at once in two threads may put two in.
+        # The calls that are under way are under the token in here; abort() takes it out once it is aborted, so that
+        # later calls are not. Two calls that begin at once in two threads may put two in.
         self._calls: list[CancelToken] = []
         self._closing = CancelToken()
 
@@ -158,18 +158,29 @@ class Session:
         Args:
             reason: What ``AbortError.reason`` will be.
         """
-        for calls in drained(self._calls):
+        for calls in tuple(self._calls):
             calls.abort(reason)
+            with suppress(ValueError):
+                self._calls.remove(calls)
 
-    async def aclose(self) -> None:
-        """Close the client and everything that is open on it; idempotent. Who reads from it gets ``StreamClosed``.
+    def aclose(self) -> Coroutine[Any, Any, None]:
+        """Close the client and everything that is open on it; idempotent. Whoever reads from it gets ``StreamClosed``.
 
-        Cancellation: safe; all sockets of the client's own are closed in any case.
+        Cancellation: safe; all sockets of the client's own are closed in any case, also if it comes before the first
+        step.
         """
-        self._closed = True
-        self._closing.abort("the client was closed")
+        return Guarded(self._aclose(), self._shut_down)
+
+    async def _aclose(self) -> None:
+        self._shut_down()
         if self._owns_http:
             await self._client.aclose()
+
+    def _shut_down(self) -> None:
+        self._closed = True
+        self._closing.abort("the client was closed")
+        if self._direct is not None:
+            self._direct.close()
 
     close = aclose
 
@@ -236,14 +247,18 @@ class Session:
         exchange = Exchange(
             self._client, request, transport=self._direct, streaming=streaming, timeouts=timeouts, attempts=attempts
         )
-        if early is not None:
-            # It came before what the tokens have to say.
-            exchange.teardown(early)
-        exchange.watch(self._closing, "closed")
-        for watched in (self._current(), self._token, token):
-            if watched is not None:
-                exchange.watch(watched)
-        return exchange
+        try:
+            if early is not None:
+                # It came before what the tokens have to say.
+                exchange.teardown(early)
+            exchange.watch(self._closing, "closed")
+            for watched in (self._current(), self._token, token):
+                if watched is not None:
+                    exchange.watch(watched)
+            return exchange  # noqa: TRY300  (Ctrl-C at this line leaves nothing either)
+        except BaseException as exc:
+            exchange.teardown(End("cancelled", exc))
+            raise
 
     def _stream(
         self,
@@ -301,30 +316,37 @@ class Session:
 
     async def _send(self, request: Request, call: CallOptions) -> tuple[bytes, Exchange]:
         check_call(call)
-        exchange = self._start(request, call, call.get("token"), streaming=False)
-        while True:
-            try:
-                with suppress(Ended):
-                    await exchange.open()
-                    await exchange.raise_for_status()
-                    return exchange.no_error(await exchange.read()), exchange
-            except ResponseError as exc:
-                successor = exchange.successor(exc)
-                if successor is None:
-                    raise
-            else:
-                successor = exchange.successor()
-                if successor is None:
-                    raise exchange.error()
-            exchange = successor
+        exchange: Exchange | None = None
+        try:
+            exchange = self._start(request, call, call.get("token"), streaming=False)
+            while True:
+                try:
+                    with suppress(Ended):
+                        await exchange.open()
+                        await exchange.raise_for_status()
+                        return exchange.no_error(await exchange.read()), exchange
+                except ResponseError as exc:
+                    successor = exchange.successor(exc)
+                    if successor is None:
+                        raise
+                else:
+                    successor = exchange.successor()
+                    if successor is None:
+                        raise exchange.error()
+                exchange = successor
+        except BaseException as exc:
+            # Also after Ctrl-C at any line, nothing is left open.
+            if exchange is not None and not isinstance(exc, Exception):
+                exchange.teardown(End("cancelled", exc))
+            raise
 
     def _current(self) -> CancelToken:
-        try:
-            return self._calls[-1]
-        except IndexError:
-            token = CancelToken()
-            self._calls.append(token)
-            return token
+        for token in self._calls:
+            if not token.aborted:
+                return token
+        token = CancelToken()
+        self._calls.append(token)
+        return token
 
     @contextmanager
     def _scope(self, call: CallOptions) -> Generator[None]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dis
 import json
+import sys
 import threading
 import warnings
 from contextlib import suppress
@@ -14,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn
 import httpx
 from pydantic import ValidationError
 
-from ._cancel import CancelToken, Once
-from ._channel import End, Ended
+from ._awaitable import Guarded
+from ._cancel import CancelToken, LiveObject, Once, raise_in_loop
+from ._channel import End, Ended, Kind
 from ._errors import ProtocolError, StreamBusy, StreamError, StreamTruncated
 from ._failures import json_object, stream_error
 from ._merge import Chunk, ChunkT, Merge, validators
@@ -53,7 +56,7 @@ class Timing:
     chunks_per_second: float | None
 
 
-class Stream(Generic[ChunkT]):
+class Stream(LiveObject, Generic[ChunkT]):
     """An answer as it comes, chunk by chunk.
 
     Nothing is sent before the stream is first iterated, awaited or entered. These are the ways to use it::
@@ -109,6 +112,7 @@ class Stream(Generic[ChunkT]):
         self._outcome: Outcome | None = None
         self._body_read = False
         self._absorbed = False
+        self._merging = False
         # Reentrant: a signal handler that looks at the answer may interrupt another look.
         self._absorbing = threading.RLock()
         # Bytes that were done when it was last resumed.
@@ -123,11 +127,13 @@ class Stream(Generic[ChunkT]):
         Only the ``for`` loop holds it, so leaving the loop early drops it, and CPython frees it before the next
         statement runs.
         """
-        return _Loop(self)  # pyright: ignore[reportReturnType]  (it takes the slot for a method without self)
+        # An `async for` awaits each step at once. Whoever calls aiter() may make a task of one, and cancel it.
+        step = self._read_chunk if _called_by_async_for() else self.__anext__
+        return _Loop(self, step)  # pyright: ignore[reportReturnType]  (it takes the slot for a method without self)
 
     # -- chunk = await anext(stream) --
 
-    async def __anext__(self) -> ChunkT:
+    def __anext__(self) -> Coroutine[Any, Any, ChunkT]:
         """Return the next chunk.
 
         Raises:
@@ -140,16 +146,25 @@ class Stream(Generic[ChunkT]):
             StreamBusy: Another task is reading.
             StreamClosed: It was closed.
 
-        Cancellation: closes the stream at once; what had arrived stays in ``response``.
+        Cancellation: closes the stream at once, also before the first step; the partial answer stays in ``response``.
         """
+        return Guarded(self._read_chunk(), self._reader_cancelled)
+
+    async def _read_chunk(self) -> ChunkT:
         place = self._next
         # The usual case by itself, since this runs for every token. A second reader finds nothing that is ready while
         # the first one waits, and so is turned away below.
         if place < self._plain and not self._decided:
             self._next = place + 1
             chunk = self._chunks[place]
-            self._add(chunk)
-            return chunk
+            try:
+                self._add(chunk)
+            except BaseException:
+                self._interrupted()
+                raise
+            # A signal handler may have come meanwhile, and no chunk is delivered after an abort.
+            if not self._decided:
+                return chunk
         while True:
             if self._reading or not (self._lines or self._next < len(self._chunks)):
                 await self._fill()
@@ -160,10 +175,14 @@ class Stream(Generic[ChunkT]):
             if not self._lines and self._next == len(self._chunks):
                 raise StopAsyncIteration
             try:
-                return self._deliver(exchange)
+                chunk = self._deliver(exchange)
             except StreamError:
                 if self._follow(exchange) is None:
                     raise
+            else:
+                # As above: this is the last look before it is delivered.
+                if not self._decided or exchange.ended_early is None:
+                    return chunk
 
     # -- await stream --
 
@@ -194,15 +213,18 @@ class Stream(Generic[ChunkT]):
 
     # -- all of it --
 
-    async def collect(self) -> ChunkT:
+    def collect(self) -> Coroutine[Any, Any, ChunkT]:
         """Read to the end and return the merged answer.
 
         Raises:
-            OllamaError: As ``anext()`` does; what had come is in ``partial``.
+            OllamaError: As ``anext()`` does; the partial answer is in ``partial``.
             ProtocolError: The answer was empty.
 
-        Cancellation: closes the stream at once.
+        Cancellation: closes the stream at once, also before the first step.
         """
+        return Guarded(self._collect(), self._reader_cancelled)
+
+    async def _collect(self) -> ChunkT:
         async for _ in self:
             pass
         response = self.response
@@ -225,11 +247,14 @@ class Stream(Generic[ChunkT]):
         """
         return self._finish(End("aborted", reason))
 
-    async def aclose(self) -> None:
+    def aclose(self) -> Coroutine[Any, Any, None]:
         """Close the stream, from any task; idempotent. A task that is reading it gets ``StreamClosed``.
 
-        Cancellation: safe, the stream is closed in any case.
+        Cancellation: safe, the stream is closed in any case, also if that comes before the first step.
         """
+        return Guarded(self._aclose(), self._left)
+
+    async def _aclose(self) -> None:
         exchange = self._exchange
         if exchange is None:
             self._early.decide(End("closed"))
@@ -331,7 +356,7 @@ class Stream(Generic[ChunkT]):
         unclosed = exchange is not None and exchange.end is None and exchange.linked and self._opened
         shown = repr(self) if unclosed else ""
         # First of all: the warning may have been turned into an error.
-        self._left()
+        self._dropped()
         if unclosed:
             warnings.warn(f"unclosed {shown}", ResourceWarning, source=self, stacklevel=1)
 
@@ -457,13 +482,22 @@ class Stream(Generic[ChunkT]):
         if self._next == len(self._chunks):
             self._make_ready(exchange)
         chunk = self._chunks[self._next]
-        self._next += 1
-        self._add(chunk)
+        try:
+            self._next += 1
+            self._add(chunk)
+        except BaseException:
+            self._interrupted()
+            raise
         if chunk.done:
             self._settle(exchange, "done")
         elif self._until is not None:
             self._stop_if_enough(exchange, self._until)
         return chunk
+
+    def _interrupted(self) -> None:
+        """After Ctrl-C or the like: a chunk that it kept from being merged waits again."""
+        if self._merge.count() < self._before + self._next:
+            self._next -= 1
 
     def _make_ready(self, exchange: Exchange) -> None:
         """Make chunks of the next lines, together if they allow it: that is cheaper than one by one."""
@@ -552,23 +586,42 @@ class Stream(Generic[ChunkT]):
         exchange = self._exchange
         if exchange is None or exchange.ended_early is None or self._absorbed:
             return
+        if self._merge.count() < self._before + self._next:
+            # The reader is about to merge that one: a signal handler has interrupted it, or this is another thread. It
+            # finds the end right after, and merges the rest in order.
+            return
         # Its reader, and the thread that aborted it, may both be here to see what has come.
         with self._absorbing:
-            if not self._absorbed:
+            self._absorb_once(exchange)
+
+    def _absorb_once(self, exchange: Exchange) -> None:
+        # A signal handler that looks may have interrupted another look: it sees what that has merged.
+        if not (self._absorbed or self._merging):
+            self._merging = True
+            try:
+                self._merge_rest(exchange)
                 self._absorbed = True
-                for chunk in self._not_delivered(exchange):
+            finally:
+                self._merging = False
+
+    def _merge_rest(self, exchange: Exchange) -> None:
+        """Merge what has arrived and was not delivered, as far as it can be read."""
+        while (place := self._merge.count() - self._before) < len(self._chunks):
+            self._add(self._chunks[place])
+            if self._chunks[place].done:
+                return
+        with suppress(ProtocolError, StreamError):
+            while True:
+                while self._lines:
+                    chunk = self._parse(exchange, self._lines[-1])
                     self._add(chunk)
+                    self._lines.pop()
                     if chunk.done:
                         return
-
-    def _not_delivered(self, exchange: Exchange) -> Generator[ChunkT]:
-        chunks = self._chunks[self._next :]
-        del self._chunks[self._next :]
-        yield from chunks
-        lines, self._lines = self._lines[::-1], []
-        with suppress(ProtocolError, StreamError):
-            for line in lines + self._splitter.feed(exchange.take()):
-                yield self._parse(exchange, line)
+                data = exchange.take()
+                if not data:
+                    return
+                self._lines = self._splitter.feed(data)[::-1]
 
     def _end(self) -> End | None:
         end: End | None = self._exchange.end if self._exchange is not None else self._early.value
@@ -588,29 +641,48 @@ class Stream(Generic[ChunkT]):
             exchange.finish(end)
         return decided
 
-    def _left(self) -> None:
+    def _left(self, kind: Kind = "closed") -> None:
+        """Nobody will read on; from any thread, and repeatable."""
+        exchange = self._exchange
+        if exchange is None:
+            self._early.decide(End(kind))
+        elif self._outcome == "done":
+            exchange.drain_behind()
+        else:
+            exchange.finish(End(kind))
+
+    def _reader_cancelled(self) -> None:
+        # Before its first step. If another task is reading, that one goes on: this one would have been turned away.
+        if not self._reading:
+            self._left("cancelled")
+
+    def _dropped(self) -> None:
         """Nobody will read on: called from ``__del__``, that is from anywhere."""
         exchange = self._exchange
         if exchange is None:
             return
-        if self._outcome == "done":
-            exchange.drain_behind()
-        else:
-            exchange.finish(End("closed"))
+        try:
+            self._left()
+        except BaseException as exc:
+            # The second time for what Ctrl-C kept it from.
+            self._left()
+            if isinstance(exc, Exception):
+                raise
+            raise_in_loop(exchange.loop, exc)
 
 
 class _Loop(Generic[ChunkT]):
     """What a ``for`` loop holds of a stream. When the loop is left, this is dropped, and that closes the stream."""
 
-    # Its __anext__ is the stream's own. Python looks it up in the class, where a slot stands for what the object has;
-    # a method that calls the stream's would be one more call for each token.
+    # Its __anext__ is a method of the stream. Python looks it up in the class, where a slot stands for what the object
+    # has; a method that calls the stream's would be one more call for each token.
     __slots__ = ("__anext__", "_stream")
 
     __anext__: Callable[[], Coroutine[Any, Any, ChunkT]]
 
-    def __init__(self, stream: Stream[ChunkT]) -> None:
+    def __init__(self, stream: Stream[ChunkT], step: Callable[[], Coroutine[Any, Any, ChunkT]]) -> None:
         self._stream = stream
-        self.__anext__ = stream.__anext__
+        self.__anext__ = step
 
     def __aiter__(self) -> Self:
         return self
@@ -618,7 +690,22 @@ class _Loop(Generic[ChunkT]):
     def __del__(self) -> None:
         # A second reader that was turned away must not take the stream from the first.
         if not self._stream._reading:  # noqa: SLF001
-            self._stream._left()  # noqa: SLF001
+            self._stream._dropped()  # noqa: SLF001
+
+
+_GET_AITER = dis.opmap.get("GET_AITER")
+
+
+def _called_by_async_for() -> bool:
+    """Whether the caller's caller is at the head of an ``async for``, not at a call.
+
+    Where that cannot be told it is taken for a call, which is right for both and costs more for each chunk.
+    """
+    try:
+        frame = sys._getframe(2)  # noqa: SLF001  (the one that leads to nothing but the code's own instruction)
+    except ValueError:
+        return False
+    return frame.f_code.co_code[frame.f_lasti] == _GET_AITER
 
 
 def _started(_: End | None) -> NoReturn:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from ._cancel import in_loop
-from ._channel import HIGH_WATER, Channel, End, Ended, settled
-from ._dial import explain_error, explain_tls_error, open_socket, open_tunnel, start_tls
+from ._cancel import EmptyContext, LiveObject, in_loop
+from ._channel import HIGH_WATER, Channel, End, Ended, cancel_once, settled
+from ._dial import Sockets, explain_error, explain_tls_error, open_socket, open_tunnel, start_tls
 from ._errors import RequestError
-from ._http import Connection, GuardedSocket, Origin, PlainConnection, TlsConnection
+from ._http import Connection, Origin, PlainConnection, TlsConnection
 from ._proxy import http_proxy
 from ._upload import Outgoing, Upload
 
@@ -51,6 +51,8 @@ class _Pool:
         self._retired = False
         # As much as may wait to be read before reading stops.
         self.buffer = memoryview(bytearray(HIGH_WATER))
+        # A connection serves many calls, and must not keep what the first of them has in its context variables.
+        self.context = EmptyContext()
         # Channels whose connection is in the making.
         self.dialling: dict[Channel, _Dialling] = {}
         self._guard = _close_with_loop(self)
@@ -74,7 +76,7 @@ class _Pool:
         connection.idle_since = self.loop.time()
         self._idle.setdefault(connection.origin, []).append(connection)
         if self._timer is None:
-            self._timer = self.loop.call_later(self._expiry, self._sweep)
+            self._timer = self.loop.call_later(self._expiry, self._sweep, context=self.context)
 
     def take(self, origin: Origin) -> Connection | None:
         """Return the connection that was used last, of those that are still good."""
@@ -95,7 +97,7 @@ class _Pool:
                 connections.pop(0).close()
         left = [connections[0].idle_since for connections in self._idle.values() if connections]
         if left:
-            self._timer = self.loop.call_at(min(left) + self._expiry, self._sweep)
+            self._timer = self.loop.call_at(min(left) + self._expiry, self._sweep, context=self.context)
 
     def abort_all(self) -> None:
         """Close every connection now; in the loop's thread."""
@@ -112,6 +114,7 @@ class _Pool:
 
     def retire(self) -> None:
         """Close every connection and the hook into the loop's end; in the loop's thread, or when it is closed."""
+        self.abort_all()
         _step(self._guard.aclose())
 
     def release(self) -> None:
@@ -120,10 +123,10 @@ class _Pool:
             connection.sever_now()
         if self.loop.is_closed():
             # Neither tasks nor futures of it can be told anything any more.
-            for sock in [connection.sock for connection in self._all]:
-                sock.close()
-            for dialling in self.dialling.values():
-                dialling.close_sockets()
+            for connection in list(self._all):
+                connection.sock.close()
+            for dialling in list(self.dialling.values()):
+                dialling.sockets.close()
             self._all.clear()
             self.dialling.clear()
             self.retire()
@@ -151,25 +154,17 @@ def _step(awaitable: Any) -> None:
 class _Dialling:
     """A connection in the making: the task that makes it, and the sockets that it has opened."""
 
-    def __init__(self) -> None:
-        self.sockets: set[GuardedSocket] = set()
-        self.task: asyncio.Task[Connection] | None = None
+    def __init__(self, sockets: Sockets, task: asyncio.Task[Connection]) -> None:
+        self.sockets = sockets
+        self._task = task
 
     def sever(self, channel: Channel) -> None:
-        for sock in list(self.sockets):
-            sock.sever()
-
-    def close_sockets(self) -> None:
-        for sock in self.sockets:
-            sock.sever()
-            sock.close()
+        self.sockets.sever()
 
     def dispose(self, channel: Channel) -> None:
-        task = self.task
-        if task is None:
-            return
+        task = self._task
         if not task.done():
-            task.cancel()
+            cancel_once(task)
         elif not task.cancelled() and task.exception() is None:
             # Connected in the very moment in which nobody wanted it any more.
             task.result().close()
@@ -181,7 +176,7 @@ class _Dialling:
         return
 
 
-class DirectTransport(httpx.AsyncBaseTransport):
+class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
     """An httpx transport for HTTP/1.1 over TCP, TLS and unix sockets that can be cut off at any moment.
 
     It is what ``AsyncClient`` uses by itself, and works under any ``httpx.AsyncClient(transport=DirectTransport())``.
@@ -265,32 +260,46 @@ class DirectTransport(httpx.AsyncBaseTransport):
 
         Cancellation: safe; there is nothing to wait for.
         """
-        self._release()
+        self.close()
 
-    def _release(self) -> None:
-        pools, self._pools = self._pools, {}
-        for pool in pools.values():
-            pool.release()
+    def close(self) -> None:
+        """Close all connections, of every event loop, at once; idempotent, from any thread."""
+        for loop in list(self._pools):
+            self._drop_pool(loop)
+
+    def _drop_pool(self, loop: asyncio.AbstractEventLoop) -> None:
+        pool = self._pools.pop(loop, None)
+        if pool is not None:
+            try:
+                pool.release()
+            except BaseException:
+                # Ctrl-C: the next one who closes does the rest.
+                self._pools.setdefault(loop, pool)
+                raise
 
     def __del__(self) -> None:
         if hasattr(self, "_pools"):
-            self._release()
+            self.close()
 
     def _pool(self, loop: asyncio.AbstractEventLoop) -> _Pool:
         pool = self._pools.get(loop)
         if pool is None:
-            for old in [old for old in self._pools if old.is_closed()]:
-                self._pools.pop(old).release()
+            # Other threads, with loops of their own, change the dict at the same time.
+            for old in list(self._pools):
+                if old.is_closed():
+                    self._drop_pool(old)
             pool = self._pools[loop] = _Pool(loop, self._expiry)
         return pool
 
     # -- connecting --
 
     async def _new_connection(self, pool: _Pool, channel: Channel, origin: Origin, timeout: float | None) -> Connection:
-        dialling = _Dialling()
-        task = dialling.task = channel.loop.create_task(self._dial(pool, origin, dialling.sockets, timeout))
+        sockets = Sockets()
+        dial = self._dial(pool, origin, sockets, timeout)
+        # The task, and all that it makes, gets a copy of the pool's context in place of the caller's.
+        task = pool.context.run(channel.loop.create_task, dial)
         task.add_done_callback(lambda _: channel.wake())
-        pool.dialling[channel] = dialling
+        dialling = pool.dialling[channel] = _Dialling(sockets, task)
         channel.attach(dialling)
         try:
             while not task.done():
@@ -300,9 +309,7 @@ class DirectTransport(httpx.AsyncBaseTransport):
             pool.dialling.pop(channel, None)
             await settled(task)
 
-    async def _dial(
-        self, pool: _Pool, origin: Origin, sockets: set[GuardedSocket], timeout: float | None
-    ) -> Connection:
+    async def _dial(self, pool: _Pool, origin: Origin, sockets: Sockets, timeout: float | None) -> Connection:
         via = f" through the proxy {self.proxy.origin}" if self.proxy else ""
         try:
             async with asyncio.timeout(timeout):
@@ -320,7 +327,7 @@ class DirectTransport(httpx.AsyncBaseTransport):
         except UnicodeError as exc:
             raise httpx.ConnectError(f"cannot connect to {origin}{via}: this is no host name ({exc})") from exc
 
-    async def _connect(self, pool: _Pool, origin: Origin, sockets: set[GuardedSocket]) -> Connection:
+    async def _connect(self, pool: _Pool, origin: Origin, sockets: Sockets) -> Connection:
         loop = pool.loop
         context = await self._context(loop) if origin.scheme == "https" else None
         proxy = self.proxy
@@ -418,7 +425,7 @@ def _limit(channel: Channel, seconds: float | None) -> asyncio.TimerHandle | Non
     if seconds is None:
         return None
     late = End("error", httpx.ReadTimeout(f"the server sent nothing for {seconds:g} s"))
-    return channel.loop.call_later(seconds, channel.teardown, late)
+    return channel.loop.call_later(seconds, channel.teardown, late, context=EmptyContext())
 
 
 def _stop(timer: asyncio.TimerHandle | None) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 
-from ._channel import Channel, End, settled
+from ._channel import Channel, End, cancel_once, settled
 from ._http import Connection, HttpProxy, Origin, encode_head
 
 if TYPE_CHECKING:
@@ -141,10 +141,8 @@ class Upload:
 
     def stop(self) -> None:
         """Tell the task to stop."""
-        # Once: a second cancellation would interrupt the caller's generator while it cleans up after the first.
-        if not self._stopped:
-            self._stopped = True
-            self._task.cancel()
+        self._stopped = True
+        cancel_once(self._task)
 
     def sever(self, channel: Channel) -> None:
         """Put the FIN on its way."""

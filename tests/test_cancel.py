@@ -26,7 +26,7 @@ BOUND = 20.0
 
 
 def registered(token: CancelToken) -> int:
-    return len(token._callbacks)
+    return len(token._registrations)
 
 
 def timers(loop: asyncio.AbstractEventLoop) -> list[Any]:

@@ -15,7 +15,7 @@ PACKAGE = Path(ollama_async.__file__).parent
 
 LAYERS = [
     ["_errors"],
-    ["_retry", "_timeouts", "_types", "_ndjson", "_host", "_cancel"],
+    ["_awaitable", "_retry", "_timeouts", "_types", "_ndjson", "_host", "_cancel"],
     ["_channel", "_manage_types", "_options", "_progress", "_systemone"],
     ["_merge", "_input"],
     ["_tools"],

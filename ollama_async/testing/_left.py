@@ -42,7 +42,7 @@ def live_timers(loop: asyncio.AbstractEventLoop) -> list[Any]:
 
 def registrations(token: CancelToken) -> int:
     """How many callbacks wait on a token."""
-    return len(token._callbacks)  # noqa: SLF001  (a kit for looking inside)
+    return len(token._registrations)  # noqa: SLF001  (a kit for looking inside)
 
 
 class Watch:

@@ -415,7 +415,7 @@ def test_s73_asyncio_run_returns_with_an_open_stream(
     body = """
         with asyncio.Runner(loop_factory=new_loop) as runner:
             runner.run(main())
-        assert not token._callbacks, "registrations left"
+        assert not token._registrations, "registrations left"
         ended()
         if way == "anext":
             assert kept[0].outcome == "closed", kept[0]
