@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from typing import TYPE_CHECKING, Any
+import weakref
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import httpx
 
@@ -22,8 +23,11 @@ from ._upload import Outgoing, Upload
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+    from datetime import timedelta
 
 __all__ = ["ANSWERED", "CHANNEL", "DirectTransport"]
+
+Part = TypeVar("Part")
 
 # Under this name in ``request.extensions`` the library hands its channel through an httpx client to the transport.
 CHANNEL = "ollama_async.channel"
@@ -181,7 +185,8 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
 
     It is what ``AsyncClient`` uses by itself, and works under any ``httpx.AsyncClient(transport=DirectTransport())``.
     Connections are kept for reuse, one pool for each event loop, without an upper limit to their number. It honours
-    httpx's ``connect`` and ``read`` timeouts.
+    httpx's ``connect`` and ``read`` timeouts. Leaving a response without its ``aclose()`` closes the connection at
+    once: a loop over it by ``break`` or an exception, its iterator by ``aclose()``, the response by dropping it unread.
 
     Args:
         verify: As httpx: True, False, or an ``ssl.SSLContext``. The context is made when the first TLS connection is.
@@ -238,12 +243,9 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
         except BaseException as exc:
             channel.teardown(End("error", exc))
             raise
-        return httpx.Response(
-            channel.status,
-            headers=list(channel.headers),
-            stream=_Body(channel, timeouts.get("read"), ours=CHANNEL not in request.extensions),
-            extensions={"http_version": channel.http_version, "reason_phrase": channel.reason_phrase},
-        )
+        body = _Body(channel, timeouts.get("read"), ours=CHANNEL not in request.extensions)
+        extensions = {"http_version": channel.http_version, "reason_phrase": channel.reason_phrase}
+        return _Response(channel, body, extensions)
 
     async def _exchange(self, channel: Channel, request: httpx.Request, timeouts: dict[str, float | None]) -> None:
         if channel.status:
@@ -442,7 +444,10 @@ class _Body(httpx.AsyncByteStream):
         # Whether nobody but the reader of this body says how the channel ends.
         self._ours = ours
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return _Reading(self, self._blocks())
+
+    async def _blocks(self) -> AsyncGenerator[bytes, None]:
         while True:
             timer = _limit(self._channel, self._read_timeout)
             try:
@@ -463,3 +468,105 @@ class _Body(httpx.AsyncByteStream):
         else:
             # httpx closes a redirect that it does not follow before it says why: the end is what it says then.
             self._channel.cut()
+
+    def leave(self) -> None:
+        """Nobody reads on: close the connection, unless the whole answer has arrived; from any thread."""
+        if self._ours:
+            self._channel.finish(End("closed"))
+
+    def __del__(self) -> None:
+        if hasattr(self, "_ours"):
+            self.leave()
+
+
+class _Reading(Generic[Part]):
+    """What a loop holds while it reads a body. When it is dropped before the end, the connection is closed at once.
+
+    An async generator alone is finished by the event loop, some rounds later, and each that it reads from later still.
+    """
+
+    __slots__ = ("_begun", "_body", "_generator")
+
+    def __init__(self, body: _Body, generator: AsyncIterator[Part]) -> None:
+        # One that has not begun has left nothing: the body can still be read by another one.
+        self._begun = False
+        self._body = body
+        self._generator = generator
+
+    def __aiter__(self) -> AsyncIterator[Part]:
+        return self
+
+    async def __anext__(self) -> Part:
+        # What is waited for holds this: ``await anext(response.aiter_lines())`` drops it before the first line is there.
+        self._begun = True
+        return await self._generator.__anext__()
+
+    async def aclose(self) -> None:
+        """Close the connection, as leaving the loop does.
+
+        Cancellation: safe; the connection is closed before anything is waited for.
+        """
+        self._leave()
+        await cast("AsyncGenerator[Part, None]", self._generator).aclose()
+
+    def _leave(self) -> None:
+        if self._begun:
+            self._body.leave()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_generator"):
+            self._leave()
+
+
+class _Response(httpx.Response):
+    """httpx's, but that dropping it unread, or what reads it, closes the connection."""
+
+    # Not in its __dict__, which is what is pickled of a response.
+    __slots__ = ("_body",)
+
+    def __init__(self, channel: Channel, body: _Body, extensions: dict[str, Any]) -> None:
+        self._body = body
+        super().__init__(channel.status, headers=list(channel.headers), stream=body, extensions=extensions)
+
+    # httpx's client puts a stream around the body that notes how long the answer took. It holds the response, which
+    # holds it: only the garbage collector would free the two.
+    @property
+    def stream(self) -> httpx.SyncByteStream | httpx.AsyncByteStream:
+        stream: httpx.SyncByteStream | httpx.AsyncByteStream = self.__dict__["stream"]
+        return stream
+
+    @stream.setter
+    def stream(self, stream: Any) -> None:
+        if getattr(stream, "_response", None) is self:
+            stream._response = _Elapsed(self)  # noqa: SLF001  (httpx has no other name for it)
+        self.__dict__["stream"] = stream
+
+    def aiter_raw(self, chunk_size: int | None = None) -> AsyncIterator[bytes]:
+        return self._reading(super().aiter_raw(chunk_size))
+
+    def aiter_bytes(self, chunk_size: int | None = None) -> AsyncIterator[bytes]:
+        return self._reading(super().aiter_bytes(chunk_size))
+
+    def aiter_text(self, chunk_size: int | None = None) -> AsyncIterator[str]:
+        return self._reading(super().aiter_text(chunk_size))
+
+    def aiter_lines(self) -> AsyncIterator[str]:
+        return self._reading(super().aiter_lines())
+
+    def _reading(self, generator: AsyncIterator[Part]) -> AsyncIterator[Part]:
+        # One that was pickled has no body to be closed.
+        return _Reading(self._body, generator) if hasattr(self, "_body") else generator
+
+
+class _Elapsed:
+    """Where httpx notes how long an answer took; it does not keep the response alive."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        self._response = weakref.ref(response)
+
+    def _note(self, elapsed: timedelta) -> None:
+        response = self._response()
+        if response is not None:
+            response.elapsed = elapsed
+
+    elapsed = property(fset=_note)
