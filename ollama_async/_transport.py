@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["ANSWERED", "CHANNEL", "DirectTransport"]
 
 Part = TypeVar("Part")
+T = TypeVar("T")
 
 # Under this name in ``request.extensions`` the library hands its channel through an httpx client to the transport.
 CHANNEL = "ollama_async.channel"
@@ -234,28 +235,26 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
         """
         channel = request.extensions.get(CHANNEL) or Channel(asyncio.get_running_loop())
         timeouts: dict[str, float | None] = request.extensions.get("timeout") or {}
+        body = _Body(channel, timeouts.get("read"), ours=CHANNEL not in request.extensions)
         try:
             # Taken out: httpx hands the extensions on to the request that follows a redirect.
             if not request.extensions.pop(ANSWERED, False):
-                await self._exchange(channel, request, timeouts)
+                await self._exchange(channel, body, request, timeouts)
         except Ended as ended:
             raise _as_httpx(ended.end) from ended
         except BaseException as exc:
             channel.teardown(End("error", exc))
             raise
-        body = _Body(channel, timeouts.get("read"), ours=CHANNEL not in request.extensions)
         extensions = {"http_version": channel.http_version, "reason_phrase": channel.reason_phrase}
         return _Response(channel, body, extensions)
 
-    async def _exchange(self, channel: Channel, request: httpx.Request, timeouts: dict[str, float | None]) -> None:
+    async def _exchange(
+        self, channel: Channel, body: _Body, request: httpx.Request, timeouts: dict[str, float | None]
+    ) -> None:
         if channel.status:
             channel.restart()
         await self.send(channel, Outgoing.of(request, self.proxy), timeouts.get("connect"))
-        timer = _limit(channel, timeouts.get("read"))
-        try:
-            await channel.wait_for_head()
-        finally:
-            _stop(timer)
+        await body.in_time(channel.wait_for_head())
 
     async def aclose(self) -> None:
         """Close all connections, of every event loop, at once.
@@ -423,24 +422,13 @@ def _as_httpx(end: End) -> BaseException:
     return httpx.ReadError(f"the exchange was ended: {end.kind}")
 
 
-def _limit(channel: Channel, seconds: float | None) -> asyncio.TimerHandle | None:
-    if seconds is None:
-        return None
-    late = End("error", httpx.ReadTimeout(f"the server sent nothing for {seconds:g} s"))
-    return channel.loop.call_later(seconds, channel.teardown, late, context=EmptyContext())
-
-
-def _stop(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()
-
-
 class _Body(httpx.AsyncByteStream):
     """The body of an answer, for whoever reads it through httpx."""
 
     def __init__(self, channel: Channel, read_timeout: float | None, *, ours: bool) -> None:
         self._channel = channel
         self._read_timeout = read_timeout
+        self._timer: asyncio.TimerHandle | None = None
         # Whether nobody but the reader of this body says how the channel ends.
         self._ours = ours
 
@@ -449,16 +437,24 @@ class _Body(httpx.AsyncByteStream):
 
     async def _blocks(self) -> AsyncGenerator[bytes, None]:
         while True:
-            timer = _limit(self._channel, self._read_timeout)
             try:
-                block = await self._channel.receive()
+                block = await self.in_time(self._channel.receive())
             except Ended as ended:
                 raise _as_httpx(ended.end) from ended
-            finally:
-                _stop(timer)
             if not block:
                 return
             yield block
+
+    async def in_time(self, awaitable: Awaitable[T]) -> T:
+        """Wait for something, for as long as httpx lets a read wait."""
+        seconds, loop = self._read_timeout, self._channel.loop
+        try:
+            if seconds is not None:
+                late = End("error", httpx.ReadTimeout(f"the server sent nothing for {seconds:g} s"))
+                self._timer = loop.call_later(seconds, self._channel.teardown, late, context=EmptyContext())
+            return await awaitable
+        finally:
+            self._stop_timer()
 
     async def aclose(self) -> None:
         if self._channel.arrived:
@@ -469,10 +465,18 @@ class _Body(httpx.AsyncByteStream):
             # httpx closes a redirect that it does not follow before it says why: the end is what it says then.
             self._channel.cut()
 
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
     def leave(self) -> None:
         """Nobody reads on: close the connection, unless the whole answer has arrived; from any thread."""
         if self._ours:
             self._channel.finish(End("closed"))
+        if self._timer is not None:
+            # A Ctrl-C came before it was stopped.
+            in_loop(self._channel.loop, self._stop_timer)
 
     def __del__(self) -> None:
         if hasattr(self, "_ours"):
@@ -497,7 +501,7 @@ class _Reading(Generic[Part]):
         return self
 
     async def __anext__(self) -> Part:
-        # What is waited for holds this: ``await anext(response.aiter_lines())`` drops it before the first line is there.
+        # What is waited for holds this: ``await anext(response.aiter_lines())`` drops it before the first line comes.
         self._begun = True
         return await self._generator.__anext__()
 

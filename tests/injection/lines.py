@@ -1,8 +1,8 @@
 """Which lines of the core a piece of code runs through, and something done at one of them, by ``sys.settrace``.
 
 A place is an instruction: the first of a line, and the one after each point at which Python runs signal handlers and
-switches threads (the start of a function, the end of a call, a jump back). A handler really comes at the latter only;
-at the former something may come that a later Python, or another statement on the line above, would let through.
+switches threads (the start of a function, the end of a call, a jump back). A handler or a thread really comes at the
+latter only; where a line begins is looked at as well, since what lies between two lines changes with each edit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, Self
 
 import ollama_async
 
@@ -51,6 +51,11 @@ class Place:
     def where(self) -> tuple[CodeType, int]:
         return self.code, self.offset
 
+    @property
+    def on(self) -> tuple[CodeType, int]:
+        """The function and the line."""
+        return self.code, self.line
+
 
 @cache
 def _is_core(filename: str) -> bool:
@@ -64,6 +69,16 @@ def _is_core(filename: str) -> bool:
 @cache
 def _line_starts(code: CodeType) -> dict[int, int]:
     return {offset: line for offset, line in dis.findlinestarts(code) if line is not None}
+
+
+@cache
+def _awaits(code: CodeType) -> frozenset[int]:
+    """Where what a call has returned is going to be awaited.
+
+    Nobody has a coroutine there but the stack of the frame, ``async with`` included: an exception leaves it unawaited
+    whatever the code does. And no handler comes: a call that makes a coroutine is not one that Python looks after.
+    """
+    return frozenset(at.offset for at in dis.get_instructions(code) if at.opname == "GET_AWAITABLE")
 
 
 @cache
@@ -92,7 +107,7 @@ class Recorder:
         # Frames whose call has called a function of Python's; when that returns, nobody looks for signals.
         self._called: set[int] = set()
 
-    def __enter__(self) -> Recorder:
+    def __enter__(self) -> Self:
         self._before = sys.gettrace()
         sys.settrace(self._enter)
         return self
@@ -128,7 +143,7 @@ class Recorder:
             real = before in _lets_handlers_run(code) and key not in self._called
             self._last[key] = offset
             self._called.discard(key)
-            if real or offset in _line_starts(code):
+            if offset in _line_starts(code) or (real and offset not in _awaits(code)):
                 where = code, offset
                 self._hits[where] += 1
                 self._lines[where] = frame.f_lineno or code.co_firstlineno
@@ -154,7 +169,7 @@ class Injector:
         self._action = action
         self._left = place.hit
 
-    def __enter__(self) -> Injector:
+    def __enter__(self) -> Self:
         self._before = sys.gettrace()
         sys.settrace(self._enter)
         return self

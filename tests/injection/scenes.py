@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
-from ollama_async import AbortError, AsyncClient, CancelToken, Timeouts
+from ollama_async import AsyncClient, CancelToken, DirectTransport, Timeouts
 from ollama_async.testing import Block, FakeOllama, Reply, Stall
 
 PATH = "/api/chat"
+ELSEWHERE = "/elsewhere"
 # Far enough away not to pass, near enough to be a timer.
 LIMITS = Timeouts(connect=50.0, first_chunk=50.0, idle=50.0, total=50.0)
 
@@ -67,16 +69,20 @@ class Scene:
     Attributes:
         play: Does it; an error of the library's comes out.
         replies: What the server answers to ``PATH``; the last one always.
+        elsewhere: What it answers where it redirects to.
         stalls: Whether no answer ends by itself: after an abort the server must see all clients leave.
         kept: Whether there is a connection to be used again.
         client: Makes the client.
         keeps: Whether what it registers is there until an abort.
         closes: Whether the client is closed in it.
+        answers: Whether the server is there.
+        abortable: Whether there is a token, stream or client to abort it with.
         ends: How it may end besides the way it ends when nothing is injected.
     """
 
     play: Callable[[World], Awaitable[object]]
     replies: tuple[Reply, ...] = ()
+    elsewhere: Reply | None = None
     stalls: bool = False
     kept: bool = False
     tls: bool = False
@@ -85,6 +91,8 @@ class Scene:
     )
     keeps: bool = False
     closes: bool = False
+    answers: bool = True
+    abortable: bool = True
     ends: tuple[str, ...] = ()
 
 
@@ -167,6 +175,9 @@ async def drop(world: World) -> None:
     stream = world.stream()
     world.streams.clear()
     await anext(stream)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        del stream
 
 
 async def cancelled(world: World) -> None:
@@ -203,6 +214,8 @@ async def waits_for_head(world: World) -> None:
 async def close_client(world: World) -> None:
     stream, other = world.stream(), world.stream()
     reader = asyncio.create_task(other.collect())
+    # Looked at even if this is cancelled while it waits for it.
+    reader.add_done_callback(lambda task: task.cancelled() or task.exception())
     try:
         world.deliver(await anext(stream))
         await asyncio.sleep(0.005)
@@ -213,8 +226,6 @@ async def close_client(world: World) -> None:
         raise
     finally:
         await asyncio.wait([reader])
-        if not reader.cancelled():
-            reader.exception()
 
 
 # -- what is on the way --
@@ -306,8 +317,6 @@ def _of_nobody(server: FakeOllama, _: Any) -> tuple[AsyncClient, Any]:
 
 
 def _bare(server: FakeOllama, _: Any) -> tuple[AsyncClient, Any]:
-    from ollama_async import DirectTransport
-
     return AsyncClient(server.url, trust_env=False), httpx.AsyncClient(transport=DirectTransport(), timeout=50.0)
 
 
@@ -316,7 +325,7 @@ def _foreign(server: FakeOllama, tls: Any) -> tuple[AsyncClient, Any]:
     return AsyncClient(server.url, http_client=http), http
 
 
-MOVED = Reply(status=307, headers={"Location": PATH + "2"}, framing="length")
+MOVED = Reply(status=307, headers={"Location": ELSEWHERE}, framing="length")
 BUSY = Reply.error(503, "busy")
 
 SCENES: dict[str, Scene] = {
@@ -345,14 +354,14 @@ SCENES: dict[str, Scene] = {
     "idle timeout": Scene(idle_passes, (BEGUN,), stalls=True),
     "asyncio.timeout": Scene(timeout_around, (BEGUN,), stalls=True),
     "close": Scene(close_client, (BEGUN,), stalls=True, closes=True, ends=("StreamClosed",)),
-    "upload": Scene(upload, client=_bare),
+    "upload": Scene(upload, client=_bare, abortable=False),
     "upload of a file": Scene(upload_file),
-    "bare httpx": Scene(bare_httpx, (WHOLE,), client=_bare),
-    "refused, retried": Scene(retry, client=_of_nobody),
+    "bare httpx": Scene(bare_httpx, (WHOLE,), client=_bare, abortable=False),
+    "refused, retried": Scene(retry, client=_of_nobody, answers=False),
     "busy, retried": Scene(retry, (BUSY, ANSWER)),
     "busy, retried stream": Scene(retry_stream, (BUSY, WHOLE)),
-    "redirect": Scene(plain, (MOVED,)),
-    "redirect of a stream": Scene(read_to_end, (MOVED,)),
+    "redirect": Scene(plain, (MOVED,), ANSWER),
+    "redirect of a stream": Scene(read_to_end, (MOVED,), WHOLE),
     "foreign": Scene(plain, (ANSWER,), client=_foreign),
     "foreign stream": Scene(read_to_end, (WHOLE,), client=_foreign),
     "foreign abort": Scene(abort_self, (BEGUN,), client=_foreign),
@@ -362,7 +371,3 @@ SCENES: dict[str, Scene] = {
     "a token's time": Scene(token_passes),
     "token.scope()": Scene(token_scope),
 }
-# After a redirect.
-SECOND: dict[str, Reply] = {"redirect": ANSWER, "redirect of a stream": WHOLE}
-
-__all__ = ["PATH", "SCENES", "SECOND", "Scene", "World", "replace"]
