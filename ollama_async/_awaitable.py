@@ -26,15 +26,16 @@ class Guarded(Coroutine[Any, Any, ResultT]):
             dropped before that: then nobody has begun anything.
     """
 
-    __slots__ = ("__weakref__", "_cancelled", "_coroutine")
+    __slots__ = ("__weakref__", "_begun", "_cancelled", "_coroutine")
 
     def __init__(self, coroutine: Coroutine[Any, Any, ResultT], cancelled: Callable[[], object]) -> None:
         self._coroutine = coroutine
-        self._cancelled: Callable[[], object] | None = cancelled
+        self._cancelled = cancelled
+        self._begun = False
 
     def send(self, value: Any) -> Any:
         """Go on to the next point at which it waits."""
-        self._cancelled = None
+        self._begun = True
         return self._coroutine.send(value)
 
     def throw(
@@ -44,9 +45,8 @@ class Guarded(Coroutine[Any, Any, ResultT]):
         tb: TracebackType | None = None,
     ) -> Any:
         """Raise an exception where it waits."""
-        if self._cancelled is not None:
+        if not self._begun:
             self._cancelled()
-            self._cancelled = None
         # Not its three-argument form, of which newer Pythons warn.
         return self._coroutine.throw(typ if val is None and tb is None else _instance(typ, val, tb))
 

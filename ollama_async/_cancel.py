@@ -22,12 +22,23 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import anyio
 
 from ._errors import AbortError, RequestError
+from ._secret import showable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Generator, Sequence
     from typing import Self, SupportsIndex
 
-__all__ = ["CancelToken", "EmptyContext", "LiveObject", "Once", "Registration", "Watch", "in_loop", "raise_in_loop"]
+__all__ = [
+    "CancelToken",
+    "EmptyContext",
+    "LiveObject",
+    "Once",
+    "Registration",
+    "Watch",
+    "in_loop",
+    "raise_in_loop",
+    "resolve",
+]
 
 # Thirty years: what is later is never.
 _ENDLESS = 1e9
@@ -128,11 +139,11 @@ class Registration(LiveObject):
                 self._timers = [_Timer(each) for each in tokens if each._expires_later()]
                 for timer in self._timers:
                     timer.start()
+            # An abort that came before all this was in place has not seen it; one that comes now will.
+            decision = token._decision()
         except BaseException:
             self.remove()
             raise
-        # An abort that came before all this was in place has not seen it; one that comes now will.
-        decision = token._decision()
         if decision is not None:
             self._fire(decision.reason)
 
@@ -199,6 +210,7 @@ class _Waker(Watch):
         in_loop(self._loop, self._function, *self._args)
 
 
+@showable
 class CancelToken(LiveObject):
     """A handle to give to calls, with which they are aborted.
 
@@ -318,7 +330,7 @@ class CancelToken(LiveObject):
         """
         loop = asyncio.get_running_loop()
         woken: asyncio.Future[None] = loop.create_future()
-        waker = _Waker(self, loop, _resolve, woken)
+        waker = _Waker(self, loop, resolve, woken)
         try:
             waker.arm()
             await woken
@@ -474,9 +486,14 @@ def _was_called(exc: BaseException) -> bool:
     return True
 
 
-def _resolve(future: asyncio.Future[None]) -> None:
+def resolve(future: asyncio.Future[None]) -> None:
+    """Wake whoever waits for a future, unless something else has."""
     if not future.done():
-        future.set_result(None)
+        try:
+            future.set_result(None)
+        except asyncio.InvalidStateError:
+            # A signal handler has cancelled the waiting task in between, as that of asyncio.run() does at Ctrl-C.
+            return
 
 
 class _Timer:

@@ -12,7 +12,7 @@ import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from ._cancel import Once, in_loop
+from ._cancel import Once, in_loop, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -175,10 +175,14 @@ class Channel:
         self._size += len(block)
         if self._size > HIGH_WATER:
             self.paused = True
-        # As wake() does, which would be one more call for each token.
+        # As wake() does, which would be two more calls for each token.
         waiter = self._waiter
         if waiter is not None and not waiter.done():
-            waiter.set_result(None)
+            try:
+                waiter.set_result(None)
+            except asyncio.InvalidStateError:
+                # As in resolve().
+                return not self.paused
         return not self.paused
 
     def complete(self) -> None:
@@ -199,8 +203,8 @@ class Channel:
 
     def wake(self) -> None:
         """Let the reader look again."""
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        if self._waiter is not None:
+            resolve(self._waiter)
 
     # -- the reader's side, in the loop's thread --
 
@@ -334,8 +338,9 @@ class Channel:
             if link is not None:
                 link.sever(self)
         finally:
-            self._on_decided()
             _in_turn(self)
+        # At last, since it takes this from the tokens: by them the next abort gets here.
+        self._on_decided()
         self.tidied = True
         return decided
 

@@ -19,7 +19,7 @@ from ._input import (
 )
 from ._manage import ModelManagement
 from ._merge import ChatMerge, GenerateMerge
-from ._session import CallOptions
+from ._session import CallOptions, hide
 from ._tools import encode_tools
 from ._types import ChatResponse, EmbeddingsResponse, EmbedResponse, GenerateResponse, Message
 
@@ -99,7 +99,7 @@ class AsyncClient(ModelManagement):
         http_client: An ``httpx.AsyncClient`` to use; it is not closed with this client.
         proxy: URL of a proxy, or an ``httpx.Proxy``. Without it those of the environment are followed, but never for
             this machine.
-        verify: As httpx: True, False, or an ``ssl.SSLContext``.
+        verify: As httpx: True (also for None), False, an ``ssl.SSLContext``, or the path of a file of certificates.
         cert: As httpx: a client certificate.
         uds: Path of a unix socket to connect to.
         trust_env: Whether the environment is looked at (proxies, certificate store, ``OLLAMA_API_KEY``).
@@ -197,6 +197,7 @@ class AsyncClient(ModelManagement):
 
         Server: ``POST /api/chat``
         """
+        hide(call)
         body = {
             "model": model_name(model),
             "stream": checked_stream(stream),
@@ -321,6 +322,7 @@ class AsyncClient(ModelManagement):
 
         Server: ``POST /api/generate``
         """
+        hide(call)
         body = {
             "model": model_name(model),
             "stream": checked_stream(stream),
@@ -380,6 +382,7 @@ class AsyncClient(ModelManagement):
 
         Server: ``POST /api/embed``
         """
+        hide(call)
         body = {
             "model": model_name(model),
             "input": encode_input(input),
@@ -411,6 +414,7 @@ class AsyncClient(ModelManagement):
 
         Server: ``POST /api/embeddings``
         """
+        hide(call)
         body = {"model": model_name(model), **encoded(prompt=prompt, options=options, keep_alive=keep_alive)}
         return await self._request(EmbeddingsResponse, "POST", "/api/embeddings", body, call)
 
@@ -429,6 +433,7 @@ class AsyncClient(ModelManagement):
 
         Server: ``POST /api/generate`` without a prompt
         """
+        hide(call)
         body = {"model": model_name(model), "stream": False, **encoded(keep_alive=keep_alive)}
         return await self._request(GenerateResponse, "POST", "/api/generate", body, call)
 
@@ -446,6 +451,7 @@ class AsyncClient(ModelManagement):
 
         Server: ``POST /api/generate`` without a prompt, with ``keep_alive`` 0
         """
+        hide(call)
         return await self.load(model, 0, **call)
 
     async def systemone(
@@ -472,6 +478,7 @@ class AsyncClient(ModelManagement):
 
         Server: ``POST /v1/systemone`` (from 0.35 on)
         """
+        hide(call)
         # Not at the top: see the package's __getattr__.
         from ._systemone import SystemOneRequest, SystemOneResponse
 

@@ -14,6 +14,7 @@ import httpx
 
 from ._channel import cancel_once
 from ._http import MAX_HEAD_BYTES, GuardedSocket, HttpProxy, Origin, TlsConnection, encode_headers
+from ._secret import Secret
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -84,13 +85,16 @@ async def open_socket(
 
 
 async def start_tls(
-    connection: TlsConnection, create: Any, sock: GuardedSocket, context: ssl.SSLContext, name: str
+    connection: TlsConnection, create: Any, sock: GuardedSocket, context: ssl.SSLContext | None, name: str
 ) -> None:
-    """Make a TLS connection in two steps.
+    """Make a TLS connection in two steps; without a context there is none.
 
     In one step (``create_connection(ssl=...)``) uvloop, cancelled between the two, leaves a future behind with an
     exception that nobody looks at.
     """
+    if not isinstance(context, ssl.SSLContext):
+        sock.close()
+        raise httpx.ConnectError("TLS has no context: without one the connection would be in the clear")
     plain, _ = await create(asyncio.Protocol, sock=sock)
     try:
         tls = await asyncio.get_running_loop().start_tls(plain, connection, context, server_hostname=name)
@@ -113,8 +117,8 @@ async def open_tunnel(loop: asyncio.AbstractEventLoop, sock: GuardedSocket, orig
     where = str(origin).encode("ascii")
     host = (b"Host", where)
     try:
-        headers = encode_headers([host, *proxy.besides([host])])
-        await loop.sock_sendall(sock, b"CONNECT %b HTTP/1.1\r\n%b\r\n" % (where, headers))
+        headers = Secret(encode_headers(Secret([host, *proxy.besides([host])])))
+        await loop.sock_sendall(sock, b"CONNECT %b HTTP/1.1\r\n%b\r\n" % (where, headers.value))
         status, rest = await _answer_to_connect(loop, sock)
         if not status[1].startswith(b"2"):
             # Whatever else it says, it may have come with the head, or not.
@@ -160,8 +164,8 @@ async def _connect_socket(
     loop: asyncio.AbstractEventLoop, family: int, proto: int, address: Any, sockets: Sockets
 ) -> GuardedSocket:
     sock = GuardedSocket(family, socket.SOCK_STREAM, proto)
-    sockets.add(sock)
     try:
+        sockets.add(sock)
         if family in (socket.AF_INET, socket.AF_INET6):
             # asyncio sets it only on sockets that name their protocol; without it a second small write waits 40 ms.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -19,6 +19,7 @@ from ._cancel import EmptyContext, Watch, in_loop
 from ._channel import Channel, End, Ended, Kind, cancel_once, settled
 from ._errors import AbortError, PhaseTimeout, ProtocolError, StreamClosed
 from ._failures import json_object, status_error, stream_error, translate
+from ._guard import MAX_BODY_BYTES
 from ._transport import ANSWERED, CHANNEL
 from ._types import Origin
 
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
     from ._transport import DirectTransport
 
 __all__ = ["MAX_BODY_BYTES", "Exchange"]
-
-# An answer that is no stream is held as a whole. 1,000 embeddings of 4,096 numbers are about 50 MB of JSON.
-MAX_BODY_BYTES = 512 * 1024 * 1024
 
 # More of an error's body than this is of use to nobody.
 _MAX_ERROR_BODY = 64 * 1024
@@ -213,11 +211,15 @@ class Exchange(Channel):
             timeouts=self._timeouts,
             attempts=self._attempts,
         )
-        successor.started = self.started
-        successor._due_at = self.loop.time() + delay
-        for token, kind in self._watched or ():
-            successor.watch(token, kind)
-        return successor
+        try:
+            successor.started = self.started
+            successor._due_at = self.loop.time() + delay
+            for token, kind in self._watched or ():
+                successor.watch(token, kind)
+            return successor  # noqa: TRY300  (Ctrl-C at this line leaves nothing either)
+        except BaseException as exc:
+            successor.teardown(End("cancelled", exc))
+            raise
 
     def got_on(self) -> None:
         """What is being done has got on: earlier failures do not count any more."""
@@ -365,7 +367,7 @@ class Exchange(Channel):
             self.tidied = self.ended_early is None
 
     def _on_decided(self) -> None:
-        self.ended_at = self.loop.time()
+        self.ended_at = self.ended_at or self.loop.time()
         # In whatever thread this is: a token that outlives many calls must not collect what is left of them.
         self._unwatch()
 
@@ -382,12 +384,12 @@ class Exchange(Channel):
 
     def _tidy_up(self) -> None:
         self._unwatch()
-        in_loop(self.loop, self._release_if_not_tidied)
+        in_loop(self.loop, self._give_back_if_not_tidied)
 
-    def _release_if_not_tidied(self) -> None:
-        # Meanwhile the timer may be another one, which limits a drain.
+    def _give_back_if_not_tidied(self) -> None:
+        # Mostly it is by now: the end was being dealt with in another thread.
         if not self.tidied:
-            self._release()
+            self.give_back()
             self.tidied = True
 
     def _release(self) -> None:

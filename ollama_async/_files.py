@@ -6,29 +6,30 @@ import asyncio
 import hashlib
 import os
 import re
+from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack, cast
 
+import anyio
 import anyio.to_thread
 import httpx
 
 from ._cancel import CancelToken
 from ._errors import NotFoundError, PhaseTimeout, RequestError
 from ._progress import Meter, ProgressResponse
-from ._session import CallOptions, Session, check_call
+from ._regular import RegularFile
+from ._secret import Secret
+from ._session import CallOptions, Session, check_call, given_headers, hide
 from ._timeouts import Timeouts
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-    from typing import BinaryIO
+    from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
 
-__all__ = ["FileTransfer", "Job", "model_files"]
+__all__ = ["FileTransfer", "Job", "ModelFile"]
 
 _DIGEST = re.compile("sha256[:-][0-9a-fA-F]{64}")
-
-# How much of a file is read and hashed in one go in a worker thread.
-_FILE_BLOCK = 1024 * 1024
 
 
 class Job:
@@ -52,12 +53,11 @@ class Job:
         self._loop = asyncio.get_running_loop()
         self._started = self._loop.time()
 
-    def expect(self, files: Iterable[Path]) -> None:
+    def expect(self, files: Iterable[RegularFile | ModelFile]) -> None:
         """Files that will be hashed and uploaded."""
         for file in files:
-            size = _size(file)
-            self._meter.expect(f"hashing {file.name}", size)
-            self._meter.expect(f"uploading {file.name}", size)
+            self._meter.expect(f"hashing {file.name}", file.size)
+            self._meter.expect(f"uploading {file.name}", file.size)
 
     def same(self, digest: str, name: str) -> None:
         """What was expected under a name is the file with this digest."""
@@ -75,13 +75,25 @@ class Job:
         Raises:
             PhaseTimeout: The limit of the whole has passed.
         """
+        left = self._left()
+        return self.call if left is None else {**self.call, "timeout": replace(self._timeouts, total=left)}
+
+    def _left(self) -> float | None:
         total = self._timeouts.total
         if total is None:
-            return self.call
+            return None
         left = self._started + total - self._loop.time()
         if left <= 0:
             raise PhaseTimeout("total", total)
-        return {**self.call, "timeout": replace(self._timeouts, total=left)}
+        return left
+
+    @contextmanager
+    def limit(self) -> Generator[None]:
+        """Put awaits that are no call of the job under what is left of its time."""
+        with anyio.move_on_after(self._left()) as scope:
+            yield
+        if scope.cancelled_caught:
+            raise PhaseTimeout("total", self._timeouts.total or 0.0)
 
 
 class FileTransfer(Session):
@@ -105,9 +117,11 @@ class FileTransfer(Session):
 
         Server: ``POST /api/blobs/:digest``
         """
+        hide(call)
         job = self._job(call, None)
-        with open_file(path) as file:
-            digest = await self._hash(file, os.fsdecode(path), job)
+        with RegularFile(path) as file:
+            await self._step(job, file.run, file.open)
+            digest = await self._hash(file, file.path, job)
             await self._send_file(file, digest, lambda _: None, job)
         return digest
 
@@ -137,10 +151,12 @@ class FileTransfer(Session):
 
         Server: ``HEAD /api/blobs/:digest``, ``POST /api/blobs/:digest``
         """
+        hide(call)
         job = self._job(call, on_progress)
-        with open_file(path) as file:
-            job.expect([Path(path)])
-            return await self._upload(file, Path(path).name, job)
+        with RegularFile(path) as file:
+            await self._step(job, file.run, file.open)
+            job.expect([file])
+            return await self._upload(file, file.name, job)
 
     async def blob_exists(self, digest: str, **call: Unpack[CallOptions]) -> bool:
         """Return whether the server has a file, so that it need not be uploaded.
@@ -157,6 +173,7 @@ class FileTransfer(Session):
 
         Server: ``HEAD /api/blobs/:digest``
         """
+        hide(call)
         try:
             await self._command("HEAD", f"/api/blobs/{_checked_digest(digest)}", None, call)
         except NotFoundError:
@@ -173,16 +190,26 @@ class FileTransfer(Session):
         token = CancelToken.any(*(token for token in tokens if token is not None))
         return Job({**call, "token": token}, timeouts, on_progress)
 
-    async def _upload_all(self, files: Mapping[str, Path], job: Job) -> dict[str, str]:
+    async def _step(self, job: Job, run: Callable[..., Awaitable[Any]], *args: Any) -> Any:
+        """Do something of a job that is no call."""
+        with self._scope(job.part()), job.limit():
+            return await run(*args)
+
+    async def _find(self, job: Job, path: object, *, follow_links: bool) -> list[ModelFile]:
+        # Also to look into a folder may take long.
+        return cast("list[ModelFile]", await self._step(job, _in_thread, _model_files, path, follow_links))
+
+    async def _upload_all(self, files: list[ModelFile], job: Job) -> dict[str, str]:
         digests: dict[str, str] = {}
-        for name, path in files.items():
-            with open_file(path) as file:
-                digests[name] = await self._upload(file, name, job)
+        for found in files:
+            with RegularFile(found.path, found.within) as file:
+                await self._step(job, file.run, file.open)
+                digests[found.name] = await self._upload(file, found.name, job)
         return digests
 
-    async def _upload(self, file: BinaryIO, name: str, job: Job) -> str:
+    async def _upload(self, file: RegularFile, name: str, job: Job) -> str:
         digest = await self._hash(file, name, job)
-        size = os.fstat(file.fileno()).st_size
+        size = file.size
 
         def moved(done: int, status: str = f"uploading {name}") -> None:
             job.report(ProgressResponse(status=status, digest=digest, total=size, completed=done))
@@ -195,60 +222,49 @@ class FileTransfer(Session):
             await self._send_file(file, digest, moved, job)
         return digest
 
-    async def _hash(self, file: BinaryIO, name: str, job: Job) -> str:
-        """Return the SHA-256 of a file, worked out in worker threads; a stop waits for one block at most."""
-        size = os.fstat(file.fileno()).st_size
+    async def _hash(self, file: RegularFile, name: str, job: Job) -> str:
+        """Return the SHA-256 of a file, worked out in worker threads."""
         digest = hashlib.sha256()
         done = 0
 
         def step() -> int:
-            block = file.read(_FILE_BLOCK)
+            block = file.read()
             digest.update(block)
             return len(block)
 
-        with self._scope(job.part()):
-            while read := await anyio.to_thread.run_sync(step):
+        with self._scope(job.part()), job.limit():
+            while read := await file.run(step):
                 done += read
                 job.part()
-                job.report(ProgressResponse(status=f"hashing {name}", total=size, completed=done))
+                job.report(ProgressResponse(status=f"hashing {name}", total=file.size, completed=done))
         return f"sha256:{digest.hexdigest()}"
 
-    async def _send_file(self, file: BinaryIO, digest: str, moved: Callable[[int], None], job: Job) -> None:
+    async def _send_file(self, file: RegularFile, digest: str, moved: Callable[[int], None], job: Job) -> None:
         call = job.part()
-        headers = {"Content-Length": str(os.fstat(file.fileno()).st_size), **(call.get("headers") or {})}
+        given = given_headers(call) or Secret[Mapping[str, str]]({})
+        headers = Secret[Mapping[str, str]]({"Content-Length": str(file.size), **given.value})
         await self._send(self._build("POST", f"/api/blobs/{digest}", _FileBody(file, moved), headers), call)
 
 
 class _FileBody(httpx.AsyncByteStream):
     """A file as the body of a request; each time that it is sent it is read from its beginning."""
 
-    def __init__(self, file: BinaryIO, moved: Callable[[int], None]) -> None:
+    def __init__(self, file: RegularFile, moved: Callable[[int], None]) -> None:
         self._file = file
         self._moved = moved
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         done = 0
-        await anyio.to_thread.run_sync(self._file.seek, 0)
-        while block := await anyio.to_thread.run_sync(self._file.read, _FILE_BLOCK):
+        await self._file.run(self._file.rewind)
+        while block := await self._file.run(self._file.read):
             yield block
             # Whoever asks for the next block has sent this one.
             done += len(block)
             self._moved(done)
 
 
-def open_file(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a file that is to be uploaded."""
-    try:
-        return Path(path).open("rb")
-    except (OSError, TypeError, ValueError, AttributeError) as exc:
-        raise RequestError(f"cannot read {str(path)!r}: {exc}") from exc
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as exc:
-        raise RequestError(f"cannot read {str(path)!r}: {exc}") from exc
+async def _in_thread(function: Callable[..., Any], *args: Any) -> Any:
+    return await anyio.to_thread.run_sync(function, *args, abandon_on_cancel=True)
 
 
 def _checked_digest(value: object) -> str:
@@ -263,19 +279,59 @@ _WEIGHTS = ("*.gguf", "*.safetensors")
 _BESIDE = ("*.json", "tokenizer.model")
 
 
-def model_files(path: Any) -> dict[str, Path]:
-    """Return the files that make a model, by the names that the server shall know them by."""
+class ModelFile(NamedTuple):
+    """A file of a model.
+
+    Attributes:
+        name: What the server shall know it by.
+        path: Where it is.
+        within: Where it must be when it is opened; see ``RegularFile``.
+        size: Its bytes.
+    """
+
+    name: str
+    path: Path
+    within: tuple[str, ...]
+    size: int
+
+
+def _model_files(path: Any, follow_links: bool) -> list[ModelFile]:
+    """Return the files that make a model; in a worker thread."""
     try:
-        given = Path(path)
+        return _files_of(Path(path), follow_links=follow_links)
     except TypeError as exc:
         raise RequestError(f"path={type(path).__name__}: give the path of a file or folder") from exc
-    if given.is_file():
-        return {given.name: given}
+    except OSError as exc:
+        raise RequestError(f"cannot read {str(path)!r}: {exc}") from exc
+
+
+def _files_of(given: Path, *, follow_links: bool) -> list[ModelFile]:
     if not given.is_dir():
-        raise RequestError(f"there is neither a file nor a folder {str(given)!r}")
+        if not given.exists():
+            raise RequestError(f"there is neither a file nor a folder {str(given)!r}")
+        return [_checked_file(given, ())]
+    within = () if follow_links else _places(given)
     for pattern in _WEIGHTS:
         weights = sorted(given.glob(pattern))
         if weights:
             beside = [] if pattern == "*.gguf" else [file for kind in _BESIDE for file in sorted(given.glob(kind))]
-            return {file.name: file for file in [*weights, *beside]}
+            return [_checked_file(file, within) for file in [*weights, *beside]]
     raise RequestError(f"the folder {str(given)!r} has no model in it: neither *.gguf nor *.safetensors")
+
+
+def _checked_file(path: Path, within: tuple[str, ...]) -> ModelFile:
+    # All are looked at before the first one is hashed, which may take minutes; and each again when it is opened to be
+    # read.
+    with RegularFile(path, within) as file:
+        file.open()
+        return ModelFile(path.name, path, within, file.size)
+
+
+def _places(folder: Path) -> tuple[str, ...]:
+    """Return where the files of a model may be: in its folder; in the cache of Hugging Face, also in that of blobs.
+
+    There the folder is ``models--NAME/snapshots/REVISION``, and has links to ``models--NAME/blobs``.
+    """
+    real = Path(os.path.realpath(folder))
+    snapshots = next((parent for parent in real.parents if parent.name == "snapshots"), None)
+    return (str(real),) if snapshots is None else (str(real), str(snapshots.with_name("blobs")))

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import httpx
 
 from ._errors import HostError
+from ._secret import Secret
 
 __all__ = ["Host", "env_api_key", "env_proxy", "parse_host"]
 
@@ -33,6 +34,9 @@ class Host(NamedTuple):
     name: str
     credentials: str | None
 
+    def __repr__(self) -> str:
+        return f"<Host {self.url}>"
+
 
 def parse_host(given: str | None) -> Host:
     """Read an address as ``OLLAMA_HOST`` may have it.
@@ -44,20 +48,15 @@ def parse_host(given: str | None) -> Host:
         given: The address; ``None`` and ``""`` are ``http://127.0.0.1:11434``.
 
     Raises:
-        HostError: It is no address. The text never shows credentials.
+        HostError: It is not an address. The text never shows credentials.
     """
-    text = (given or "").strip().strip("\"'").strip()
-    scheme, separator, rest = text.partition("://")
-    if not separator:
-        scheme, rest = "", text
-    scheme = scheme.lower()
-    authority, _, path = rest.partition("/")
-    if "@" in path or ("@" in text and not re.fullmatch("[a-z]*", scheme)):
+    secret, given = Secret(given), None
+    scheme, address, path, credentials = _taken_apart(secret)
+    if scheme is None:
         # Not shown: it may be a password.
         raise HostError("the host has an '@' in the wrong place; write a '/' in a password as %2F")
     if scheme not in ("", "http", "https"):
         raise HostError(f"the host has the scheme {scheme!r}; Ollama is reached over http or https")
-    userinfo, _, address = authority.rpartition("@")
     name, port = _split_port(address)
     if name.lower() == "ollama.com" and not scheme and not port:
         scheme = "https"
@@ -66,10 +65,25 @@ def parse_host(given: str | None) -> Host:
     shown = f"[{name}]" if ":" in name else name
     url = f"{scheme or 'http'}://{shown}:{number}{_path(path)}"
     try:
-        httpx.URL(url)
-    except httpx.InvalidURL as exc:
+        # Some labels cannot be decoded, which httpx tries only when it is asked for the name.
+        _ = httpx.URL(url).host
+    except (httpx.InvalidURL, UnicodeError) as exc:
         raise HostError(f"the host {address!r} is no address: {exc}") from exc
-    return Host(url, name, _basic(userinfo) if userinfo else None)
+    return Host(url, name, credentials.value)
+
+
+def _taken_apart(given: Secret[str | None]) -> tuple[str | None, str, str, Secret[str | None]]:
+    """Return scheme, address, path and the value of an ``Authorization`` header; no scheme if that cannot be told."""
+    text = (given.value or "").strip().strip("\"'").strip()
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        scheme, rest = "", text
+    scheme = scheme.lower()
+    authority, _, path = rest.partition("/")
+    if "@" in path or ("@" in text and not re.fullmatch("[a-z]*", scheme)):
+        return None, "", "", Secret(None)
+    userinfo, _, address = authority.rpartition("@")
+    return scheme, address, path, Secret(_basic(userinfo) if userinfo else None)
 
 
 def _split_port(address: str) -> tuple[str, str]:
@@ -133,7 +147,8 @@ def _path(path: str) -> str:
 
 def _basic(userinfo: str) -> str:
     plain = urllib.parse.unquote(userinfo)
-    return "Basic " + base64.b64encode(plain.encode()).decode("ascii")
+    # Halves of characters cannot be written; whoever has them in a password finds out by a 401.
+    return "Basic " + base64.b64encode(plain.encode("utf-8", "replace")).decode("ascii")
 
 
 def is_loopback(name: str) -> bool:

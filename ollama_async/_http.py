@@ -8,13 +8,15 @@ import os
 import re
 import socket
 import threading
+from itertools import starmap
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import httptools
 import httpx
 
-from ._cancel import raise_in_loop
+from ._cancel import raise_in_loop, resolve
 from ._channel import Channel, End
+from ._secret import Secret
 
 if TYPE_CHECKING:
     import contextvars
@@ -41,6 +43,9 @@ _NOT_IN_VALUE = re.compile(rb"[\x00\r\n]")
 _NOT_IN_TARGET = re.compile(rb"[\x00-\x20\x7f]")
 
 
+_PORTS = {"http": 80, "https": 443}
+
+
 class Origin(NamedTuple):
     """Where a connection goes."""
 
@@ -50,11 +55,16 @@ class Origin(NamedTuple):
 
     @classmethod
     def of(cls, url: httpx.URL) -> Origin:
-        if url.scheme not in ("http", "https"):
+        """Return where a URL leads; raises ``httpx.UnsupportedProtocol`` if nothing can connect to that."""
+        if url.scheme not in _PORTS:
             raise httpx.UnsupportedProtocol(f"the URL has the scheme {url.scheme!r}, not http or https")
-        if not url.host:
+        # Not url.host, which decodes the name, and fails with one that cannot be.
+        if not url.raw_host:
             raise httpx.UnsupportedProtocol("the URL has no host")
-        return cls(url.scheme, url.raw_host.decode("ascii"), url.port or (443 if url.scheme == "https" else 80))
+        port = _PORTS[url.scheme] if url.port is None else url.port
+        if not 0 < port < 65536:
+            raise httpx.UnsupportedProtocol(f"the URL has the port {str(port)[:20]}, which is not from 1 to 65535")
+        return cls(url.scheme, url.raw_host.decode("ascii"), port)
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -165,22 +175,19 @@ def encode_head(request: httpx.Request, proxy: HttpProxy | None = None) -> bytes
         raise httpx.LocalProtocolError(f"illegal method {request.method!r}", request=request)
     if _NOT_IN_TARGET.search(target):
         raise httpx.LocalProtocolError("illegal character in the path of the URL", request=request)
-    headers = request.headers.raw
+    headers = Secret(request.headers.raw)
     if proxy is not None and request.url.scheme == "http":
         target = b"http://%b%b" % (request.url.netloc, target)
-        headers = [*headers, *proxy.besides(headers)]
+        headers = Secret([*headers.value, *proxy.besides(headers.value)])
     return b"%b %b HTTP/1.1\r\n%b\r\n" % (method, target, encode_headers(headers))
 
 
-def encode_headers(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+def encode_headers(headers: Secret[list[tuple[bytes, bytes]]]) -> bytes:
     """Write header lines; raises ``httpx.LocalProtocolError``."""
-    lines: list[bytes] = []
-    for name, value in headers:
-        flaw = header_flaw(name, value)
-        if flaw is not None:
-            raise httpx.LocalProtocolError(flaw)
-        lines.append(b"%b: %b\r\n" % (name, value))
-    return b"".join(lines)
+    flaw = next(filter(None, starmap(header_flaw, headers.value)), None)
+    if flaw is not None:
+        raise httpx.LocalProtocolError(flaw)
+    return b"".join([b"%b: %b\r\n" % header for header in headers.value])
 
 
 def header_flaw(name: bytes, value: bytes) -> str | None:
@@ -398,8 +405,6 @@ class Connection(asyncio.BaseProtocol):
             data: The first bytes.
             more: Whether the body is still to be written with ``write()``, up to ``end()``.
         """
-        if self.gone:
-            raise httpx.ReadError("the connection was lost as soon as it was made")
         self._answer = _Answer(channel, method)
         self._channel = channel
         self._sending = more
@@ -451,6 +456,8 @@ class Connection(asyncio.BaseProtocol):
             self.sock.sever()
         if self._transport is not None:
             self._transport.abort()
+        else:
+            self.sock.close()
 
     # -- as the link of a channel --
 
@@ -500,16 +507,18 @@ class Connection(asyncio.BaseProtocol):
             return
         try:
             channel.now = channel.loop.time()
-            answer.feed(data)
+            try:
+                answer.feed(data)
+            except httpx.RemoteProtocolError as exc:
+                self._broken(exc)
+                return
             if answer.done:
                 self._finished(answer, channel)
             elif not answer.room:
                 answer.room = True
                 self.pause()
-        except httpx.RemoteProtocolError as exc:
-            self._broken(exc)
         except BaseException as exc:
-            self._interrupted(channel, exc)
+            self._interrupted(answer, channel, exc)
 
     def eof_received(self) -> bool:
         """The peer will send nothing more: that ends a body without framing, and breaks any other."""
@@ -518,26 +527,34 @@ class Connection(asyncio.BaseProtocol):
             # severed together before that. (Over TLS, asyncio does not let it wait.)
             return self.origin.scheme == "http"
         answer, channel = self._answer, self._channel
-        if answer is None or channel is None:
-            return False
+        if answer is not None and channel is not None:
+            try:
+                self._ended_by_peer(answer, channel)
+            except BaseException as exc:
+                self._interrupted(answer, channel, exc)
+        return False
+
+    def _ended_by_peer(self, answer: _Answer, channel: Channel) -> None:
         if answer.until_close():
+            answer.done = True
             self._let_go()
             channel.complete()
-        else:
-            where = "in the middle of its answer" if answer.status else "before it answered"
-            # What a TLS server does with a request in the clear.
-            hint = "" if answer.status or self.origin.scheme == "https" else "; if this is a TLS port, use https://"
-            self._broken(PeerClosed(f"the server closed the connection {where}{hint}"))
-        return False
+            return
+        where = "in the middle of its answer" if answer.status else "before it answered"
+        # What a TLS server does with a request in the clear.
+        hint = "" if answer.status or self.origin.scheme == "https" else "; if this is a TLS port, use https://"
+        self._broken(PeerClosed(f"the server closed the connection {where}{hint}"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Gone, by whoever's doing."""
-        with self.sock.guard:
-            self._transport = self._source = None
-        detail = f": {exc}" if exc is not None else ""
-        self._broken(httpx.ReadError(f"the connection was lost{detail}"))
-        self.resume_writing()
-        self._home.lost(self)
+        try:
+            with self.sock.guard:
+                self._transport = self._source = None
+            detail = f": {exc}" if exc is not None else ""
+            self._broken(httpx.ReadError(f"the connection was lost{detail}"))
+            self.resume_writing()
+        finally:
+            self._home.lost(self)
 
     def pause_writing(self) -> None:
         """The peer reads too slowly."""
@@ -546,8 +563,8 @@ class Connection(asyncio.BaseProtocol):
     def resume_writing(self) -> None:
         """The peer has caught up, or is gone."""
         self._full = False
-        if self._writable is not None and not self._writable.done():
-            self._writable.set_result(None)
+        if self._writable is not None:
+            resolve(self._writable)
 
     def _finished(self, answer: _Answer, channel: Channel) -> None:
         # An answer that came before the whole request was sent leaves the connection in the middle of that request.
@@ -559,13 +576,15 @@ class Connection(asyncio.BaseProtocol):
             self.close()
         channel.complete()
 
-    def _interrupted(self, channel: Channel, exc: BaseException) -> None:
+    def _interrupted(self, answer: _Answer, channel: Channel, exc: BaseException) -> None:
         """Close the connection after Ctrl-C or the like: where the parser was in the answer, nobody knows any more."""
         # By itself: uvloop takes what its callbacks raise for an error of the connection.
         raise_in_loop(channel.loop, exc)
-        if not channel.arrived:
+        if answer.done:
+            channel.complete()
+        else:
             channel.fail(httpx.ReadError(f"reading the answer was interrupted by {type(exc).__name__}"))
-        channel.cut()
+            channel.cut()
         self.close()
 
     def _broken(self, error: Exception) -> None:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, PydanticUserError, ValidationError, 
 
 from ._errors import RequestError
 from ._options import Options
+from ._regular import read_file
 from ._types import Message
 
 if TYPE_CHECKING:
@@ -277,7 +278,7 @@ class Image(BaseModel):
         if isinstance(value, os.PathLike):
             path = Path(cast("os.PathLike[str]", value))
             if not path.is_file():
-                raise ValueError(f"the file {str(path)!r} does not exist")
+                raise ValueError(f"the file {str(path)!r} {_flaw(path)}")
             return path
         if isinstance(value, bytes) or callable(getattr(value, "read", None)):
             return value
@@ -290,8 +291,8 @@ class Image(BaseModel):
             return value
         if isinstance(value, Path):
             try:
-                value = value.read_bytes()
-            except OSError as exc:
+                value = read_file(value)
+            except RequestError as exc:
                 raise ValueError(f"the image cannot be read: {exc}") from exc
         elif not isinstance(value, bytes):
             # It can be read once, and may be wanted again.
@@ -308,12 +309,16 @@ def _text_or_path(value: str) -> str | Path:
     if 0 < len(value) <= _MAX_PATH and "\0" not in value and os.path.isfile(value):
         return Path(value)
     if value.lower().endswith(_IMAGE_SUFFIXES):
-        raise ValueError(f"the file {value!r} does not exist")
+        raise ValueError(f"the file {value!r} {_flaw(value)}")
     try:
         base64.b64decode(value, validate=True)
     except ValueError:
         raise ValueError("an image given as str is neither base64 nor a file that exists") from None
     return value
+
+
+def _flaw(path: str | Path) -> str:
+    return "cannot be sent: give a regular file" if os.path.exists(path) else "does not exist"
 
 
 def _read(file: Any) -> bytes:

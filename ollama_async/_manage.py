@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, cast, overload
 
 from ._errors import ProtocolError, RequestError
-from ._files import FileTransfer, model_files
+from ._files import FileTransfer
 from ._input import (
     checked,
     checked_stream,
@@ -20,7 +20,7 @@ from ._input import (
 )
 from ._merge import ProgressMerge
 from ._progress import ProgressResponse
-from ._session import CallOptions
+from ._session import CallOptions, hide
 
 if TYPE_CHECKING:
     import os
@@ -69,6 +69,7 @@ class _CreateFromOptions(_CreateOptions, total=False):
 
 
 _CALL = set(CallOptions.__optional_keys__)
+_CREATE_FROM = set(_CreateFromOptions.__optional_keys__)
 
 
 class ModelManagement(FileTransfer):
@@ -84,6 +85,7 @@ class ModelManagement(FileTransfer):
 
         Server: ``GET /api/tags``
         """
+        hide(call)
         from ._manage_types import ListResponse
 
         return await self._request(ListResponse, "GET", "/api/tags", None, call)
@@ -98,6 +100,7 @@ class ModelManagement(FileTransfer):
 
         Server: ``GET /api/ps``
         """
+        hide(call)
         from ._manage_types import ProcessResponse
 
         return await self._request(ProcessResponse, "GET", "/api/ps", None, call)
@@ -112,6 +115,7 @@ class ModelManagement(FileTransfer):
 
         Server: ``GET /api/version``
         """
+        hide(call)
         from ._manage_types import VersionResponse
 
         return await self._request(VersionResponse, "GET", "/api/version", None, call)
@@ -126,6 +130,7 @@ class ModelManagement(FileTransfer):
 
         Server: ``GET /api/status``
         """
+        hide(call)
         from ._manage_types import CloudStatusResponse
 
         return await self._request(CloudStatusResponse, "GET", "/api/status", None, call)
@@ -140,6 +145,7 @@ class ModelManagement(FileTransfer):
 
         Server: ``GET /api/experimental/model-recommendations``
         """
+        hide(call)
         from ._manage_types import RecommendationsResponse
 
         path = "/api/experimental/model-recommendations"
@@ -156,6 +162,7 @@ class ModelManagement(FileTransfer):
 
         Server: ``POST /api/me``
         """
+        hide(call)
         from ._manage_types import UserResponse
 
         return await self._request(UserResponse, "POST", "/api/me", None, call)
@@ -171,6 +178,7 @@ class ModelManagement(FileTransfer):
 
         Server: ``POST /api/signout``
         """
+        hide(call)
         return await self._command("POST", "/api/signout", None, call)
 
     async def show(
@@ -200,6 +208,7 @@ class ModelManagement(FileTransfer):
 
         Server: ``POST /api/show``
         """
+        hide(call)
         from ._manage_types import ShowResponse
 
         given = encoded(options=options, verbose=verbose, system=system, template=template)
@@ -216,6 +225,7 @@ class ModelManagement(FileTransfer):
 
         Server: ``POST /api/copy``
         """
+        hide(call)
         body = {"source": model_name(source, "source"), "destination": model_name(destination, "destination")}
         return await self._command("POST", "/api/copy", body, call)
 
@@ -229,6 +239,7 @@ class ModelManagement(FileTransfer):
 
         Server: ``DELETE /api/delete``
         """
+        hide(call)
         return await self._command("DELETE", "/api/delete", {"model": model_name(model)}, call)
 
     @overload
@@ -341,6 +352,7 @@ class ModelManagement(FileTransfer):
 
         Server: ``POST /api/create``
         """
+        hide(call)
         body = {
             "model": model_name(model),
             "stream": checked_stream(stream),
@@ -360,6 +372,7 @@ class ModelManagement(FileTransfer):
         path: str | os.PathLike[str],
         *,
         adapter: str | os.PathLike[str] | None = None,
+        follow_links: bool = False,
         on_progress: Callable[[ProgressResponse], object] | None = None,
         **options: Unpack[_CreateFromOptions],
     ) -> ProgressResponse:
@@ -369,6 +382,8 @@ class ModelManagement(FileTransfer):
             model: Name of the new model.
             path: A GGUF file, or a folder with GGUF files or with safetensors and what belongs to them.
             adapter: The same of an adapter.
+            follow_links: Whether links in a folder may lead out of it. Without it that is refused, except to where the
+                cache of Hugging Face keeps the files of this model.
             on_progress: Called in the event loop with each step; its ``overall`` is over all files and all steps.
             **options: As ``create``; a ``timeout`` is for all of it together.
 
@@ -376,19 +391,26 @@ class ModelManagement(FileTransfer):
             The last step.
 
         Raises:
-            RequestError: A file cannot be read, or the folder has no model in it.
+            RequestError: A file cannot be read, is no regular file, or is outside of the folder; or the folder has no
+                model in it.
             OllamaError: See the tree in the reference.
 
         Cancellation: closes the connection and the file at once.
 
         Server: ``HEAD /api/blobs/:digest``, ``POST /api/blobs/:digest``, ``POST /api/create``
         """
+        hide(options)
         model_name(model)
+        checked("flag", follow_links=follow_links)
+        if not options.keys() <= _CREATE_FROM:
+            # Else told by create(), when everything has been uploaded.
+            raise TypeError(f"unknown parameter {min(options.keys() - _CREATE_FROM)!r}")
         given: dict[str, Any] = dict(options)
         call = cast("CallOptions", {name: given.pop(name) for name in _CALL & set(given)})
         job = self._job(call, on_progress)
-        files, adapters = model_files(path), None if adapter is None else model_files(adapter)
-        job.expect([*files.values(), *(adapters or {}).values()])
+        files = await self._find(job, path, follow_links=follow_links)
+        adapters = None if adapter is None else await self._find(job, adapter, follow_links=follow_links)
+        job.expect([*files, *(adapters or [])])
         uploaded = await self._upload_all(files, job)
         extra = None if adapters is None else await self._upload_all(adapters, job)
         given |= job.part()
@@ -464,6 +486,7 @@ class ModelManagement(FileTransfer):
 
         Server: ``POST /api/pull``
         """
+        hide(call)
         body = {"model": model_name(model), "stream": checked_stream(stream), **checked("flag", insecure=insecure)}
         if not checked("flag", resume=resume)["resume"]:
             return self._progress("/api/pull", body, call)
@@ -509,6 +532,7 @@ class ModelManagement(FileTransfer):
 
         Server: ``POST /api/push``
         """
+        hide(call)
         body = {"model": model_name(model), "stream": checked_stream(stream), **checked("flag", insecure=insecure)}
         return self._progress("/api/push", body, call)
 
@@ -532,6 +556,7 @@ class ModelManagement(FileTransfer):
 
         Server: ``POST https://ollama.com/api/web_search``, ``POST /api/experimental/web_search``
         """
+        hide(call)
         from ._manage_types import WebSearchResponse
 
         body = {"query": _required(query, "query"), **checked("number", max_results=max_results)}
@@ -557,6 +582,7 @@ class ModelManagement(FileTransfer):
 
         Server: ``POST https://ollama.com/api/web_fetch``, ``POST /api/experimental/web_fetch``
         """
+        hide(call)
         from ._manage_types import WebFetchResponse
 
         return await self._web(WebFetchResponse, "fetch", {"url": _required(url, "url")}, call, via_server=via_server)
@@ -566,11 +592,11 @@ class ModelManagement(FileTransfer):
     ) -> WebT:
         if checked("flag", via_server=via_server)["via_server"]:
             return await self._request(model, "POST", f"/api/experimental/web_{what}", body, call)
-        headers = self._web_headers(call.get("headers"))
-        if not headers.get("Authorization", "").startswith("Bearer "):
+        headers = self._web_headers(call)
+        if not headers.value.get("Authorization", "").startswith("Bearer "):
             # Word for word what ollama-python says.
             raise RequestError(f"Authorization header with Bearer token is required for web {what}")
-        outside: CallOptions = {**call, "headers": headers}
+        outside: CallOptions = {**call, "headers": cast("Any", headers)}
         return await self._request(model, "POST", f"https://ollama.com/api/web_{what}", body, outside)
 
     def _progress(

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
+from ._secret import showable
 from ._types import Model
 
 __all__ = ["Meter", "Progress", "ProgressResponse"]
@@ -14,6 +15,7 @@ __all__ = ["Meter", "Progress", "ProgressResponse"]
 _WINDOW = 10.0
 
 
+@showable
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far a long operation is, over all files and reconnects; neither bytes nor fraction ever go back.

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import base64
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import httpx
 
 from ._errors import RequestError
 from ._http import HttpProxy, Origin
+from ._secret import Secret
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
+
+    from ._tls import TlsOptions
 
 __all__ = ["ProxyTransport", "http_proxy"]
 
@@ -24,30 +27,37 @@ def http_proxy(given: str | httpx.Proxy) -> HttpProxy | None:
     """Return a proxy that is spoken to in plain HTTP, as ``DirectTransport`` takes it; ``None`` for any other.
 
     Raises:
-        RequestError: It is no proxy. The text does not show its password.
+        RequestError: It is not a proxy. The text does not show its password.
     """
+    proxy, flaw = _read(Secret(given))
+    del given
+    if flaw:
+        raise RequestError(f"the proxy cannot be used: {flaw}")
+    return proxy
+
+
+def _read(given: Secret[str | httpx.Proxy]) -> tuple[HttpProxy | None, str]:
+    """Return a proxy, or what is wrong with it."""
     # Nothing of what httpx says is shown but of a URL without a host: it may have the password in it. Of one without a
     # scheme it takes the user for that, and shows the rest.
     try:
-        proxy = given if isinstance(given, httpx.Proxy) else httpx.Proxy(given)
-        origin = Origin.of(proxy.url) if proxy.url.scheme == "http" else None
-        auth = proxy.raw_auth
+        proxy = given.value if isinstance(given.value, httpx.Proxy) else httpx.Proxy(given.value)
+        if proxy.url.scheme != "http":
+            return None, ""
+        headers = list(proxy.headers.raw)
+        if proxy.raw_auth is not None:
+            headers.append((b"Proxy-Authorization", b"Basic " + base64.b64encode(b":".join(proxy.raw_auth))))
+        return HttpProxy(Origin.of(proxy.url), tuple(headers)), ""
     except httpx.InvalidURL:
-        raise RequestError("the proxy cannot be used: its URL is none; write a '/' in a password as %2F") from None
+        return None, "its URL cannot be read; write a '/' in a password as %2F"
     except UnicodeEncodeError:
-        raise RequestError("the proxy cannot be used: its user or password is no text") from None
+        return None, "its user or password cannot be encoded"
     except ValueError:
-        raise RequestError(f"the proxy cannot be used: its URL begins with none of {', '.join(_SCHEMES)}") from None
-    except TypeError:
-        raise RequestError(f"proxy={type(given).__name__}: give a URL as str, or an httpx.Proxy") from None
+        return None, f"its URL begins with none of {', '.join(_SCHEMES)}"
+    except (TypeError, AttributeError):
+        return None, f"proxy={type(given.value).__name__}: give a URL as str, or an httpx.Proxy"
     except httpx.UnsupportedProtocol as exc:
-        raise RequestError(f"the proxy cannot be used: {exc}") from exc
-    if origin is None:
-        return None
-    headers = list(proxy.headers.raw)
-    if auth is not None:
-        headers.append((b"Proxy-Authorization", b"Basic " + base64.b64encode(b":".join(auth))))
-    return HttpProxy(origin, tuple(headers))
+        return None, str(exc)
 
 
 # httpx's own limit of 100 connections would make the 101st stream wait for the end of another one.
@@ -60,17 +70,24 @@ class ProxyTransport(httpx.AsyncBaseTransport):
     A pool of httpx belongs to the loop that it was first used in, and says so by an error of asyncio's in the next.
     """
 
-    def __init__(self, proxy: str | httpx.Proxy, **options: Any) -> None:
-        self._options: dict[str, Any] = {**options, "proxy": proxy, "limits": _LIMITS}
+    def __init__(self, proxy: str | httpx.Proxy, *, tls: TlsOptions) -> None:
+        self._proxy = Secret(proxy)
+        del proxy
+        self._context = tls.context()
         try:
             # The first pool, and so an error in the options, is made before anything is sent.
             self._spare: httpx.AsyncHTTPTransport | None = self._make()
         except (ImportError, ValueError) as exc:
-            raise RequestError(f"the proxy cannot be used: {exc}") from exc
+            flaw = str(exc)
+        else:
+            flaw = ""
+        if flaw:
+            # Raised out here: frames of httpx, on the way of that error, have the proxy's password.
+            raise RequestError(f"the proxy cannot be used: {flaw}")
         self._pools: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Pool] = weakref.WeakKeyDictionary()
 
     def _make(self) -> httpx.AsyncHTTPTransport:
-        return httpx.AsyncHTTPTransport(**self._options)
+        return httpx.AsyncHTTPTransport(proxy=self._proxy.value, verify=self._context, limits=_LIMITS)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request.

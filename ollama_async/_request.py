@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from ._http import Origin, encode_head
+from ._secret import Secret
 from ._upload import Outgoing
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class RequestWriter:
         transport: The ``DirectTransport`` under the client, if nothing is between them; else None.
     """
 
-    def __init__(self, client: Any, headers: httpx.Headers, transport: DirectTransport | None) -> None:
+    def __init__(self, client: Any, headers: Secret[httpx.Headers], transport: DirectTransport | None) -> None:
         self._client = client
         self._headers = headers
         self._direct = transport is not None
@@ -80,19 +81,19 @@ class RequestWriter:
 
         # Not a method: the cache would hold this object, and this object the cache.
         @lru_cache(_HEADS)
-        def head_of(method: str, url: str, *, has_body: bool) -> tuple[Origin, bytes] | None:
-            request = client.build_request(method, url, content=b"{}" if has_body else None, headers=headers)
+        def head_of(method: str, url: str, *, has_body: bool) -> tuple[Origin, Secret[bytes]] | None:
+            request = client.build_request(method, url, content=b"{}" if has_body else None, headers=headers.value)
             if has_body:
                 del request.headers["content-length"]
             try:
-                return Origin.of(request.url), encode_head(request, proxy).removesuffix(b"\r\n")
+                return Origin.of(request.url), Secret(encode_head(request, proxy).removesuffix(b"\r\n"))
             except (httpx.LocalProtocolError, httpx.UnsupportedProtocol):
                 # Told when it is sent, as everything that is wrong with a request.
                 return None
 
         self._head_of = head_of
 
-    def write(self, method: str, url: str, content: Any, headers: httpx.Headers | None) -> Request:
+    def write(self, method: str, url: str, content: Any, headers: Secret[httpx.Headers] | None) -> Request:
         """Write a request.
 
         Args:
@@ -104,13 +105,12 @@ class RequestWriter:
 
         def make() -> httpx.Request:
             given = self._headers if headers is None else headers
-            made: httpx.Request = self._client.build_request(method, url, content=content, headers=given)
+            made: httpx.Request = self._client.build_request(method, url, content=content, headers=given.value)
             return made
 
         plain = self._direct and headers is None and (content is None or type(content) is bytes)
         head = self._head_of(method, url, has_body=content is not None) if plain and not self._client.cookies else None
         if head is None:
             return Request(make, http=make())
-        origin, data = head
         end = b"\r\n" if content is None else b"Content-Length: %d\r\n\r\n%b" % (len(content), content)
-        return Request(make, Outgoing(method, origin, data + end))
+        return Request(make, Outgoing(method, head[0], head[1].value + end))

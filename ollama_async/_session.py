@@ -6,7 +6,7 @@ import os
 import platform
 from collections.abc import Mapping
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypedDict, TypeVar, cast
 
 import httpx
 from pydantic import ValidationError
@@ -16,15 +16,18 @@ from ._cancel import CancelToken, LiveObject
 from ._channel import End, Ended
 from ._errors import AbortError, ProtocolError, RequestError, ResponseError, StreamClosed
 from ._exchange import Exchange
+from ._guard import HttpClient, guarded
 from ._host import env_api_key, env_proxy, is_loopback, is_ollama_com, parse_host
-from ._http import Origin, header_flaw
+from ._http import header_flaw
 from ._input import encode_json
 from ._ndjson import MAX_LINE_BYTES
 from ._proxy import ProxyTransport, http_proxy
 from ._request import RequestWriter
 from ._retry import Attempts
+from ._secret import Secret, showable
 from ._stream import Stream
 from ._timeouts import DEFAULT_TIMEOUTS, Timeouts
+from ._tls import TlsOptions
 from ._transport import DirectTransport
 from ._types import StatusResponse
 
@@ -39,7 +42,7 @@ if TYPE_CHECKING:
     from ._request import Request
     from ._types import Model
 
-__all__ = ["CallOptions", "Session", "check_call"]
+__all__ = ["CallOptions", "Session", "check_call", "given_headers", "hide"]
 
 ModelT = TypeVar("ModelT", bound="Model")
 
@@ -71,6 +74,7 @@ class CallOptions(TypedDict, total=False):
     """How often this call is sent again, in place of the client's."""
 
 
+@showable
 class Session(LiveObject):
     """What ``AsyncClient`` is made on: everything but the endpoints."""
 
@@ -95,21 +99,25 @@ class Session(LiveObject):
         follow_redirects: bool = True,
         **options: Any,
     ) -> None:
-        if not isinstance(host, str | None):
-            raise RequestError(f"host={type(host).__name__}: give a str such as 'http://127.0.0.1:11434', or None")
+        # What may have a key or a password in it is in no variable from here on.
+        address, given, via, certificate, others = map(Secret[Any], (host, headers, proxy, cert, options))
+        del host, headers, proxy, cert, options
+        if not isinstance(address.value, str | None):
+            kind = type(address.value).__name__
+            raise RequestError(f"host={kind}: give a str such as 'http://127.0.0.1:11434', or None")
         _check_kind("token", token, CancelToken)
         _check_kind("max_line_bytes", max_line_bytes, int)
         if transport is not None and not hasattr(transport, "handle_async_request"):
             raise RequestError(f"transport={type(transport).__name__}: give an httpx.AsyncBaseTransport")
         if http_client is not None and not (hasattr(http_client, "send") and hasattr(http_client, "build_request")):
             raise RequestError(f"http_client={type(http_client).__name__}: give an httpx.AsyncClient")
-        if "base_url" in options:
+        if "base_url" in others.value:
             raise RequestError("base_url= is made of the host; give that")
-        if uds is not None and (proxy is not None or transport is not None):
+        if uds is not None and (via.value is not None or transport is not None):
             raise RequestError("uds= goes with neither proxy= nor transport=")
-        if proxy is not None and transport is not None:
+        if via.value is not None and transport is not None:
             raise RequestError("proxy= does not go with transport=: give it to that transport")
-        self._host = parse_host(os.environ.get("OLLAMA_HOST") if host is None else host)
+        self._host = parse_host(os.environ.get("OLLAMA_HOST") if address.value is None else address.value)
         if isinstance(timeout, _Default):
             timeout = None if compat else DEFAULT_TIMEOUTS
         elif compat and isinstance(timeout, (int, float)):
@@ -126,23 +134,29 @@ class Session(LiveObject):
         self._client: Any = http_client
         self._direct: DirectTransport | None = None
         self._closed = False
-        self._headers = self._default_headers(headers, trust_env=trust_env)
+        own = self._own_headers(trust_env=trust_env)
+        self._headers = (_headers(own, given) if given.value else own).value
         if http_client is None:
-            if proxy is None and trust_env and transport is None and uds is None:
-                proxy = env_proxy(self._host, even_local=compat)
-            if transport is None and proxy is not None and http_proxy(proxy) is None:
-                transport = ProxyTransport(proxy, verify=verify, cert=cert, trust_env=trust_env)
+            if via.value is None and trust_env and transport is None and uds is None:
+                via = Secret(env_proxy(self._host, even_local=compat))
+            tls = TlsOptions(verify, certificate, trust_env)
+            if transport is None and via.value is not None and http_proxy(via.value) is None:
+                transport = ProxyTransport(via.value, tls=tls)
             elif transport is None:
-                transport = DirectTransport(verify=verify, cert=cert, trust_env=trust_env, uds=uds, proxy=proxy)
+                transport = DirectTransport(
+                    verify=tls.verify, cert=certificate.value, trust_env=trust_env, uds=uds, proxy=via.value
+                )
                 # Where somebody's code runs within the request, the request needs a task of its own.
-                if not any(map(options.get, ("auth", "event_hooks", "mounts"))):
+                if not any(map(others.value.get, ("auth", "event_hooks", "mounts"))):
                     self._direct = transport
-            self._client = _HttpClient(
-                transport=transport, follow_redirects=follow_redirects, timeout=None, trust_env=False, **options
+            self._client = HttpClient(
+                transport=transport, follow_redirects=follow_redirects, timeout=None, trust_env=False, **others.value
             )
-        elif transport is not None or proxy is not None or uds is not None or options:
+        elif transport is not None or via.value is not None or uds is not None or others.value:
             raise RequestError("with http_client= the options of the connection are that client's; give no others")
-        self._writer = RequestWriter(self._client, self._headers, self._direct)
+        else:
+            self._client = guarded(http_client)
+        self._writer = RequestWriter(self._client, Secret(self._headers), self._direct)
         # The calls that are under way are under the token in here; abort() takes it out once it is aborted, so that
         # later calls are not. Two calls that begin at once in two threads may put two in.
         self._calls: list[CancelToken] = []
@@ -199,35 +213,40 @@ class Session(LiveObject):
 
     # -- inside --
 
-    def _default_headers(self, given: Mapping[str, str] | None, *, trust_env: bool) -> httpx.Headers:
-        headers = httpx.Headers(
-            {
-                "Accept": "application/json",
-                # Answers are cut into lines as they come; Ollama does not compress, and proxies shall not.
-                "Accept-Encoding": "identity",
-                "Content-Type": "application/json",
-                "User-Agent": _USER_AGENT,
-            }
-        )
-        key = env_api_key(self._host, anywhere=self._compat) if trust_env else None
-        authorization = self._host.credentials or (f"Bearer {key}" if key else None)
-        if authorization is not None:
-            headers["Authorization"] = authorization
-        return _headers(headers, given) if given else headers
+    def _own_headers(self, *, trust_env: bool) -> Secret[httpx.Headers]:
+        key = Secret(env_api_key(self._host, anywhere=self._compat) if trust_env else None)
+        if self._host.credentials is not None:
+            return _headers(_plain_headers(), Secret({"Authorization": self._host.credentials}))
+        if key.value is not None:
+            return _headers(_plain_headers(), Secret({"Authorization": f"Bearer {key.value}"}))
+        return _plain_headers()
 
-    def _web_headers(self, given: Mapping[str, str] | None) -> httpx.Headers:
-        """Return the headers of a request that goes to ollama.com, whatever the server of this session is."""
-        theirs = self._compat or is_ollama_com(self._host) or is_loopback(self._host.name)
-        headers = httpx.Headers({"Authorization": self._headers.get("Authorization", "") if theirs else ""})
-        key = env_api_key(self._host, anywhere=True) if self._trust_env else None
-        if key:
-            headers["Authorization"] = f"Bearer {key}"
-        return _headers(headers, given) if given else headers
+    def _web_headers(self, call: CallOptions) -> Secret[Mapping[str, str]]:
+        """Return the headers of a call that goes to ollama.com, whatever the server of this session is.
 
-    def _build(self, method: str, path: str, content: Any, headers: Mapping[str, str] | None = None) -> Request:
-        merged = _headers(self._headers, headers) if headers else None
-        url = path if path.startswith("https://") else self._host.url + path
-        return self._writer.write(method, url, content, merged)
+        Of those of the session it has the key, if that is meant for ollama.com; and all, if they are.
+        """
+        key = Secret(env_api_key(self._host, anywhere=True) if self._trust_env else None)
+        headers = _plain_headers()
+        if self._compat or is_ollama_com(self._host):
+            headers = Secret(httpx.Headers(self._headers))
+        elif is_loopback(self._host.name):
+            headers.value["Authorization"] = self._headers.get("Authorization", "")
+        if key.value is not None:
+            headers = _headers(headers, Secret({"Authorization": f"Bearer {key.value}"}))
+        given = given_headers(call)
+        return Secret[Mapping[str, str]]((headers if given is None else _headers(headers, given)).value)
+
+    def _build(self, method: str, path: str, content: Any, headers: Secret[Mapping[str, str]] | None = None) -> Request:
+        if not path.startswith("https://"):
+            merged = None if headers is None else _headers(Secret(self._headers), headers)
+            return self._writer.write(method, self._host.url + path, content, merged)
+        # To another server than this session's go neither its headers nor its cookies.
+        assert headers is not None
+        request = self._writer.write(method, path, content, Secret(httpx.Headers(headers.value)))
+        if "Cookie" not in headers.value and "Cookie" in request.http.headers:
+            del request.http.headers["Cookie"]
+        return request
 
     def _start(
         self,
@@ -275,7 +294,7 @@ class Session(LiveObject):
         check_call(call)
         if until is not None and not callable(until):
             raise RequestError(f"until={type(until).__name__}: give a function of the merged answer")
-        request = self._build("POST", path, encode_json(body), call.get("headers"))
+        request = self._build("POST", path, encode_json(body), given_headers(call))
         return Stream(
             lambda early: self._start(request, call, None, streaming=True, resume=resume, early=early),
             merge,
@@ -297,7 +316,7 @@ class Session(LiveObject):
         form: type[BaseModel] | None = None,
     ) -> ModelT:
         content = None if body is None else encode_json(body)
-        answer, exchange = await self._send(self._build(method, path, content, call.get("headers")), call)
+        answer, exchange = await self._send(self._build(method, path, content, given_headers(call)), call)
         try:
             reply: ModelT = model.__pydantic_validator__.validate_json(answer)
         except ValidationError as exc:
@@ -309,7 +328,7 @@ class Session(LiveObject):
     async def _command(self, method: str, path: str, body: dict[str, Any] | None, call: CallOptions) -> StatusResponse:
         """Send a request whose answer has nothing to say but its status."""
         content = None if body is None else encode_json(body)
-        _, exchange = await self._send(self._build(method, path, content, call.get("headers")), call)
+        _, exchange = await self._send(self._build(method, path, content, given_headers(call)), call)
         reply = StatusResponse(status="success")
         reply.set_origin(exchange.origin())
         return reply
@@ -362,48 +381,63 @@ class Session(LiveObject):
             raise
 
 
-class _HttpClient(httpx.AsyncClient):
-    """httpx's, but for what goes along when a server redirects to another one."""
-
-    def _redirect_headers(self, request: httpx.Request, url: httpx.URL, method: str) -> httpx.Headers:
-        headers = super()._redirect_headers(request, url, method)
-        here, there = Origin.of(request.url), Origin.of(url)
-        if here == there or (here.host, here.port, there.port) == (there.host, 80, 443):
-            return headers
-        if here.scheme == "https" and there.scheme == "http":
-            raise httpx.RemoteProtocolError(f"the server redirects from https to plain http, to {there}")
-        # httpx takes away Authorization and cookies. Keys have other names as well, so all but our own go.
-        return httpx.Headers([pair for pair in headers.raw if pair[0].lower() in _NO_SECRETS])
-
-
-_NO_SECRETS = {
-    b"host", b"accept", b"accept-encoding", b"content-type", b"content-length", b"transfer-encoding", b"user-agent",
-}  # fmt: skip
+def _plain_headers() -> Secret[httpx.Headers]:
+    return Secret(
+        httpx.Headers(
+            {
+                "Accept": "application/json",
+                # Answers are cut into lines as they come; Ollama does not compress, and proxies shall not.
+                "Accept-Encoding": "identity",
+                "Content-Type": "application/json",
+                "User-Agent": _USER_AGENT,
+            }
+        )
+    )
 
 
-def _headers(defaults: httpx.Headers, given: Mapping[str, str]) -> httpx.Headers:
-    merged = httpx.Headers(defaults)
-    kind = ""
-    try:
-        merged.update(given)
-    except (TypeError, ValueError, AttributeError) as exc:
-        kind = type(exc).__name__
-    if kind:
-        # Raised out here, where that error is no context: it has the value, which may be a key.
-        raise RequestError(f"the headers cannot be sent: give a dict of ASCII strings ({kind})")
-    # Not every transport looks, and what breaks out of a header may be a request of its own.
-    flaw = next(filter(None, (header_flaw(name, value) for name, value in merged.raw)), None)
+def _headers(defaults: Secret[httpx.Headers], given: Secret[Mapping[str, str]]) -> Secret[httpx.Headers]:
+    merged, flaw = _merged(defaults, given)
     if flaw is not None:
         raise RequestError(f"the headers cannot be sent: {flaw}")
     return merged
 
 
+def _merged(
+    defaults: Secret[httpx.Headers], given: Secret[Mapping[str, str]]
+) -> tuple[Secret[httpx.Headers], str | None]:
+    merged = httpx.Headers(defaults.value)
+    try:
+        merged.update(given.value)
+    except Exception as exc:
+        # Only its name: its text may have the value, which may be a key.
+        return defaults, f"give a dict of ASCII strings ({type(exc).__name__})"
+    # Not every transport looks, and what breaks out of a header may be a request of its own.
+    return Secret(merged), next(filter(None, (header_flaw(name, value) for name, value in merged.raw)), None)
+
+
+def hide(call: CallOptions) -> None:
+    """Put what may be a key where nothing shows it: the first thing that every public method does with its options."""
+    headers: Any = call.get("headers")
+    if headers is not None and not isinstance(headers, Secret):
+        call["headers"] = cast("Any", Secret(headers))
+
+
+def given_headers(call: CallOptions) -> Secret[Mapping[str, str]] | None:
+    """Return the headers of a call, if it has any."""
+    hide(call)
+    given = cast("Secret[Mapping[str, str]] | None", call.get("headers"))
+    return given if given is not None and given.value else None
+
+
 def check_call(call: CallOptions) -> None:
     """Refuse what no call takes, before anything is sent."""
+    hide(call)
     if not call.keys() <= _CALL_OPTIONS:
         raise TypeError(f"unknown parameter {min(call.keys() - _CALL_OPTIONS)!r}")
     _check_kind("token", call.get("token"), CancelToken)
-    _check_kind("headers", call.get("headers"), Mapping)
+    headers = cast("Secret[object] | None", call.get("headers"))
+    if headers is not None and not isinstance(headers.value, Mapping):
+        raise RequestError(f"headers={type(headers.value).__name__}: give Mapping")
     if "timeout" in call:
         Timeouts.of(call["timeout"])
     retries = call.get("retries")

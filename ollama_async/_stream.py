@@ -23,6 +23,7 @@ from ._errors import ProtocolError, StreamBusy, StreamError, StreamTruncated
 from ._failures import json_object, stream_error
 from ._merge import Chunk, ChunkT, Merge, validators
 from ._ndjson import LineSplitter
+from ._secret import showable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping
@@ -39,6 +40,7 @@ __all__ = ["Outcome", "Stream", "Timing"]
 Outcome = Literal["done", "aborted", "timeout", "cancelled", "closed", "until", "error", "truncated"]
 
 
+@showable
 @dataclass(frozen=True, slots=True)
 class Timing:
     """How fast an answer came.
@@ -56,6 +58,7 @@ class Timing:
     chunks_per_second: float | None
 
 
+@showable
 class Stream(LiveObject, Generic[ChunkT]):
     """An answer as it comes, chunk by chunk.
 
@@ -128,8 +131,9 @@ class Stream(LiveObject, Generic[ChunkT]):
         statement runs.
         """
         # An `async for` awaits each step at once. Whoever calls aiter() may make a task of one, and cancel it.
-        step = self._read_chunk if _called_by_async_for() else self.__anext__
-        return _Loop(self, step)  # pyright: ignore[reportReturnType]  (it takes the slot for a method without self)
+        if _called_by_async_for():
+            return _Loop(self)  # pyright: ignore[reportReturnType]  (it takes the slot for a method without self)
+        return _Iterator(self)
 
     # -- chunk = await anext(stream) --
 
@@ -350,33 +354,28 @@ class Stream(LiveObject, Generic[ChunkT]):
         return f"<Stream of {self._merge.model.__name__}: {state}, {self._before + self._next} chunks>"
 
     def __del__(self) -> None:
-        if not hasattr(self, "_last_at"):
-            return
-        exchange = self._exchange
-        unclosed = exchange is not None and exchange.end is None and exchange.linked and self._opened
-        shown = repr(self) if unclosed else ""
-        # First of all: the warning may have been turned into an error.
-        self._dropped()
-        if unclosed:
-            warnings.warn(f"unclosed {shown}", ResourceWarning, source=self, stacklevel=1)
+        # Its last attribute is missing if Ctrl-C came before it was made.
+        if hasattr(self, "_last_at") and self._dropped():
+            text = f"unclosed <Stream of {self._merge.model.__name__}: open, {self._before + self._next} chunks>"
+            warnings.warn(text, ResourceWarning, source=self, stacklevel=1)
 
     # -- inside --
 
     async def _ready(self) -> Self:
         if not self._opened:
-            self._become_reader()
+            self._check_reader()
             try:
+                self._reading = True
                 await self._open()
             finally:
                 self._reading = False
         return self
 
-    def _become_reader(self) -> None:
+    def _check_reader(self) -> None:
         if self._reading:
             raise StreamBusy("another task is reading this stream; a stream has one reader at a time")
         if self._exchange is not None and self._exchange.loop is not asyncio.get_running_loop():
             raise StreamBusy("the stream belongs to another event loop")
-        self._reading = True
 
     async def _open(self) -> Exchange:
         exchange = self._exchange
@@ -424,9 +423,10 @@ class Stream(LiveObject, Generic[ChunkT]):
 
     async def _fill(self) -> None:
         """Get lines, or get to the end."""
-        self._become_reader()
-        self._clear()
+        self._check_reader()
         try:
+            self._reading = True
+            self._clear()
             exchange = self._exchange
             if exchange is None or not self._opened:
                 exchange = await self._open()
@@ -549,8 +549,8 @@ class Stream(LiveObject, Generic[ChunkT]):
             # Aborted in there.
             raise self._broken_off()
         if enough:
-            self._settle(exchange, "until")
             exchange.teardown(End("complete"))
+            self._settle(exchange, "until")
 
     def _truncated(self, exchange: Exchange) -> None:
         self._settle(exchange, "truncated")
@@ -656,12 +656,18 @@ class Stream(LiveObject, Generic[ChunkT]):
         if not self._reading:
             self._left("cancelled")
 
-    def _dropped(self) -> None:
-        """Nobody will read on: called from ``__del__``, that is from anywhere."""
+    def _dropped(self) -> bool:
+        """Nobody will read on: called from ``__del__``, that is from anywhere.
+
+        Returns:
+            Whether it was open.
+        """
         exchange = self._exchange
         if exchange is None:
-            return
+            return False
+        unclosed = False
         try:
+            unclosed = self._opened and exchange.end is None and exchange.linked
             self._left()
         except BaseException as exc:
             # The second time for what Ctrl-C kept it from.
@@ -669,28 +675,47 @@ class Stream(LiveObject, Generic[ChunkT]):
             if isinstance(exc, Exception):
                 raise
             raise_in_loop(exchange.loop, exc)
+        return unclosed
 
 
-class _Loop(Generic[ChunkT]):
-    """What a ``for`` loop holds of a stream. When the loop is left, this is dropped, and that closes the stream."""
+class _Iterator(Generic[ChunkT]):
+    """An iterator over a stream. When it is dropped, that closes the stream."""
 
-    # Its __anext__ is a method of the stream. Python looks it up in the class, where a slot stands for what the object
-    # has; a method that calls the stream's would be one more call for each token.
-    __slots__ = ("__anext__", "_stream")
+    __slots__ = ("_stream",)
 
-    __anext__: Callable[[], Coroutine[Any, Any, ChunkT]]
-
-    def __init__(self, stream: Stream[ChunkT], step: Callable[[], Coroutine[Any, Any, ChunkT]]) -> None:
+    def __init__(self, stream: Stream[ChunkT]) -> None:
         self._stream = stream
-        self.__anext__ = step
 
     def __aiter__(self) -> Self:
         return self
 
+    def __anext__(self) -> Coroutine[Any, Any, ChunkT]:
+        # The step holds this iterator: `anext(aiter(stream))` gets its chunk before the stream is closed.
+        return Guarded(self._stream._read_chunk(), self._reader_cancelled)  # noqa: SLF001
+
+    def _reader_cancelled(self) -> None:
+        self._stream._reader_cancelled()  # noqa: SLF001
+
     def __del__(self) -> None:
+        # None if Ctrl-C came before it was made.
+        stream = getattr(self, "_stream", None)
         # A second reader that was turned away must not take the stream from the first.
-        if not self._stream._reading:  # noqa: SLF001
-            self._stream._dropped()  # noqa: SLF001
+        if stream is not None and not stream._reading:  # noqa: SLF001
+            stream._dropped()  # noqa: SLF001
+
+
+class _Loop(_Iterator[ChunkT]):
+    """What an ``async for`` holds of a stream; it is dropped when the loop is left."""
+
+    # Its __anext__ is a method of the stream. Python looks it up in the class, where a slot stands for what the object
+    # has; a method that calls the stream's would be one more call for each token.
+    __slots__ = ("__anext__",)
+
+    __anext__: Callable[[], Coroutine[Any, Any, ChunkT]]  # pyright: ignore[reportIncompatibleMethodOverride]
+
+    def __init__(self, stream: Stream[ChunkT]) -> None:
+        super().__init__(stream)
+        self.__anext__ = stream._read_chunk  # noqa: SLF001
 
 
 _GET_AITER = dis.opmap.get("GET_AITER")

@@ -8,6 +8,7 @@ from typing import Final
 import httpx
 
 from ._errors import RequestError
+from ._secret import showable
 
 # Thirty years; who means "for ever" says None.
 _ENDLESS = 1e9
@@ -15,6 +16,7 @@ _ENDLESS = 1e9
 __all__ = ["DEFAULT_TIMEOUTS", "Timeouts"]
 
 
+@showable
 @dataclass(frozen=True, slots=True)
 class Timeouts:
     """How long each phase of a call may last, in seconds; ``None`` means without limit.

@@ -17,8 +17,11 @@ from ._cancel import EmptyContext, LiveObject, in_loop
 from ._channel import HIGH_WATER, Channel, End, Ended, cancel_once, settled
 from ._dial import Sockets, explain_error, explain_tls_error, open_socket, open_tunnel, start_tls
 from ._errors import RequestError
+from ._guard import MAX_PAGE_BYTES, limited
 from ._http import Connection, Origin, PlainConnection, TlsConnection
 from ._proxy import http_proxy
+from ._secret import Secret
+from ._tls import TlsOptions
 from ._upload import Outgoing, Upload
 
 if TYPE_CHECKING:
@@ -40,6 +43,9 @@ ANSWERED = "ollama_async.answered"
 # Shorter than the idle limits of common servers (uvicorn 5 s, nginx 75 s): of two ends that close an idle connection
 # at the same moment the client's next request is the one that suffers.
 KEEPALIVE_EXPIRY = 4.0
+
+# Redirects, and what asks for credentials: httpx reads their bodies as a whole, unasked.
+_READ_BY_HTTPX = {301, 302, 303, 307, 308, 401}
 
 _CLOSED = "the event loop or the client was closed"
 
@@ -88,8 +94,11 @@ class _Pool:
         idle = self._idle.get(origin, [])
         oldest = self.loop.time() - self._expiry
         while idle:
-            connection = idle.pop()
-            if connection.idle_since >= oldest and connection.usable():
+            connection = idle[-1]
+            usable = connection.idle_since >= oldest and connection.usable()
+            # Not before: Ctrl-C in between would leave it open, in nobody's hands.
+            idle.pop()
+            if usable:
                 return connection
             connection.close()
         return None
@@ -190,7 +199,8 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
     once: a loop over it by ``break`` or an exception, its iterator by ``aclose()``, the response by dropping it unread.
 
     Args:
-        verify: As httpx: True, False, or an ``ssl.SSLContext``. The context is made when the first TLS connection is.
+        verify: As httpx: True (also for None), False, or an ``ssl.SSLContext``. The context is made when the first TLS
+            connection is.
         cert: As httpx: a client certificate.
         trust_env: Whether ``SSL_CERT_FILE`` and ``SSL_CERT_DIR`` are followed.
         uds: Path of a unix socket to connect to, whatever the URL's host.
@@ -205,17 +215,20 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
     def __init__(
         self,
         *,
-        verify: ssl.SSLContext | str | bool = True,
+        verify: ssl.SSLContext | str | bool | None = True,
         cert: str | tuple[str, str] | tuple[str, str, str] | None = None,
         trust_env: bool = True,
         uds: str | None = None,
         proxy: str | httpx.Proxy | None = None,
         keepalive_expiry: float = KEEPALIVE_EXPIRY,
     ) -> None:
-        self.proxy = None if proxy is None else http_proxy(proxy)
-        if proxy is not None and (self.proxy is None or uds is not None):
+        # Passwords may be in both.
+        via, certificate = Secret(proxy), Secret(cert)
+        del proxy, cert
+        self.proxy = None if via.value is None else http_proxy(via.value)
+        if via.value is not None and (self.proxy is None or uds is not None):
             raise RequestError("proxy= takes a proxy of the scheme http, and does not go with uds=")
-        self._ssl_options = (verify, cert, trust_env)
+        self._tls = TlsOptions(verify, certificate, trust_env)
         self._ssl_context: ssl.SSLContext | None = None
         self._uds = uds
         self._expiry = keepalive_expiry
@@ -245,8 +258,9 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
         except BaseException as exc:
             channel.teardown(End("error", exc))
             raise
-        extensions = {"http_version": channel.http_version, "reason_phrase": channel.reason_phrase}
-        return _Response(channel, body, extensions)
+        ours = CHANNEL not in request.extensions
+        stream: Any = limited(body, MAX_PAGE_BYTES) if ours and channel.status in _READ_BY_HTTPX else body
+        return _Response(channel, body, stream)
 
     async def _exchange(
         self, channel: Channel, body: _Body, request: httpx.Request, timeouts: dict[str, float | None]
@@ -296,19 +310,27 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
 
     async def _new_connection(self, pool: _Pool, channel: Channel, origin: Origin, timeout: float | None) -> Connection:
         sockets = Sockets()
-        dial = self._dial(pool, origin, sockets, timeout)
-        # The task, and all that it makes, gets a copy of the pool's context in place of the caller's.
-        task = pool.context.run(channel.loop.create_task, dial)
-        task.add_done_callback(lambda _: channel.wake())
-        dialling = pool.dialling[channel] = _Dialling(sockets, task)
-        channel.attach(dialling)
+        task: asyncio.Task[Connection] | None = None
         try:
+            dial = self._dial(pool, origin, sockets, timeout)
+            # The task, and all that it makes, gets a copy of the pool's context in place of the caller's.
+            task = pool.context.run(channel.loop.create_task, dial)
+            task.add_done_callback(lambda _: channel.wake())
+            dialling = pool.dialling[channel] = _Dialling(sockets, task)
+            channel.attach(dialling)
             while not task.done():
                 await channel.pause()
             return task.result()
+        except BaseException:
+            if task is not None and not task.done():
+                # Mostly the channel has told it so already.
+                sockets.sever()
+                cancel_once(task)
+            raise
         finally:
             pool.dialling.pop(channel, None)
-            await settled(task)
+            if task is not None:
+                await settled(task)
 
     async def _dial(self, pool: _Pool, origin: Origin, sockets: Sockets, timeout: float | None) -> Connection:
         via = f" through the proxy {self.proxy.origin}" if self.proxy else ""
@@ -330,36 +352,35 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
 
     async def _connect(self, pool: _Pool, origin: Origin, sockets: Sockets) -> Connection:
         loop = pool.loop
-        context = await self._context(loop) if origin.scheme == "https" else None
+        # The scheme alone says whether there is TLS, never that something is missing.
+        secure = origin.scheme != "http"
+        context = await self._context(loop) if secure else None
         proxy = self.proxy
         sock = await open_socket(loop, proxy.origin if proxy else origin, self._uds, sockets)
-        if proxy and context:
-            await open_tunnel(loop, sock, origin, proxy)
-        create = loop.create_connection if self._uds is None else loop.create_unix_connection
-        connection: Connection
-        making: Awaitable[Any]
-        if context is None:
-            connection = PlainConnection(sock, origin, pool)
-            making = create(lambda: connection, sock=sock)
-        else:
-            connection = TlsConnection(sock, origin, pool)
-            making = start_tls(connection, create, sock, context, origin.host)
+        connection: Connection | None = None
         try:
-            await making
+            if proxy and secure:
+                await open_tunnel(loop, sock, origin, proxy)
+            create = loop.create_connection if self._uds is None else loop.create_unix_connection
+            if not secure:
+                plain = connection = PlainConnection(sock, origin, pool)
+                await create(lambda: plain, sock=sock)
+            else:
+                connection = TlsConnection(sock, origin, pool)
+                await start_tls(connection, create, sock, context, origin.host)
+            pool.add(connection)
+            return connection  # noqa: TRY300  (Ctrl-C at this line leaves nothing either)
         except BaseException:
-            connection.close()
+            if connection is None:
+                sock.close()
+            else:
+                connection.close()
             raise
-        pool.add(connection)
-        return connection
 
     async def _context(self, loop: asyncio.AbstractEventLoop) -> ssl.SSLContext:
         context = self._ssl_context
         if context is None:
-            verify, cert, trust_env = self._ssl_options
-            # Reading the certificate store takes tens of milliseconds.
-            context = await loop.run_in_executor(
-                None, lambda: httpx.create_ssl_context(verify=verify, cert=cert, trust_env=trust_env)
-            )
+            context = await loop.run_in_executor(None, self._tls.context)
             self._ssl_context = context
         return context
 
@@ -412,8 +433,14 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
 
 
 def _begin(connection: Connection, channel: Channel, outgoing: Outgoing) -> None:
-    channel.touched = channel.sent = channel.loop.time()
-    connection.begin(channel, outgoing.method, outgoing.data, more=outgoing.blocks is not None)
+    try:
+        if connection.gone:
+            raise httpx.ReadError("the connection was lost as soon as it was made")
+        channel.touched = channel.sent = channel.loop.time()
+        connection.begin(channel, outgoing.method, outgoing.data, more=outgoing.blocks is not None)
+    except BaseException:
+        connection.close()
+        raise
 
 
 def _as_httpx(end: End) -> BaseException:
@@ -528,9 +555,10 @@ class _Response(httpx.Response):
     # Not in its __dict__, which is what is pickled of a response.
     __slots__ = ("_body",)
 
-    def __init__(self, channel: Channel, body: _Body, extensions: dict[str, Any]) -> None:
+    def __init__(self, channel: Channel, body: _Body, stream: httpx.AsyncByteStream) -> None:
         self._body = body
-        super().__init__(channel.status, headers=list(channel.headers), stream=body, extensions=extensions)
+        extensions = {"http_version": channel.http_version, "reason_phrase": channel.reason_phrase}
+        super().__init__(channel.status, headers=list(channel.headers), stream=stream, extensions=extensions)
 
     # httpx's client puts a stream around the body that notes how long the answer took. It holds the response, which
     # holds it: only the garbage collector would free the two.

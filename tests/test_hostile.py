@@ -8,10 +8,11 @@ import itertools
 import json
 import sys
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
+import httpx2
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -380,3 +381,116 @@ async def test_a_body_without_an_end_is_held_up_to_the_limit(monkeypatch: pytest
     async with AsyncClient(transport=httpx.MockTransport(handler)) as client:
         with pytest.raises(ProtocolError, match="1,048,576"):
             await asyncio.wait_for(client.version(), BOUND)
+
+
+# -- bodies that httpx reads by itself --
+
+CHALLENGE = {"WWW-Authenticate": 'Digest realm="a", nonce="b", qop="auth"'}
+
+
+async def reads(response: Any) -> None:
+    await response.aread()
+
+
+def reads_answers(home: Any) -> Any:
+    """A flow of credentials that wants to see what the server says."""
+    flow = home.Auth()
+    flow.requires_response_body = True
+    return flow
+
+
+def client_of(url: str, way: str, make: Callable[[Any], dict[str, Any]]) -> AsyncClient:
+    home = httpx2 if way == "httpx2" else httpx
+    if way in ("lent", "httpx2"):
+        return AsyncClient(url, http_client=home.AsyncClient(follow_redirects=True, **make(home)))
+    transport = {"transport": httpx.AsyncHTTPTransport()} if way == "foreign" else {}
+    return AsyncClient(url, **transport, **make(home))
+
+
+async def closed(client: AsyncClient) -> None:
+    await client.aclose()
+    await client._client.aclose()
+
+
+def nothing(home: Any) -> dict[str, Any]:
+    return {}
+
+
+# What the server says, and who reads it before the library does.
+READ_BY_OTHERS: dict[str, tuple[int, dict[str, str], Callable[[Any], dict[str, Any]]]] = {
+    "a redirect": (307, {"Location": "/b"}, nothing),
+    "a redirect that makes a GET": (303, {"Location": "/b"}, nothing),
+    "Digest": (401, CHALLENGE, lambda home: {"auth": home.DigestAuth("a", "b")}),
+    "an auth flow": (403, {}, lambda home: {"auth": reads_answers(home)}),
+    "an event hook": (500, {}, lambda home: {"event_hooks": {"response": [reads]}}),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["call", "stream"])
+@pytest.mark.parametrize("way", ["direct", "foreign", "lent", "httpx2"])
+@pytest.mark.parametrize("what", READ_BY_OTHERS)
+async def test_a_body_that_others_read_has_a_limit(
+    fake_ollama: FakeOllama, what: str, way: str, streaming: bool
+) -> None:
+    status, headers, options = READ_BY_OTHERS[what]
+    fake_ollama.script("/api/chat", Reply([Endless(lambda _: b"x" * 65536)], status=status, headers=headers))
+    client = client_of(fake_ollama.url, way, options)
+    async with nothing_left_behind():
+        answer = await asyncio.wait_for(outcome(client, streaming=streaming), BOUND)
+        assert isinstance(answer, ProtocolError)
+        assert "over 1,048,576 bytes" in str(answer)
+        assert await asyncio.to_thread(fake_ollama.connections[0].wait_left, BOUND)
+        await closed(client)
+    # The rest is in the kernel's buffers.
+    assert fake_ollama.connections[0].bytes_sent < 16 * 1024 * 1024
+    assert len(fake_ollama.requests) == 1
+
+
+async def test_an_answer_that_a_hook_reads_has_the_limit_of_an_answer(
+    fake_ollama: FakeOllama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["ollama_async._guard"], "MAX_BODY_BYTES", 2 * 1024 * 1024)
+    fake_ollama.script("/api/chat", Reply([Endless(lambda _: b"x" * 65536)]))
+    async with nothing_left_behind(), AsyncClient(fake_ollama.url, event_hooks={"response": [reads]}) as client:
+        answer = await asyncio.wait_for(outcome(client, streaming=True), BOUND)
+    assert isinstance(answer, ProtocolError)
+    assert "over 2,097,152 bytes" in str(answer)
+
+
+@pytest.mark.parametrize("way", ["direct", "foreign", "lent"])
+async def test_a_stream_has_no_limit_where_others_are_on_its_way(
+    fake_ollama: FakeOllama, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    async def looks(response: Any) -> None:
+        assert response.status_code == 200
+
+    monkeypatch.setattr(sys.modules["ollama_async._guard"], "MAX_BODY_BYTES", 10)
+    fake_ollama.script("/api/chat", Reply.chat("a ", "long ", "answer", interval=0))
+    client = client_of(fake_ollama.url, way, lambda home: {"event_hooks": {"response": [looks]}})
+    assert (await outcome(client, streaming=True)).message.content == "a long answer"
+    await closed(client)
+
+
+@pytest.mark.parametrize("status", [307, 401])
+async def test_a_bare_client_has_the_limit_where_httpx_reads_unasked(fake_ollama: FakeOllama, status: int) -> None:
+    headers = {"Location": "/b"} if status == 307 else CHALLENGE
+    fake_ollama.script("/a", Reply([Endless(lambda _: b"x" * 65536)], status=status, headers=headers))
+    async with nothing_left_behind(), httpx.AsyncClient(transport=DirectTransport(), follow_redirects=True) as http:
+        with pytest.raises(httpx.RemoteProtocolError, match="over 1,048,576 bytes"):
+            await asyncio.wait_for(http.get(f"{fake_ollama.url}/a", auth=httpx.DigestAuth("a", "b")), BOUND)
+    assert fake_ollama.connections[0].bytes_sent < 16 * 1024 * 1024
+
+
+@pytest.mark.parametrize("way", ["direct", "foreign", "lent", "httpx2"])
+@pytest.mark.parametrize("streaming", [False, True], ids=["call", "stream"])
+async def test_after_a_small_body_of_a_redirect_its_connection_is_used_again(
+    fake_ollama: FakeOllama, way: str, streaming: bool
+) -> None:
+    page = [b"<html>" * 1000, b"</html>" * 1000]
+    fake_ollama.script("/api/chat", Reply(page, status=307, headers={"Location": "/b"}))
+    fake_ollama.script("/b", Reply([line("hi", done=True)]))
+    client = client_of(fake_ollama.url, way, nothing)
+    assert isinstance(await outcome(client, streaming=streaming), ChatResponse)
+    assert [request.path for request in fake_ollama.requests] == ["/api/chat", "/b"]
+    assert len(fake_ollama.connections) == 1
+    await closed(client)

@@ -14,13 +14,13 @@ import ollama_async
 PACKAGE = Path(ollama_async.__file__).parent
 
 LAYERS = [
-    ["_errors"],
-    ["_awaitable", "_retry", "_timeouts", "_types", "_ndjson", "_host", "_cancel"],
+    ["_errors", "_secret"],
+    ["_awaitable", "_retry", "_regular", "_timeouts", "_tls", "_types", "_ndjson", "_host", "_cancel"],
     ["_channel", "_manage_types", "_options", "_progress", "_systemone"],
     ["_merge", "_input"],
     ["_tools"],
     ["_http"],
-    ["_dial", "_upload", "_failures", "_proxy"],
+    ["_dial", "_upload", "_failures", "_guard", "_proxy"],
     ["_transport"],
     ["_request"],
     ["_exchange"],

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import hashlib
+import importlib
+import inspect
 import logging
 import os
+import re
 import socket
 import ssl
 import traceback
@@ -21,8 +25,10 @@ from teardown.harness import BOUND, nothing_left_behind
 
 from ollama_async import (
     AsyncClient,
+    CancelToken,
     ChatResponse,
     ConnectError,
+    DirectTransport,
     HostError,
     OllamaError,
     ProtocolError,
@@ -242,6 +248,186 @@ async def test_a_key_goes_along_within_one_origin(server: FakeOllama) -> None:
     assert server.requests[1].header("authorization") == f"Bearer {SECRET}"
 
 
+async def asks_for_a_key(request: Any) -> None:
+    request.headers["X-Hook"] = SECRET
+
+
+def adds_a_key(request: httpx.Request) -> httpx.Request:
+    request.headers["X-Flow"] = SECRET
+    return request
+
+
+# What of httpx, or of the caller's own code, writes headers, and when it does.
+WRITERS: dict[str, dict[str, Any]] = {
+    "cookies=": {"cookies": {"session": SECRET}},
+    "auth=": {"auth": ("user", SECRET)},
+    "Digest": {"auth": httpx.DigestAuth("user", SECRET)},
+    "event hook": {"event_hooks": {"request": [asks_for_a_key]}},
+    "auth flow": {"auth": adds_a_key},
+    "Set-Cookie": {},
+}
+
+
+def own(server: FakeOllama, options: dict[str, Any]) -> AsyncClient:
+    return AsyncClient(server.url, trust_env=False, **options)
+
+
+def foreign(server: FakeOllama, options: dict[str, Any]) -> AsyncClient:
+    return AsyncClient(server.url, trust_env=False, transport=httpx.AsyncHTTPTransport(), **options)
+
+
+def lent(server: FakeOllama, options: dict[str, Any]) -> AsyncClient:
+    return AsyncClient(server.url, http_client=httpx.AsyncClient(follow_redirects=True, **options))
+
+
+CLIENTS = pytest.mark.parametrize("make", [own, foreign, lent])
+
+
+async def closed(client: AsyncClient) -> None:
+    await client.aclose()
+    await client._client.aclose()
+
+
+@CLIENTS
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2"], ids=["another port", "another host"])
+async def test_whoever_writes_a_key_it_stays_with_its_origin(
+    server: FakeOllama, make: Callable[..., AsyncClient], writer: str, host: str
+) -> None:
+    with FakeOllama(host=host) as other:
+        headers = {"Location": f"{other.url}/api/version"}
+        if writer == "Set-Cookie":
+            headers["Set-Cookie"] = f"session={SECRET}"
+        server.script("/api/version", Reply(status=307, headers=headers))
+        client = make(server, WRITERS[writer])
+        assert (await client.version(headers={"X-API-Key": SECRET})).version
+        await closed(client)
+        [first], [second] = server.requests, other.requests
+    assert any(SECRET in value for _, value in first.headers)
+    assert not any(SECRET in value or "Basic" in value for _, value in second.headers)
+
+
+@CLIENTS
+@pytest.mark.parametrize("writer", WRITERS)
+async def test_within_an_origin_a_redirect_changes_nothing(
+    server: FakeOllama, make: Callable[..., AsyncClient], writer: str
+) -> None:
+    headers = {
+        "Location": "/elsewhere",
+        **({"Set-Cookie": f"session={SECRET}; Path=/"} if writer == "Set-Cookie" else {}),
+    }
+    server.script("/api/version", Reply(status=307, headers=headers))
+    server.script("/elsewhere", Reply.json({"version": "1"}))
+    client = make(server, WRITERS[writer])
+    assert (await client.version(headers={"X-API-Key": SECRET})).version == "1"
+    await closed(client)
+    first, second = server.requests
+    ours = {"host", "x-api-key"} if writer in ("Set-Cookie", "Digest") else {name.lower() for name, _ in first.headers}
+    assert {name.lower() for name, _ in second.headers} >= ours
+    assert second.header("x-api-key") == SECRET
+    if writer in ("cookies=", "Set-Cookie"):
+        assert second.header("cookie") == f"session={SECRET}"
+
+
+async def test_what_is_asked_of_ollama_com_has_no_key_of_this_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OLLAMA_API_KEY", "for-ollama")
+    asked_for: list[httpx.Request] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked_for.append(request)
+        return httpx.Response(200, json={"results": []})
+
+    async with AsyncClient(
+        "http://gate.example",
+        headers={name: value for pairs in KEYS.values() for name, value in pairs.items()},
+        cookies={"session": SECRET},
+        transport=httpx.MockTransport(answer),
+    ) as client:
+        await client.web_search("q", headers={"X-Mine": "of this call"})
+    [request] = asked_for
+    assert not any(SECRET in value for value in request.headers.values())
+    assert request.headers["authorization"] == "Bearer for-ollama"
+    assert request.headers["x-mine"] == "of this call"
+
+
+LOCATIONS = [
+    "http://127.0.0.1:65536/",
+    "http://127.0.0.1:0/",
+    "http://127.0.0.1:-1/",
+    "http://127.0.0.1:99999999999999999999/",
+    f"http://127.0.0.1:{'9' * 4000}/",
+    "http://127.0.0.1:x/",
+    "http://[::1]:70000/",
+    "http://[::1/",
+    "http://[::zz]/",
+    "http://xn--.invalid/",
+    "http://xn--a-ecp.invalid/",
+    f"http://{'a' * 64}.invalid/",
+    f"http://{'a.' * 200}invalid/",
+    "http://./",
+    "http://..invalid/",
+    "http://%00/",
+    "http:///api/chat",
+    "http:",
+    "//",
+    "",
+    "?",
+    "#fragment",
+    "file:///etc/passwd",
+    "javascript:alert(1)",
+    "ftp://127.0.0.1/",
+    "https://127.0.0.1:1/",
+    f"http://user:{SECRET}@127.0.0.1:70000/",
+    "/" + "x" * 10_000,
+    "/\u00fc",
+    "http://\u00fc.invalid/",
+    "http://1.2.3.4.5.6.7/",
+    "http://0x7f.1:1/",
+]
+
+
+@CLIENTS
+@pytest.mark.parametrize("location", LOCATIONS, ids=lambda location: location[:24] or "empty")
+async def test_wherever_a_server_redirects_to_it_ends_in_an_ollama_error(
+    server: FakeOllama, make: Callable[..., AsyncClient], location: str
+) -> None:
+    client = make(server, {})
+    calls: list[tuple[str, Callable[[], Any]]] = [
+        ("/api/chat", lambda: client.chat("m", "hi", timeout=BOUND)),
+        ("/api/chat", lambda: client.chat("m", "hi", stream=True, timeout=BOUND).collect()),
+        ("/api/pull", lambda: client.pull("m", stream=True, timeout=BOUND).collect()),
+        ("/api/push", lambda: client.push("m", timeout=BOUND)),
+    ]
+    raw = b"HTTP/1.1 307 X\r\nLocation: %b\r\nContent-Length: 0\r\n\r\n" % location.encode()
+    for path, call in calls:
+        server.script(path, Reply(raw=raw))
+        with pytest.raises(OllamaError) as caught:
+            # What has a path alone is asked of this server, which says that it does not know it.
+            if (await call()) is not None and location in ("", "?", "#fragment", "http:///api/chat", "http:", "//"):
+                raise ProtocolError("answered by this server")
+        assert SECRET not in everything(caught.value)
+    await closed(client)
+
+
+CHALLENGES = [
+    'Digest realm="a"',
+    "Digest realm",
+    "Digest a",
+    'Digest realm="a", nonce="b", algorithm="x"',
+    'Digest realm="a", nonce="b", qop="auth-int"',
+    'Digest realm="a", nonce="b", qop="x"',
+]
+
+
+@pytest.mark.parametrize("challenge", CHALLENGES)
+async def test_whatever_a_server_asks_for_by_digest_is_an_ollama_error(server: FakeOllama, challenge: str) -> None:
+    server.script("/api/version", Reply(status=401, headers={"WWW-Authenticate": challenge}))
+    async with AsyncClient(server.url, auth=httpx.DigestAuth("user", SECRET)) as client:
+        with pytest.raises(OllamaError) as caught:
+            await client.version()
+    assert SECRET not in everything(caught.value)
+
+
 @pytest.mark.parametrize("body", [[], [b"<html>", Stall()]], ids=["whole", "still on its way"])
 async def test_nothing_goes_from_https_to_plain_http(
     server: FakeOllama, authority: trustme.CA, client_tls: ssl.SSLContext, body: list[Any]
@@ -330,6 +516,67 @@ async def test_a_good_certificate_is_accepted_and_a_bad_one_only_on_demand(
         for verify in (client_tls, False):
             async with AsyncClient(server.url, verify=verify) as client:
                 assert (await client.version()).version
+
+
+# What is false, and not False.
+FALSE: list[Any] = [None, 0, 0.0, "", b"", [], (), {}, "no such file"]
+
+
+@pytest.mark.parametrize("verify", FALSE, ids=repr)
+@pytest.mark.parametrize("way", ["direct", "proxy", "uds", "bare", "TLS proxy"])
+async def test_nothing_but_an_explicit_false_weakens_tls(way: str, verify: Any, tmp_path: Path) -> None:
+    received: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        received.append(await reader.read(4096))
+        if received[-1].startswith(b"CONNECT"):
+            writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+            received.append(await reader.read(4096))
+        writer.close()
+        await writer.wait_closed()
+
+    uds = str(tmp_path / "s")
+    listen = asyncio.start_unix_server(serve, uds) if way == "uds" else asyncio.start_server(serve, "127.0.0.1", 0)
+    async with await listen as listening:
+        port = 0 if way == "uds" else listening.sockets[0].getsockname()[1]
+        options: dict[str, dict[str, Any]] = {
+            "uds": {"host": "https://models.invalid", "uds": uds},
+            "proxy": {"host": "https://models.invalid", "proxy": f"http://127.0.0.1:{port}"},
+            "TLS proxy": {"host": "https://models.invalid", "proxy": f"https://127.0.0.1:{port}"},
+        }
+        if way == "bare":
+            with pytest.raises(httpx.ConnectError if verify is None else RequestError):
+                transport = DirectTransport(verify=verify)
+                async with httpx.AsyncClient(transport=transport) as http:
+                    await http.get(f"https://127.0.0.1:{port}", headers=KEYS["X-API-Key"])
+        else:
+            with pytest.raises(OllamaError) as caught:
+                given = options.get(way, {"host": f"https://127.0.0.1:{port}"})
+                async with AsyncClient(**given, verify=verify, trust_env=False, headers=KEYS["X-API-Key"]) as client:
+                    await client.chat("m", "hi", timeout=BOUND)
+            assert isinstance(caught.value, RequestError) is (verify is not None)
+    assert SECRET.encode() not in b"".join(received)
+    # Where something came, it was TLS: that is what None means for httpx.
+    expected = {True: {b"\x16"}, False: set[bytes]()}[verify is None]
+    assert {block[:1] for block in received if not block.startswith(b"CONNECT")} == expected
+
+
+@pytest.mark.parametrize("cert", [0, "", (), ("a", ""), ("a", 5), ["a"], 5, ("a", "b", "c", "d")], ids=repr)
+def test_a_client_certificate_that_is_none_is_refused(cert: Any) -> None:
+    with pytest.raises(RequestError, match="cert="):
+        AsyncClient("https://models.invalid", cert=cert)
+    with pytest.raises(RequestError, match="cert="):
+        DirectTransport(cert=cert)
+
+
+async def test_https_never_connects_without_a_context(server: FakeOllama, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def nothing(self: object, loop: object) -> None:
+        return None
+
+    monkeypatch.setattr(DirectTransport, "_context", nothing)
+    async with AsyncClient(f"https://127.0.0.1:{server.port}", headers=KEYS["X-API-Key"]) as client:
+        assert isinstance(await asked(client, streaming=False), ConnectError)
+    assert [record.bytes_received for record in server.connections] in ([0], [])
 
 
 # -- paths --
@@ -425,8 +672,14 @@ async def test_no_file_is_opened_but_the_one_that_was_named(
     named = private.parent / "named.png"
     named.write_bytes(b"picture")
     read: list[Path] = []
-    read_bytes = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: (read.append(path), read_bytes(path))[1])
+    opening = os.open
+
+    def open_it(path: str, *rest: int) -> int:
+        read.append(Path(path))
+        return opening(path, *rest)
+
+    monkeypatch.setattr(os, "open", open_it)
+    monkeypatch.setattr("builtins.open", None)
     server.script("/api/chat", Reply([ANSWER]))
     async with AsyncClient(server.url) as client:
         await client.chat("m", [{"role": "user", "content": str(private), "images": [str(named)]}])
@@ -443,3 +696,164 @@ async def test_a_blob_is_the_file_that_was_named(server: FakeOllama, private: Pa
     with pytest.raises(RequestError):
         async with AsyncClient(server.url) as client:
             await client.create_blob(private.parent)
+
+
+# -- frames --
+
+
+def in_frames(error: BaseException) -> set[str]:
+    """The variables of the library's frames, on an error's way, in which a crash reporter finds a secret."""
+    found: set[str] = set()
+    queue = [traceback.TracebackException.from_exception(error, capture_locals=True)]
+    while queue:
+        told = queue.pop()
+        for frame in told.stack:
+            if "/ollama_async/" in frame.filename:
+                hits = {name for name, shown in (frame.locals or {}).items() if any(key in shown for key in HIDDEN)}
+                found |= {f"{frame.name}.{name}" for name in hits}
+        queue += [part for part in (told.__cause__, told.__context__) if part is not None]
+    return found
+
+
+HIDDEN = (SECRET, "dXNlcjpzM2NyZXQ")  # user:s3cret, as Basic has it
+MANY_KEYS = {name: value for pairs in KEYS.values() for name, value in pairs.items()}
+
+# By the names of parameters without a default, something that goes.
+GOOD: dict[str, Any] = {
+    "model": "m", "source": "m", "destination": "m", "digest": f"sha256:{'0' * 64}", "query": "q", "url": "u",
+    "state": "s", "questions": {"q": {"type": "noul", "instructions": "?"}}, "path": __file__,
+    "via_server": True,
+}  # fmt: skip
+
+
+def endpoints() -> list[str]:
+    return [
+        name
+        for name, method in inspect.getmembers(AsyncClient, inspect.isfunction)
+        if not name.startswith("_")
+        and any(p.kind is p.VAR_KEYWORD for p in inspect.signature(method).parameters.values())
+    ]
+
+
+async def fails(client: AsyncClient, endpoint: str, given: dict[str, Any]) -> BaseException:
+    """Call an endpoint in each form that it has; return the error."""
+    method = getattr(client, endpoint)
+    parameters = inspect.signature(method).parameters
+    call = {name: GOOD[name] for name, p in parameters.items() if name in GOOD and p.kind is not p.VAR_KEYWORD}
+    call |= {"model": "m"} if "model" in parameters else {}
+    if "stream" not in parameters:
+        given = {name: value for name, value in given.items() if name != "stream"}
+    with pytest.raises((OllamaError, TypeError)) as caught:
+        made = method(**{**call, **given})
+        await asyncio.wait_for(made.collect() if given.get("stream") else made, BOUND)
+    return caught.value
+
+
+SILENT = Reply(before_head=[Stall()])
+WRONG: dict[str, Any] = {
+    "401": Reply.error(401, "no"),
+    "cut": Reply(before_head=[Cut()]),
+    "no HTTP": Reply(raw=b"220 mail ESMTP\r\n", steps=[Cut()]),
+    "redirect": Reply(status=307, headers={"Location": "http://127.0.0.1:70000/"}),
+    "timeout": {"timeout": 0.05},
+    "aborted": {"token": CancelToken.timeout(0)},
+    "bad token": {"token": 5},
+    "bad timeout": {"timeout": "x"},
+    "unknown": {"nonsense": 5},
+    "bad headers": {"headers": {"X-Key": f"{SECRET}\n"}},
+    "headers that are none": {"headers": [("X-Key", SECRET)]},
+    "not text": {"headers": {"X-Key": f"{SECRET}\N{EURO SIGN}"}},
+    "bad first": {"model": 5, "source": 5, "digest": 5, "query": 5, "url": 5, "path": 5},
+}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["call", "stream"])
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("way", ["direct", "foreign", "auth", "proxy"])
+async def test_no_frame_of_the_library_has_a_key_in_a_variable(
+    server: FakeOllama, wrong: str, way: str, stream: bool
+) -> None:
+    options: dict[str, dict[str, Any]] = {
+        "direct": {},
+        "foreign": {"transport": httpx.AsyncHTTPTransport()},
+        "auth": {"auth": ("user", SECRET), "cookies": {"a": SECRET}},
+        "proxy": {"proxy": f"http://user:{SECRET}@127.0.0.1:{server.port}"},
+    }
+    case = WRONG[wrong]
+    host = f"http://user:{SECRET}@" + ("models.invalid" if way == "proxy" else f"127.0.0.1:{server.port}")
+    leaks: set[str] = set()
+    async with AsyncClient(host, headers=dict(MANY_KEYS), trust_env=False, **options[way]) as client:
+        for endpoint in endpoints():
+            given: dict[str, Any] = {"stream": stream, "headers": dict(MANY_KEYS)}
+            for path in server_paths(endpoint):
+                server.script(path, case if isinstance(case, Reply) else SILENT, always=True)
+            if isinstance(case, dict):
+                parameters = inspect.signature(getattr(client, endpoint)).parameters
+                given |= {name: value for name, value in case.items() if wrong != "bad first" or name in parameters}
+                if wrong == "bad first" and not set(case) & set(parameters):
+                    continue
+            error = await fails(client, endpoint, given)
+            leaks |= {f"{endpoint}: {leak}" for leak in in_frames(error)}
+    assert not leaks
+
+
+def server_paths(endpoint: str) -> list[str]:
+    """Whatever an endpoint may ask for first."""
+    blob = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    paths = re.findall(r"``[A-Z]+ (/[^`]*)``", inspect.getdoc(getattr(AsyncClient, endpoint)) or "")
+    return [path.replace("/:digest", f"/sha256:{each}") for path in paths for each in (blob, "0" * 64)]
+
+
+MAKINGS: dict[str, Callable[[], object]] = {
+    "a header": lambda: AsyncClient(f"http://user:{SECRET}@127.0.0.1", headers={**MANY_KEYS, "X": "a\nb"}),
+    "a header's value": lambda: AsyncClient(headers={"X": f"{SECRET}\n"}),
+    "headers": lambda: AsyncClient(headers=[("X", SECRET)] * 3 + [5]),  # type: ignore[list-item, arg-type]
+    "the port": lambda: AsyncClient(f"http://user:{SECRET}@127.0.0.1:x"),
+    "the scheme": lambda: AsyncClient(f"ftp://user:{SECRET}@127.0.0.1"),
+    "the name": lambda: AsyncClient(f"http://user:{SECRET}@no host"),
+    "the label": lambda: AsyncClient(f"http://user:{SECRET}@xn--.invalid"),
+    "the path": lambda: AsyncClient(f"http://user:{SECRET}@127.0.0.1/a b"),
+    "an @": lambda: AsyncClient(f"http://user:{SECRET}/word@127.0.0.1"),
+    "the host's type": lambda: AsyncClient(f"http://user:{SECRET}@127.0.0.1".encode()),  # type: ignore[arg-type]
+    "the proxy": lambda: AsyncClient("http://h.invalid", proxy=f"http://user:{SECRET}@no host:x"),
+    "the proxy's scheme": lambda: AsyncClient("http://h.invalid", proxy=f"gopher://user:{SECRET}@h"),
+    "the proxy's port": lambda: AsyncClient("http://h.invalid", proxy=f"http://user:{SECRET}@h:70000"),
+    "the proxy's header": lambda: DirectTransport(proxy=httpx.Proxy("http://", headers={"X-Key": SECRET})),
+    "proxy and uds": lambda: AsyncClient(proxy=f"http://user:{SECRET}@h", uds="/s"),
+    "proxy and transport": lambda: AsyncClient(proxy=f"http://user:{SECRET}@h", transport=DirectTransport()),
+    "the certificate": lambda: AsyncClient(cert=("a", "b", SECRET, 5)),
+    "verify": lambda: AsyncClient(verify=0, auth=("user", SECRET), cert=("a", "b", SECRET), headers=MANY_KEYS),
+    "an option": lambda: AsyncClient(nonsense=5, auth=("user", SECRET), cookies={"a": SECRET}),
+    "options of a given client": lambda: AsyncClient(http_client=httpx.AsyncClient(), auth=("user", SECRET)),
+    "the timeout": lambda: AsyncClient(f"http://user:{SECRET}@h", timeout=0, headers=MANY_KEYS, auth=("u", SECRET)),
+    "a transport's proxy": lambda: DirectTransport(proxy=f"socks5://user:{SECRET}@h", cert=("a", "b", SECRET)),
+    "a transport's certificate": lambda: DirectTransport(cert=("a", "b", SECRET, 5)),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("make", MAKINGS.values(), ids=MAKINGS)
+def test_a_client_that_cannot_be_made_has_no_secret_in_a_variable(make: Callable[[], object]) -> None:
+    with pytest.raises((OllamaError, TypeError)) as caught:
+        make()
+    assert not in_frames(caught.value)
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["\N{EURO SIGN}s3cret", "s3cret\ud800"])
+def test_a_key_of_the_environment_that_is_not_ascii_is_refused(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setattr(os, "environ", {**os.environ, "OLLAMA_API_KEY": key})
+    with pytest.raises(RequestError) as caught:
+        AsyncClient("https://ollama.com")
+    assert not in_frames(caught.value)
+    assert SECRET not in everything(caught.value)
+
+
+@pytest.mark.parametrize(
+    "module", ["ollama_async", "ollama_async.testing", "ollama_async.registry", "ollama_async.asgi"]
+)
+def test_what_is_not_made_yet_has_a_repr(module: str) -> None:
+    home = importlib.import_module(module)
+    for name in home.__all__:
+        kind = getattr(home, name)
+        if inspect.isclass(kind) and not issubclass(kind, tuple):
+            assert repr(kind.__new__(kind))

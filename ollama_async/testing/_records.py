@@ -13,9 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 from urllib.parse import unquote
 
+from ollama_async._secret import showable
+
 T = TypeVar("T")
 
 
+@showable
 @dataclass(eq=False, kw_only=True)
 class RequestRecord:
     """One request whose head has been read.
@@ -80,6 +83,7 @@ class RequestRecord:
         return json.loads(self.body)
 
 
+@showable
 @dataclass(eq=False, kw_only=True)
 class ConnectionRecord:
     """One accepted connection. Byte counts are HTTP bytes: under TLS what was inside it, on a silent server raw bytes.

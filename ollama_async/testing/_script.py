@@ -7,9 +7,12 @@ from dataclasses import KW_ONLY, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, Self, TypeAlias, cast
 
+from ollama_async._secret import showable
+
 Frame: TypeAlias = dict[str, Any]
 
 
+@showable
 @dataclass(frozen=True)
 class Pause:
     """Wait for that many seconds."""
@@ -37,6 +40,7 @@ class NoEnd:
     """Play on, but never end the body: no terminating chunk, no FIN. The reply then stalls after its last step."""
 
 
+@showable
 @dataclass(frozen=True)
 class Raw:
     """Write these bytes as they are, outside of the body's framing."""
@@ -44,6 +48,7 @@ class Raw:
     data: bytes
 
 
+@showable
 @dataclass(frozen=True)
 class Trickle:
     """Write the data one byte at a time, each framed on its own.
@@ -57,6 +62,7 @@ class Trickle:
     interval: float = 0.0
 
 
+@showable
 @dataclass(frozen=True)
 class Endless:
     """Write body blocks for ever; the client's window is the only brake when there is no interval.
@@ -70,6 +76,7 @@ class Endless:
     interval: float = 0.0
 
 
+@showable
 @dataclass(frozen=True, init=False)
 class Block:
     """Several lines or pieces in one body block: one HTTP chunk, one write."""

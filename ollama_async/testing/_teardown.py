@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
 from ollama_async._cancel import CancelToken
+from ollama_async._secret import showable
 
 from ._fake import FakeOllama
 from ._left import Watch
@@ -56,6 +57,7 @@ class TeardownFailure(AssertionError):  # noqa: N818  (pytest shows it as what i
         self.findings = tuple(findings)
 
 
+@showable
 @dataclass(frozen=True)
 class TeardownReport:
     """What a `check_teardown` that found nothing has done.

@@ -1,0 +1,181 @@
+"""Files of this machine that are sent: regular ones only, opened and read in worker threads."""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import anyio.to_thread
+
+from ._errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from io import FileIO
+    from types import TracebackType
+    from typing import Self
+
+__all__ = ["RegularFile", "read_file"]
+
+Result = TypeVar("Result")
+
+# How much of a file is read, and hashed or sent, in one go in a worker thread.
+_BLOCK = 1024 * 1024
+
+# What each system has of these. A FIFO that nobody writes to would else be waited for.
+_FLAGS: int = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"))
+
+
+class RegularFile:
+    """A file that is read from its beginning to its end, in steps, each in a worker thread.
+
+    A stop leaves a step behind at once, whatever the file system does to it. Who is done with the file closes it; a
+    step that has been left behind does so when it comes back.
+
+    Args:
+        path: The file.
+        within: Real paths of folders, in one of which it must be, wherever links lead; empty for anywhere.
+    """
+
+    def __init__(self, path: str | bytes | os.PathLike[Any], within: tuple[str, ...] = ()) -> None:
+        try:
+            self.path = os.fsdecode(path)
+        except TypeError:
+            raise RequestError(f"path={type(path).__name__}: give the path of a file") from None
+        self.name = os.path.basename(self.path)
+        self.size = 0
+        self._within = within
+        self._done = 0
+        self._file: FileIO | None = None
+        # Held by the thread of a step, also of one that has been left behind: two would read from one position.
+        self._busy = threading.Lock()
+        self._closed = False
+
+    # -- in the event loop --
+
+    async def run(self, step: Callable[..., Result], *args: Any) -> Result:
+        """Run a step, one of the methods below or a function that uses them, in a worker thread.
+
+        Cancellation: the thread is left behind at once.
+        """
+        return await anyio.to_thread.run_sync(self._run, step, args, abandon_on_cancel=True)
+
+    def close(self) -> None:
+        """Close the file; if a step is still at it, when that comes back."""
+        self._closed = True
+        self._close_if_free()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, step: Callable[..., Result], args: tuple[Any, ...]) -> Result:
+        try:
+            with self._busy:
+                return step(*args)
+        finally:
+            # After the lock is free: close() sets the mark before it asks for the lock, so one of both closes.
+            if self._closed:
+                self._close_if_free()
+
+    def _close_if_free(self) -> None:
+        if self._busy.acquire(blocking=False):
+            try:
+                file, self._file = self._file, None
+                if file is not None:
+                    file.close()
+            finally:
+                self._busy.release()
+
+    # -- steps, in a worker thread --
+
+    def open(self) -> None:
+        """Open the file; raises ``RequestError``."""
+        if self._closed:
+            return
+        try:
+            # Before it is opened, since to open a device may set it going; and after that, since what is there may
+            # have been exchanged meanwhile.
+            self._check_kind(os.stat(self.path))
+            descriptor = os.open(self.path, _FLAGS)
+            try:
+                found = os.fstat(descriptor)
+                self._check_kind(found)
+                self._check_place(descriptor, found)
+                self._file = os.fdopen(descriptor, "rb", buffering=0)
+            except BaseException:
+                os.close(descriptor)
+                raise
+        except (OSError, ValueError) as exc:
+            if isinstance(exc, RequestError):
+                raise
+            raise RequestError(f"cannot read {self.path!r}: {exc}") from exc
+        self.size = found.st_size
+
+    def _check_kind(self, found: os.stat_result) -> None:
+        if not stat.S_ISREG(found.st_mode):
+            kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+            raise RequestError(f"cannot read {self.path!r}: this is {kind}; give a regular file")
+
+    def _check_place(self, descriptor: int, found: os.stat_result) -> None:
+        if not self._within:
+            return
+        place = _place(descriptor, self.path, found)
+        if not any(place.startswith(os.path.join(folder, "")) for folder in self._within):
+            raise RequestError(
+                f"cannot read {self.path!r}: it leads to {place!r}, outside of the model's folder; put the file itself "
+                "there, or allow this with follow_links=True"
+            )
+
+    def rewind(self) -> None:
+        """Go back to the beginning."""
+        if self._file is not None:
+            self._file.seek(0)
+            self._done = 0
+
+    def read(self) -> bytes:
+        """Return the next block, ``b""`` at the end; raises ``RequestError``."""
+        if self._file is None:
+            raise RequestError(f"cannot read {self.path!r}: the file is closed")
+        try:
+            block: bytes | None = self._file.read(_BLOCK)
+        except OSError as exc:
+            raise RequestError(f"cannot read {self.path!r}: {exc}") from exc
+        # Some files of /proc and /sys are regular by their looks, and wait for what is to come.
+        self._done += len(block or b"")
+        if block is None or self._done > self.size or (not block and self._done < self.size):
+            raise RequestError(f"cannot read {self.path!r}: it changes meanwhile; give a file that is complete")
+        return block
+
+
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def _place(descriptor: int, path: str, opened: os.stat_result) -> str:
+    """Return the real path of what has been opened."""
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+    except OSError:
+        place = os.path.realpath(path)
+    if not os.path.samestat(os.lstat(place), opened):
+        raise RequestError(f"cannot read {path!r}: it was exchanged meanwhile; try again")
+    return place
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """Return what is in a regular file; in a worker thread."""
+    with RegularFile(path) as file:
+        file.open()
+        return b"".join(iter(file.read, b""))
