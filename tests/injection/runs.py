@@ -101,7 +101,7 @@ class Run:
         self.noise: list[str] = []
         self.inside: list[str] = []
         self.thread: threading.Thread | None = None
-        self.landed = False
+        self.landed = self.unseen = False
         fds = len(open_fds())
         with self._listening():
             self.loop = asyncio.new_event_loop()
@@ -231,8 +231,11 @@ class Run:
             if self.thread.is_alive():
                 self._note("abort() in a thread does not return")
         self._look_for_what_is_left()
-        if world.late and not self._at_its_end():
-            self._note(f"delivered after abort() had returned: {world.late}")
+        if not self._at_its_end():
+            if world.late:
+                self._note(f"delivered after abort() had returned: {world.late}")
+            if self.unseen:
+                self._note("the server had not seen the client leave when abort() returned")
         if self.scene.answers and not self.scene.closes:
             self._do(world.client.ps(), "a following call")
         world.streams.clear()
@@ -327,7 +330,7 @@ class Run:
         for record in self.server.connections:
             asked = [request for request in record.requests if request.route == PATH]
             if asked and record.open and not record.wait_left(_SETTLE):
-                self._note("the server has not seen the client leave when abort() has returned")
+                self.unseen = True
 
     def _at_its_end(self) -> bool:
         """Whether the abort came too late to end anything."""
