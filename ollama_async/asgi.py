@@ -12,18 +12,35 @@ import json
 import logging
 import re
 import secrets
+import socket
+import types
 from contextlib import AsyncExitStack, suppress
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ._errors import AbortError, OllamaError, PhaseTimeout, RequestError, ResponseError, StreamClosed
+from ._errors import (
+    CONNECTION_ERROR_MESSAGE,
+    AbortError,
+    ConnectError,
+    ConnectionBroken,
+    HostError,
+    OllamaError,
+    PhaseTimeout,
+    ProtocolError,
+    RequestError,
+    ResponseError,
+    StreamClosed,
+    StreamTruncated,
+)
+from .registry import RegistryClosed, RegistryUnavailable
+from .registry._local import checked_reason
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
 
     from starlette.background import BackgroundTask
     from starlette.types import Message, Receive, Scope, Send
@@ -33,20 +50,25 @@ if TYPE_CHECKING:
 
     Owner: TypeAlias = Callable[[Request], str | Awaitable[str]]
 
-__all__ = ["CLIENT_LEFT", "ID_HEADER", "StreamResponse", "stop_route"]
+__all__ = ["CLIENT_LEFT", "CLIENT_STUCK", "ID_HEADER", "StreamResponse", "stop_route"]
 
 _log = logging.getLogger(__name__)
 
 ID_HEADER = "X-Stream-Id"
 CLIENT_LEFT = "the client left"
 """The reason of a stream that was aborted because whoever asked for it went away."""
+CLIENT_STUCK = "the client took nothing for too long"
+"""The reason of a stream that was aborted because the client read nothing within ``send_timeout``."""
 
 # 22 characters of base64 are 128 bits.
 _ID = re.compile(r"[A-Za-z0-9_-]{22,128}")
 _ID_RULE = "a stream's id has 22 to 128 of the characters A-Z a-z 0-9 _ -: take 128 random bits or more"
 _MAX_STOP_BODY = 4096
-# What the model's server says about the request is the client's concern. What it says about our access to it is not.
-_PASSED_ON = {400, 404, 413, 429, 503}
+# How often the connection itself is looked at, in seconds, and how long a server has to notice that it was closed.
+_LOOK = 2.0
+# Bytes that the kernel may hold for a client. By itself it takes 4 MB, minutes of an answer, before a send has to wait
+# and anybody can tell that the client takes nothing.
+_SEND_BUFFER = 65536
 _MEDIA_TYPES = {"sse": "text/event-stream", "ndjson": "application/x-ndjson"}
 
 
@@ -67,11 +89,16 @@ class StreamResponse(Response):
         heartbeat: After how many seconds of silence something is sent, so that no proxy takes the connection for dead.
         head_within: After how many seconds the status line is sent even if the model is still silent, for proxies that
             do not wait. An error that comes later is in the ``end`` event only. ``None``: when the model has answered.
+        send_timeout: How many seconds the client has to take what is sent to it, each time. A client that takes nothing
+            for so long loses its stream, with the reason ``CLIENT_STUCK``. ``None``: no limit.
+        explain: Says what the client is told of an error. By default that is a fixed text for each kind of error, and
+            what the model's server says with the statuses 400, 404 and 413: an error has addresses in it, names of
+            files, and what others wrote. It is logged.
         headers: Further headers.
-        background: What runs when all is sent.
+        background: What runs afterwards, however the response ended, unless the server cancelled it.
 
     Raises:
-        RequestError: The format, the id or a time is none.
+        RequestError: The format, the id or a time is not valid.
     """
 
     def __init__(
@@ -84,6 +111,8 @@ class StreamResponse(Response):
         format: Literal["sse", "ndjson"] = "sse",  # noqa: A002
         heartbeat: float = 15.0,
         head_within: float | None = None,
+        send_timeout: float | None = 120.0,
+        explain: Callable[[OllamaError], str] | None = None,
         headers: Mapping[str, str] | None = None,
         background: BackgroundTask | None = None,
     ) -> None:
@@ -91,7 +120,8 @@ class StreamResponse(Response):
             raise RequestError(f'format={format!r}: give "sse" or "ndjson"')
         if stream_id is not None and not _ID.fullmatch(stream_id):
             raise RequestError(f"stream_id={stream_id[:130]!r}: {_ID_RULE}")
-        for name, seconds in (("heartbeat", heartbeat), ("head_within", head_within)):
+        times = {"heartbeat": heartbeat, "head_within": head_within, "send_timeout": send_timeout}
+        for name, seconds in times.items():
             if seconds is not None and not seconds > 0:
                 raise RequestError(f"{name}={seconds!r}: give a number of seconds above 0")
         self.stream = stream
@@ -101,6 +131,8 @@ class StreamResponse(Response):
         self.format = format
         self.heartbeat = heartbeat
         self.head_within = head_within
+        self.send_timeout = send_timeout
+        self.explain = explain
         self.status_code = 200
         self.media_type = _MEDIA_TYPES[format]
         self.background = background
@@ -112,16 +144,17 @@ class StreamResponse(Response):
         Cancellation: the stream is closed at once.
         """
         given = self.stream_id or Headers(scope=scope).get(ID_HEADER) or secrets.token_urlsafe(24)
+        delivery = _Delivery(self, given, scope, receive, send)
         if _ID.fullmatch(given):
-            await _Delivery(self, given, scope, receive, send).run()
+            await delivery.run()
         else:
-            await _error(400, f"the header {ID_HEADER}: {_ID_RULE}")(scope, receive, send)
+            await delivery.answer(_error(400, f"the header {ID_HEADER}: {_ID_RULE}"))
         if self.background is not None:
             await self.background()
 
 
 class _Left(Exception):  # noqa: N818
-    """The client is gone, the server says."""
+    """Nothing can be sent to the client any more."""
 
 
 class _Delivery:
@@ -134,37 +167,74 @@ class _Delivery:
         self._scope = scope
         self._receive = receive
         self._asgi_send = send
+        self._connection = _connection(receive)
+        if self._connection is not None and response.send_timeout is not None:
+            _limit_buffer(self._connection)
         self._begun = False
         self._left = False
+        self._stuck = False
         # The pulse sends, too.
         self._sending = asyncio.Lock()
         self._sent_at = 0.0
 
     async def run(self) -> None:
-        helpers = [asyncio.create_task(self._watch()), asyncio.create_task(self._pulse())]
+        watching = asyncio.create_task(self._watch())
+        helpers = [watching, asyncio.create_task(self._pulse())]
         try:
             async with AsyncExitStack() as stack:
                 stack.enter_context(suppress(_Left))
-                registry = self._response.registry
-                if registry is not None:
-                    token = await stack.enter_async_context(registry.token(self._id, owner=self._response.owner))
-                    stack.callback(token.on_abort(self._stream.abort).remove)
-                await self._deliver()
+                try:
+                    await self._register(stack)
+                except OllamaError as exc:
+                    await self._refuse(exc)
+                else:
+                    await self._deliver()
+            if self._stuck and self._connection is not None:
+                # Else it would complain of a response that is not complete.
+                await asyncio.wait({watching}, timeout=_LOOK)
         finally:
             for helper in helpers:
                 helper.cancel()
+
+    async def answer(self, response: Response) -> None:
+        """Send another response than the stream."""
+        with suppress(_Left):
+            await response(self._scope, self._receive, self._pass)
+
+    async def _register(self, stack: AsyncExitStack) -> None:
+        registry = self._response.registry
+        if registry is not None:
+            token = await stack.enter_async_context(registry.token(self._id, owner=self._response.owner))
+            stack.callback(token.on_abort(self._stream.abort).remove)
 
     # -- beside the sending --
 
     async def _watch(self) -> None:
         """Wait for the client to leave, all the time: what is sent to it may be long in coming, or not get away."""
         try:
-            while (await self._receive())["type"] != "http.disconnect":
+            while not await self._has_left():
                 pass
         except Exception:
             # A stream that nobody could stop any more is worse than one that ends early.
             _log.exception("the ASGI server, or a middleware, failed while the client was watched; its stream is ended")
         self._leave()
+
+    async def _has_left(self) -> bool:
+        """Wait until the server says something, but not for ever: it may never say that the client has left.
+
+        With a second request behind this one, uvicorn stops reading and so does not see the client leave; asking anew
+        makes it read on. With httptools it then tells only the second request. The connection itself shows it.
+        """
+        connection = self._connection
+        limit = asyncio.timeout(None if connection is None else _LOOK)
+        try:
+            async with limit:
+                message = await self._receive()
+        except TimeoutError:
+            if connection is None or not limit.expired():
+                raise
+            return connection.is_closing()
+        return bool(message["type"] == "http.disconnect")
 
     async def _pulse(self) -> None:
         """Send something when nothing else is sent."""
@@ -187,6 +257,17 @@ class _Delivery:
         self._left = True
         self._stream.abort(CLIENT_LEFT)
 
+    def _give_up(self) -> None:
+        """Let go of a client that takes nothing: first of the model, then of the connection, which has it all buffered.
+
+        Where the connection cannot be had, the server closes it, as soon as the client has read what is buffered.
+        """
+        self._left = self._stuck = True
+        self._stream.abort(CLIENT_STUCK)
+        if self._connection is not None:
+            self._connection.abort()
+        _log.info("stream %s: the client took nothing for %g s", self._id, self._response.send_timeout)
+
     # -- what is sent --
 
     async def _deliver(self) -> None:
@@ -195,14 +276,14 @@ class _Delivery:
             await self._stream
             await self._begin()
             async for chunk in self._stream:
-                await self._send(self._event("chunk", chunk.model_dump_json(exclude_none=True)))
+                await self._send(self._event("chunk", chunk.model_dump_json(exclude_none=True, exclude=_NOT_SENT)))
         except OllamaError as exc:
             error = exc
         if self._left:
             await self._say_goodbye()
-        elif error is None or self._begun or isinstance(error, AbortError):
+        elif error is None or isinstance(error, AbortError):
             await self._begin()
-            await self._send(self._event("end", json.dumps(self._summary(error))), more=False)
+            await self._end(None)
         else:
             await self._refuse(error)
 
@@ -213,31 +294,45 @@ class _Delivery:
             self._begun = True
             headers = MutableHeaders(raw=list(self._response.raw_headers))
             headers[ID_HEADER] = self._id
+            if self._scope.get("http_version", "").startswith("1"):
+                # Nobody has a reason to send a second request behind this one; see _has_left().
+                headers["Connection"] = "close"
             await self._pass({"type": "http.response.start", "status": 200, "headers": headers.raw})
             event = self._event("open", json.dumps({"id": self._id}))
             await self._pass({"type": "http.response.body", "body": event, "more_body": True})
 
     async def _send(self, event: bytes, *, more: bool = True) -> None:
         async with self._sending:
+            if self._connection is not None and self._connection.is_closing():
+                self._leave()
+                raise _Left
             await self._pass({"type": "http.response.body", "body": event, "more_body": more})
 
     async def _pass(self, message: Message) -> None:
+        if self._stuck:
+            raise _Left
         try:
             # It waits while the client is slow. Then the stream is not read, and soon the model's socket is not either.
-            await self._asgi_send(message)
+            if not await _within(self._response.send_timeout, self._asgi_send, message, self._give_up):
+                raise _Left
         except (OSError, ClientDisconnect) as exc:
             self._leave()
             raise _Left from exc
         self._sent_at = asyncio.get_running_loop().time()
 
     async def _refuse(self, error: OllamaError) -> None:
+        """Send an error: as the whole response if that has not begun, else as its last event."""
+        told = _told(error, self._response.explain)
+        _record(self._id, error, told)
         async with self._sending:
             begun, self._begun = self._begun, True
             if not begun:
-                await _refusal(error)(self._scope, self._receive, self._pass)
+                await _refusal(error, told)(self._scope, self._receive, self._pass)
         if begun:
-            # By the pulse, in this very moment.
-            await self._send(self._event("end", json.dumps(self._summary(error))), more=False)
+            await self._end(told)
+
+    async def _end(self, told: _Told | None) -> None:
+        await self._send(self._event("end", json.dumps(self._summary(told))), more=False)
 
     async def _say_goodbye(self) -> None:
         """Leave a status to what stands between the client and us: nobody else will see it."""
@@ -256,15 +351,14 @@ class _Delivery:
     def _ping(self) -> bytes:
         return b": ping\n\n" if self._response.format == "sse" else b'{"event":"ping"}\n'
 
-    def _summary(self, error: OllamaError | None) -> dict[str, Any]:
+    def _summary(self, told: _Told | None) -> dict[str, Any]:
         stream = self._stream
         timing, merged, outcome = stream.timing, stream.response, stream.outcome
-        reason = None if outcome == "error" else stream.reason
         return {
             "outcome": outcome,
-            "reason": reason if reason is None or isinstance(reason, str) else str(reason),
-            "error": None if error is None or isinstance(error, AbortError) else str(error),
-            "error_type": None if error is None or isinstance(error, AbortError) else type(error).__name__,
+            "reason": None if outcome == "error" else _told_reason(stream.reason),
+            "error": None if told is None else told.text,
+            "error_type": None if told is None else told.kind,
             "text": stream.text,
             "timing": {
                 "first_chunk": timing.first_chunk,
@@ -272,22 +366,242 @@ class _Delivery:
                 "chunks": timing.chunks,
                 "chunks_per_second": timing.chunks_per_second,
             },
-            "response": None if merged is None else merged.model_dump(mode="json", exclude_none=True),
+            "response": None
+            if merged is None
+            else merged.model_dump(mode="json", exclude_none=True, exclude=_NOT_SENT),
         }
 
 
-def _refusal(error: OllamaError) -> JSONResponse:
+# -- sending, for so long --
+
+
+async def _call(send: Send, message: Message) -> None:
+    # What a server's send returns may know no throw() and no close(); a coroutine does.
+    await send(message)
+
+
+@types.coroutine
+def _within(
+    seconds: float | None, send: Send, message: Message, give_up: Callable[[], None]
+) -> Generator[Any, Any, bool]:
+    """Send a message; return whether it was sent in time.
+
+    The server's send is made to wait here, in the caller's task, for what it waits for, or for the time to pass. So it
+    can be left without cancelling anybody: not the caller's task, which is the server's, nor one of ours, which would
+    have to be made for each chunk, and would stay behind where the server's send swallows a cancellation.
+
+    Args:
+        seconds: How long the server may take; ``None`` for no limit.
+        send: The server's.
+        message: What is sent.
+        give_up: Called when the time has passed, before anything else happens.
+    """
+    sending = _call(send, message)
+    if seconds is None:
+        yield from sending.__await__()
+        return True
+    limit = _Limit(seconds, give_up)
+    try:
+        while True:
+            try:
+                waits_for = limit.step(sending)
+            except StopIteration:
+                return True
+            yield from limit.wait(waits_for)
+            if limit.passed:
+                return False
+    finally:
+        limit.cancel()
+        # What it does at its end is the server's affair; it has no say in ours.
+        with suppress(Exception):
+            sending.close()
+
+
+class _Limit:
+    """The time that a send has, from the moment at which it first has to wait."""
+
+    def __init__(self, seconds: float, give_up: Callable[[], None]) -> None:
+        self._seconds = seconds
+        self._give_up = give_up
+        self._timer: asyncio.TimerHandle | None = None
+        self._gate: asyncio.Future[None] | None = None
+        # What ended the last wait, if it was an exception.
+        self._thrown: BaseException | None = None
+        self.passed = False
+
+    def step(self, sending: Coroutine[Any, Any, None]) -> Any:
+        """Go on with the send, as the task that runs it would; return what it waits for."""
+        thrown, self._thrown = self._thrown, None
+        return sending.send(None) if thrown is None else sending.throw(thrown)
+
+    def wait(self, waits_for: Any) -> Generator[Any, Any, None]:
+        """Wait for it, or for the time to pass."""
+        loop = asyncio.get_running_loop()
+        if self._timer is None:
+            self._timer = loop.call_later(self._seconds, self._pass)
+        if getattr(waits_for, "_asyncio_future_blocking", None) is None:
+            # No future: it wants to be resumed in the next round.
+            gate, waits_for = None, None
+        else:
+            waits_for._asyncio_future_blocking = False  # noqa: SLF001  (as a task does)
+            gate = self._gate = loop.create_future()
+            waits_for.add_done_callback(self._open)
+        try:
+            if gate is None:
+                yield
+            else:
+                yield from gate
+        except BaseException as exc:
+            # A cancellation, mostly. It goes to what is waited for, and through the send, as if it were awaited here.
+            if waits_for is not None:
+                waits_for.cancel()
+            self._thrown = exc
+        finally:
+            self._gate = None
+            if waits_for is not None:
+                waits_for.remove_done_callback(self._open)
+
+    def cancel(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _pass(self) -> None:
+        self.passed = True
+        self._give_up()
+        self._open(None)
+
+    def _open(self, _: object) -> None:
+        if self._gate is not None and not self._gate.done():
+            self._gate.set_result(None)
+
+
+def _connection(receive: Receive) -> asyncio.Transport | None:
+    """Return the client's connection, where the server lets it be seen.
+
+    No part of ASGI, but uvicorn's ``receive`` is a method of what has it. A server, or a middleware, that hides it is
+    taken at its word as to whether the client has left.
+    """
+    connection = getattr(getattr(receive, "__self__", None), "transport", None)
+    return connection if hasattr(connection, "is_closing") and hasattr(connection, "abort") else None
+
+
+def _limit_buffer(connection: asyncio.Transport) -> None:
+    sock = connection.get_extra_info("socket")
+    if sock is not None:
+        with suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+
+
+# -- what the client is told of an error --
+
+# The address of another server.
+_NOT_SENT = {"remote_host"}
+
+
+class _Told(NamedTuple):
+    """What the client is told of an error."""
+
+    status: int
+    text: str
+    kind: str
+
+
+# By the class of the error, the first in its line of descent. The text of an error is for whoever runs this server: it
+# names addresses, files and what other servers said. Nothing of it is sent but what _told() lets through.
+_KINDS: dict[type[BaseException], tuple[int, str]] = {
+    ConnectError: (502, CONNECTION_ERROR_MESSAGE),
+    ConnectionBroken: (502, "the connection to the model's server was lost before the answer was complete"),
+    ProtocolError: (502, "the model's server sent something that cannot be read"),
+    StreamTruncated: (502, "the model's server ended the answer before it was complete"),
+    HostError: (502, "the model's server cannot be reached under its address"),
+    RequestError: (400, "the request cannot be sent to the model's server as it is"),
+    StreamClosed: (503, "the answer was closed; this server may be about to end"),
+    RegistryClosed: (503, "this server is about to end"),
+    RegistryUnavailable: (503, "the registry of streams does not answer"),
+    OllamaError: (502, "the answer failed"),
+}
+_PHASES = {
+    "connect": "no connection to the model's server in time (connect timeout)",
+    "first_chunk": "the model did not begin to answer in time (first_chunk timeout)",
+    "idle": "the model's server was silent for too long (idle timeout)",
+    "total": "the answer was not complete in time (total timeout)",
+}
+# These statuses are passed on.
+_STATUSES = {
+    400: "the model's server does not accept the request",
+    404: "the model's server does not have what was asked for",
+    413: "the request is too large for the model's server",
+    429: "too many requests; try again later",
+    503: "the model's server is busy; try again later",
+}
+# With these, the text of the server is passed on, too: it speaks of the request, which is the client's. What it says
+# with others is about our access to it, or about its inside.
+_ABOUT_THE_REQUEST = {400, 404, 413}
+# Even so: something between us and the server may have written it.
+_PLACE_OR_KEY = re.compile(
+    r"://|@|\*\*\*|\bsk-|\d\.\d{1,3}\.\d{1,3}\.\d|:\d{2,5}(?!\w)|\.(?:internal|lan|local|svc)\b|(?<!\S)[\"'(]?/\w|:\\"
+)
+_MAX_TEXT = 500
+_RETRY_AFTER = re.compile(r"[A-Za-z0-9 ,:]{1,40}")
+
+
+def _told(error: OllamaError, explain: Callable[[OllamaError], str] | None = None) -> _Told:
+    """Decide what the client is told of an error: the only place that does."""
+    # The name that is in the documentation: a class of somebody else's derived from it says nothing to the client.
+    kind = next(cls.__name__ for cls in type(error).__mro__ if cls.__module__.startswith("ollama_async."))
     if isinstance(error, ResponseError):
-        status = error.status_code if error.status_code in _PASSED_ON else 502
-        wait = error.headers.get("retry-after")
-        return _error(status, error.error, {"Retry-After": wait} if wait and status in (429, 503) else None)
-    if isinstance(error, PhaseTimeout):
-        return _error(504, str(error))
-    if isinstance(error, RequestError):
-        return _error(400, str(error))
-    if isinstance(error, StreamClosed):
-        return _error(503, str(error))
-    return _error(502, str(error))
+        status, text = error.status_code, _STATUSES.get(error.status_code)
+        if text is None:
+            status, text = 502, "the model's server failed"
+        elif status in _ABOUT_THE_REQUEST and not _PLACE_OR_KEY.search(error.error):
+            text = error.error[:_MAX_TEXT]
+    elif isinstance(error, PhaseTimeout):
+        status, text = 504, _PHASES.get(error.phase, "the model's server took too long")
+    else:
+        status, text = next(_KINDS[cls] for cls in type(error).__mro__ if cls in _KINDS)
+    return _Told(status, text if explain is None else explain(error), kind)
+
+
+def _told_reason(reason: object) -> str | None:
+    """Decide what the client is told of why a stream ended: a text was written to be shown, an exception was not."""
+    if reason is None or isinstance(reason, str):
+        return reason
+    return str(reason) if isinstance(reason, (int, float)) else type(reason).__name__
+
+
+def _refusal(error: OllamaError, told: _Told) -> JSONResponse:
+    wait = error.headers.get("retry-after", "") if isinstance(error, ResponseError) else ""
+    known = told.status in (429, 503) and _RETRY_AFTER.fullmatch(wait)
+    return _error(told.status, told.text, {"Retry-After": wait} if known else None)
+
+
+def _record(stream_id: str, error: OllamaError, told: _Told) -> None:
+    """Log what the client is not told."""
+    level, status, about = logging.WARNING, told.status, str(error)
+    if isinstance(error, ResponseError):
+        status, about = error.status_code, error.error
+        if status in _ABOUT_THE_REQUEST:
+            # The client's own fault, and the prompt may be in the text.
+            level, about = logging.INFO, _STATUSES[status]
+    elif isinstance(error, ConnectError):
+        about = error.detail or about
+    else:
+        # What is quoted there may be of an answer.
+        about = re.split(r"(?<!\w)['\"]", about, maxsplit=1)[0]
+    _log.log(level, "stream %s: %s, status %s: %s", stream_id, type(error).__name__, status, _loggable(about))
+
+
+def _loggable(text: str) -> str:
+    """Cut what others wrote to one short line without keys."""
+    words = text[:_MAX_TEXT].split()
+    shown = " ".join("[...]" if _like_a_key(word) else word for word in words)
+    return "".join(letter if letter.isprintable() else "?" for letter in shown)
+
+
+def _like_a_key(word: str) -> bool:
+    bare = word.strip("\"'`.,:;()")
+    mixed = any(map(str.isdigit, bare)) and any(map(str.isalpha, bare))
+    return "***" in word or bare.startswith("sk-") or (len(bare) >= 20 and mixed and "/" not in bare)
 
 
 def _error(status: int, text: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
@@ -313,12 +627,17 @@ def stop_route(path: str, registry: AbortRegistry, *, owner: Owner | None = None
         if not isinstance(who, str):
             who = await who
         try:
-            reason = await _reason(request)
-            # One that no stream can have is unknown like any other.
-            stream_id = request.path_params["id"]
-            stopped = await registry.abort(stream_id, reason, owner=who) if _ID.fullmatch(stream_id) else "kept"
+            reason = checked_reason(await _reason(request))
         except RequestError as exc:
             return _error(400, str(exc))
+        # One that no stream can have is unknown like any other.
+        stream_id = request.path_params["id"]
+        try:
+            stopped = await registry.abort(stream_id, reason, owner=who) if _ID.fullmatch(stream_id) else "kept"
+        except OllamaError as exc:
+            told = _told(exc)
+            _record("(a Stop)", exc, told)
+            return _refusal(exc, told)
         if stopped == "stopped":
             return JSONResponse({"stopped": True})
         status, text = _NOT_STOPPED[stopped]

@@ -17,14 +17,29 @@ BOUND = 30.0
 
 @contextlib.asynccontextmanager
 async def served(app: Any) -> AsyncIterator[int]:
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off", ws="none"))
+    async with uvicorn_server(app) as server:
+        yield port_of(server)
+
+
+def port_of(server: uvicorn.Server) -> int:
+    port: int = server.servers[0].sockets[0].getsockname()[1]
+    return port
+
+
+@contextlib.asynccontextmanager
+async def uvicorn_server(app: Any, http: Any = "auto") -> AsyncIterator[uvicorn.Server]:
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app, port=0, log_level="warning", lifespan="off", ws="none", http=http, timeout_graceful_shutdown=10
+        )
+    )
     # Not serve(), which takes the process's signals.
     running = asyncio.create_task(server._serve())
     try:
         async with asyncio.timeout(BOUND):
             while not server.started:
                 await asyncio.sleep(0.001)
-        yield server.servers[0].sockets[0].getsockname()[1]
+        yield server
     finally:
         server.should_exit = True
         await running
@@ -38,12 +53,12 @@ class Tab:
         self.writer = writer
 
     @classmethod
-    async def ask(cls, port: int, path: str, question: Any, **headers: str) -> Self:
+    async def ask(cls, port: int, path: str, question: Any, times: int = 1, **headers: str) -> Self:
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
         body = json.dumps(question)
-        headers |= {"Host": "x", "Connection": "close", "Content-Length": str(len(body))}
+        headers = {"Host": "x", "Connection": "close", "Content-Length": str(len(body))} | headers
         head = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
-        writer.write(f"POST {path} HTTP/1.1\r\n{head}\r\n{body}".encode())
+        writer.write(f"POST {path} HTTP/1.1\r\n{head}\r\n{body}".encode() * times)
         return cls(reader, writer)
 
     async def until(self, text: str) -> str:
@@ -54,6 +69,10 @@ class Tab:
                 assert block, f"the response ended: {seen!r}"
                 seen += block
         return seen.decode()
+
+    def stop_reading(self) -> None:
+        transport: Any = self.writer.transport
+        transport.pause_reading()
 
     def leave(self, how: Literal["fin", "reset"] = "fin") -> None:
         if how == "reset":

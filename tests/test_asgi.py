@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import socket
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
 import pytest
 import pytest_asyncio
 from fastapi import FastAPI
-from serving import BOUND, Tab, events, served
+from serving import BOUND, Tab, events, port_of, served, uvicorn_server
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
@@ -26,8 +27,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from ollama_async import AsyncClient, RequestError, Timeouts
-from ollama_async.asgi import ID_HEADER, StreamResponse, stop_route
+from ollama_async import AsyncClient, OllamaError, RequestError, Timeouts
+from ollama_async.asgi import CLIENT_LEFT, CLIENT_STUCK, ID_HEADER, StreamResponse, stop_route
 from ollama_async.registry import AbortRegistry
 from ollama_async.testing import Block, ConnectionRecord, Cut, Endless, FakeOllama, Gate, Reply, Stall
 
@@ -184,7 +185,7 @@ async def test_a_background_task_runs_when_all_is_sent(site: Site, browser: http
     await asyncio.wait_for(ran.wait(), BOUND)
 
 
-@pytest.mark.parametrize("bad", [{"format": "xml"}, {"heartbeat": 0}, {"head_within": -1}])
+@pytest.mark.parametrize("bad", [{"format": "xml"}, {"heartbeat": 0}, {"head_within": -1}, {"send_timeout": 0}])
 async def test_bad_parameters(site: Site, bad: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=next(iter(bad))):
         StreamResponse(site.client.chat("fake", "hi", stream=True), **bad)
@@ -198,12 +199,14 @@ async def test_bad_parameters(site: Site, bad: dict[str, Any]) -> None:
     [
         (Reply.error(400, "does not support thinking"), 400, "does not support thinking"),
         (Reply.error(404, "model 'x' not found"), 404, "model 'x' not found"),
-        (Reply.error(429, "slowly"), 429, "slowly"),
-        (Reply.error(503, "busy"), 503, "busy"),
+        (Reply.error(413, "(a picture of 30 MB)"), 413, "(a picture of 30 MB)"),
         # What is wrong between this server and that of the model is nothing that the browser could put right.
-        (Reply.error(401, "unauthorized"), 502, "unauthorized"),
-        (Reply.error(403, "forbidden"), 502, "forbidden"),
-        (Reply.error(500, "the runner crashed"), 502, "the runner crashed"),
+        (Reply.error(429, "your organisation"), 429, "try again later"),
+        (Reply.error(503, "llama queue"), 503, "busy"),
+        (Reply.error(401, "unauthorized"), 502, "failed"),
+        (Reply.error(403, "forbidden"), 502, "failed"),
+        (Reply.error(407, "the proxy"), 502, "failed"),
+        (Reply.error(500, "the runner crashed"), 502, "failed"),
         (Reply([Cut()], before_head=[Cut()]), 502, "connection"),
         (Reply(raw=b"HTTP/1.1 nonsense\r\n\r\n"), 502, ""),
     ],
@@ -358,7 +361,7 @@ async def test_a_client_that_leaves_behind_a_middleware(site: Site, reply: Reply
         await site.model_saw_leave()
 
 
-SCOPE = {
+SCOPE: dict[str, Any] = {
     "type": "http",
     "method": "POST",
     "path": "/",
@@ -594,3 +597,401 @@ async def test_many_chunks_that_arrive_together(site: Site, browser: httpx.Async
     *_, (_, end) = events(response.text)
     assert end["text"] == "".join(f"{number} " for number in range(200))
     assert response.text.count("event: chunk\n") == 201
+
+
+# -- what a client is told of an error --
+
+TELLING = "no upstream at http://10.1.2.3:4567"
+SECRETS = ["10.1.2.3", "4567", "inner.svc", ".ollama", "s3cret", "127.0.0.1"]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        *(Reply.error(status, TELLING) for status in (400, 401, 403, 404, 407, 413, 429, 500, 502, 503)),
+        *(Reply.error(status, "Incorrect API key provided: sk-s3cret***") for status in (400, 401, 429)),
+        *(Reply.error(status, "open /root/.ollama/models/x: no such file") for status in (404, 500)),
+        Reply.error(404, "no route to 10.1.2.3"),
+        Reply.error(400, "ollama-7.inner.svc is not there"),
+        Reply.error(413, "ollama-7:4567 has no room"),
+        Reply(status=307, headers={"Location": "http://10.1.2.3:4567x/"}),
+        Reply(status=307, headers={"Location": "ftp://10.1.2.3:4567/"}),
+        Reply([{"error": TELLING}], status=503, headers={"Retry-After": TELLING}),
+        Reply([{"error": TELLING}]),
+        Reply([{"error": TELLING, "StatusCode": 401}]),
+        Reply([{"error": TELLING, "StatusCode": 400}]),
+        Reply(raw=b"HTTP/1.1 http://10.1.2.3:4567\r\n\r\n"),
+        Reply(raw=b"HTTP/1.1 200 OK\r\n\r\n<title>http://10.1.2.3:4567</title>\n"),
+    ],
+)
+@pytest.mark.parametrize("begun", [False, True])
+async def test_an_error_says_neither_where_the_server_is_nor_what_opens_it(
+    site: Site, browser: httpx.AsyncClient, reply: Reply, begun: bool
+) -> None:
+    gate = Gate()
+    site.response = {"head_within": 0.01} if begun else {}
+    site.fake.script("/api/chat", replace(reply, before_head=[gate]))
+    asked = asyncio.create_task(browser.send(browser.build_request("POST", "/chat", json=QUESTION), stream=True))
+    if begun:
+        await asked
+    gate.open()
+    response = await asked
+    await response.aread()
+    in_events = response.status_code == 200
+    assert in_events or not begun
+    told = f"{response.text} {dict(response.headers)}".replace(f"127.0.0.1:{site.port}", "")
+    assert not [secret for secret in SECRETS if secret in told]
+    end = events(response.text)[-1][1] if in_events else response.json()
+    assert end["error"]
+    assert end.get("error_type", "Error")[0].isupper()
+
+
+async def test_no_server_later(site: Site, browser: httpx.AsyncClient, caplog: pytest.LogCaptureFixture) -> None:
+    """What stands in the note of an error, or in its class, does not go out either; it is in the log."""
+
+    class TenOneTwoThree(OllamaError):
+        pass
+
+    def start(_: Any) -> Any:
+        raise TenOneTwoThree("at http://10.1.2.3:4567")
+
+    site.fake.stop()
+    end = await browser.post("/chat", json=QUESTION)
+    assert "127.0.0.1" in caplog.text
+    stream: Any = site.client.chat("fake", "hi", stream=True)
+    stream._start = start
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await asyncio.wait_for(StreamResponse(stream)(SCOPE, never, send), BOUND)
+    assert sent[0]["status"] == end.status_code == 502
+    assert json.loads(sent[1]["body"]) == {"error": "the answer failed", "status_code": 502}
+    assert "10.1.2.3" in caplog.text
+
+
+async def test_a_log_has_what_the_client_is_not_told(
+    site: Site, browser: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "ollama_async.asgi")
+    site.fake.script(
+        "/api/chat",
+        Reply.error(500, "open /root/.ollama/x\n\x1b[2Jfaked: line, sk-s3cret, 0123456789abcdef0123"),
+        Reply.error(400, "the prompt 'a secret plan' is too long"),
+        Reply(raw=b"HTTP/1.1 200 OK\r\n\r\n{'content': 'a secret plan'}\n"),
+    )
+    for _ in range(3):
+        await browser.post("/chat", json=QUESTION, headers={ID_HEADER: ID})
+    broken, refused, unreadable = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert broken[0] == "WARNING"
+    assert broken[1] == f"stream {ID}: ServerError, status 500: open /root/.ollama/x ?[2Jfaked: line, [...] [...]"
+    assert refused == (
+        "INFO",
+        f"stream {ID}: BadRequestError, status 400: the model's server does not accept the request",
+    )
+    assert unreadable[0] == "WARNING"
+    assert "ProtocolError" in unreadable[1]
+    assert "secret" not in caplog.text
+
+
+async def test_what_a_client_is_told_can_be_chosen(site: Site, browser: httpx.AsyncClient) -> None:
+    site.fake.script("/api/chat", Reply.error(500, "the runner crashed"))
+    site.response = {"explain": lambda error: f"it said: {error.error}"}
+    response = await browser.post("/chat", json=QUESTION)
+    assert (response.status_code, response.json()["error"]) == (502, "it said: the runner crashed")
+
+
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [("enough", "enough"), (7, "7"), (ConnectionError("10.1.2.3:4567 is gone"), "ConnectionError"), (Site, "type")],
+)
+async def test_a_reason_that_was_not_written_to_be_shown(
+    site: Site, browser: httpx.AsyncClient, reason: object, told: str
+) -> None:
+    site.fake.script("/api/chat", Reply.endless_chat(0.01))
+    async with browser.stream("POST", "/chat", json=QUESTION) as response:
+        await anext(response.aiter_lines())
+        site.client.abort(reason)
+        await response.aclose()
+    site.fake.script("/api/chat", SILENT)
+    asked = asyncio.create_task(browser.post("/chat", json=QUESTION))
+    await asyncio.to_thread(site.fake.wait_for_requests, 2, timeout=BOUND)
+    site.client.abort(reason)
+    end = await end_of(await asked)
+    assert (end["outcome"], end["reason"], end["error"]) == ("aborted", told, None)
+
+
+async def test_where_else_a_model_runs_is_not_sent(site: Site, browser: httpx.AsyncClient) -> None:
+    chunk = Reply.chat("Good", done=False).steps[0]
+    assert isinstance(chunk, dict)
+    last = Reply.chat("").steps[-1]
+    assert isinstance(last, dict)
+    site.fake.script("/api/chat", Reply([{**chunk, "remote_host": "http://10.1.2.3"}, {**last, "remote_host": "x"}]))
+    response = await browser.post("/chat", json=QUESTION)
+    assert (await end_of(response))["text"] == "Good"
+    assert "remote_host" not in response.text
+
+
+async def test_a_registry_that_fails(site: Site, browser: httpx.AsyncClient) -> None:
+    for path in ("/chat", f"/stop/{ID}"):
+        refused = await browser.post(path, json=QUESTION, headers={"X-User": "s3cret" * 100})
+        assert (refused.status_code, "s3cret" in refused.text) == (400, False)
+    site.registry = AbortRegistry()
+    await site.registry.aclose()
+    routes = [Route("/chat", site.chat, methods=["POST"]), stop_route("/stop", site.registry)]
+    async with served(Starlette(routes=routes)) as site.port:
+        for path in ("/chat", f"/stop/{ID}"):
+            response = await browser.post(site.url + path, json=QUESTION)
+            assert response.json() == {"error": "this server is about to end", "status_code": 503}
+    assert site.fake.requests == ()
+
+
+# -- the client takes nothing --
+
+
+@pytest.mark.parametrize("http", ["h11", "httptools"])
+async def test_a_client_that_stops_reading(site: Site, http: str, caplog: pytest.LogCaptureFixture) -> None:
+    site.fake.script("/api/chat", FLOOD)
+    left: list[bool] = []
+
+    async def afterwards() -> None:
+        # The whole server stands still meanwhile.
+        left.append(site.fake.connections[-1].wait_left(BOUND))
+
+    responses: list[StreamResponse] = []
+
+    async def chat(_: Request) -> Response:
+        stream = site.client.chat("fake", "hi", stream=True)
+        responses.append(StreamResponse(stream, send_timeout=0.3, background=BackgroundTask(afterwards)))
+        return responses[0]
+
+    async with uvicorn_server(Starlette(routes=[Route("/chat", chat, methods=["POST"])]), http) as server:
+        tab = await ask(replace(site, port=port_of(server)))
+        tab.stop_reading()
+        await site.model_was_asked()
+        await site.model_saw_leave()
+        async with asyncio.timeout(BOUND):
+            while server.server_state.connections or server.server_state.tasks:
+                await asyncio.sleep(0.001)
+        stream = responses[0].stream
+        assert (stream.outcome, stream.reason) == ("aborted", CLIENT_STUCK)
+        assert left == [True]
+        assert stream.text  # what came is kept
+        tab.leave()
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+async def test_a_client_that_stops_reading_behind_a_middleware(site: Site) -> None:
+    async def pass_on(request: Request, call_next: Callable[[Request], Any]) -> Response:
+        response: Response = await call_next(request)
+        return response
+
+    site.fake.script("/api/chat", FLOOD)
+    site.response = {"send_timeout": 0.3}
+    middleware = [Middleware(BaseHTTPMiddleware, dispatch=pass_on)]
+    app = Starlette(routes=[Route("/chat", site.chat, methods=["POST"])], middleware=middleware)
+    async with served(app) as site.port:
+        tab = await ask(site)
+        tab.stop_reading()
+        await site.model_was_asked()
+        await site.model_saw_leave()
+        tab.leave()
+
+
+class Blockade:
+    """A server's ``send`` that gets stuck at a message, as one does whose client takes nothing."""
+
+    def __init__(self, at: Callable[[Any], bool]) -> None:
+        self.at = at
+        self.sent: list[Any] = []
+        self.stuck = asyncio.Event()
+        self.go_on = asyncio.Event()
+        self.left: list[type[BaseException]] = []
+        self.when_left: Callable[[], object] = bool
+
+    async def send(self, message: Any) -> None:
+        if self.at(message):
+            self.stuck.set()
+            try:
+                await asyncio.sleep(0)
+                await self.go_on.wait()
+            except BaseException as exc:
+                self.left.append(type(exc))
+                self.when_left()
+                raise
+        self.sent.append(message)
+
+
+def body_has(text: bytes) -> Callable[[Any], bool]:
+    return lambda message: text in message.get("body", b"")
+
+
+@pytest.mark.parametrize(
+    ("reply", "at", "options"),
+    [
+        (Reply.endless_chat(0.01), lambda message: "status" in message, {}),
+        (Reply.endless_chat(0.01), body_has(b"event: open"), {}),
+        (Reply.endless_chat(0.01), body_has(b"event: chunk"), {}),
+        (Reply([*Reply.chat("Good", done=False).steps, Stall()]), body_has(b": ping"), {"heartbeat": 0.01}),
+        (SILENT, body_has(b"event: open"), {"head_within": 0.01}),
+        (SILENT, body_has(b": ping"), {"head_within": 0.01, "heartbeat": 0.01}),
+        (Reply([{"error": "x"}, Stall()]), body_has(b'"error"'), {}),
+        (Reply.chat("Good"), body_has(b"event: end"), {}),
+        (Reply.error(500, "x"), lambda message: "status" in message, {}),
+        (Reply.error(500, "x"), body_has(b"failed"), {}),
+    ],
+)
+async def test_a_send_that_gets_stuck(
+    site: Site, reply: Reply, at: Callable[[Any], bool], options: dict[str, Any]
+) -> None:
+    site.fake.script("/api/chat", reply)
+    blockade = Blockade(at)
+    ends = reply.status == 200 and reply.steps != Reply.chat("Good").steps and b"error" not in repr(reply).encode()
+    if ends:
+        # When the send is left, the model has been already, with this loop standing still.
+        blockade.when_left = lambda: site.fake.connections[-1].wait_left(BOUND) or pytest.fail("still there")
+    ran: list[None] = []
+
+    async def background() -> None:
+        ran.append(None)
+
+    before = asyncio.all_tasks()
+    stream = site.client.chat("fake", "hi", stream=True)
+    response = StreamResponse(
+        stream, registry=site.registry, send_timeout=0.1, background=BackgroundTask(background), **options
+    )
+    await asyncio.wait_for(response(SCOPE, never, blockade.send), BOUND)
+    assert blockade.left == [GeneratorExit]
+    assert ran == [None]
+    sent = len(blockade.sent)
+    if ends:
+        assert (stream.outcome, stream.reason) == ("aborted", CLIENT_STUCK)
+    else:
+        assert stream.outcome in {"done", "error"}
+    await nothing_left(before, site.registry)
+    assert len(blockade.sent) == sent  # nothing after it
+
+
+async def test_a_goodbye_that_gets_stuck(site: Site) -> None:
+    site.fake.script("/api/chat", SILENT)
+    blockade = Blockade(lambda message: message.get("status") == 499)
+    stream = site.client.chat("fake", "hi", stream=True)
+
+    async def receive() -> Any:
+        await site.model_was_asked()
+        return {"type": "http.disconnect"}
+
+    before = asyncio.all_tasks()
+    await asyncio.wait_for(StreamResponse(stream, send_timeout=0.1)(SCOPE, receive, blockade.send), BOUND)
+    assert blockade.left == [GeneratorExit]
+    assert (stream.outcome, stream.reason) == ("aborted", CLIENT_LEFT)
+    await nothing_left(before, site.registry)
+
+
+async def test_a_bad_id_whose_answer_gets_stuck(site: Site) -> None:
+    blockade = Blockade(lambda message: "status" in message)
+    scope = {**SCOPE, "headers": [(b"x-stream-id", b"short")]}
+    response = StreamResponse(site.client.chat("fake", "hi", stream=True), send_timeout=0.1)
+    await asyncio.wait_for(response(scope, never, blockade.send), BOUND)
+    assert blockade.left == [GeneratorExit]
+
+
+async def test_a_send_that_does_not_want_to_be_left(site: Site) -> None:
+    site.fake.script("/api/chat", Reply.endless_chat(0.01))
+    tried: list[type[BaseException]] = []
+
+    async def send(message: Any) -> None:
+        try:
+            await asyncio.Event().wait()
+        except BaseException as exc:
+            tried.append(type(exc))
+            await asyncio.Event().wait()
+
+    stream = site.client.chat("fake", "hi", stream=True)
+    await asyncio.wait_for(StreamResponse(stream, send_timeout=0.05)(SCOPE, never, send), BOUND)
+    assert (tried, stream.reason) == ([GeneratorExit], CLIENT_STUCK)
+    await site.model_saw_leave()
+
+
+@pytest.mark.parametrize("send_timeout", [0.5, None])
+async def test_a_send_that_is_slow(site: Site, send_timeout: float | None) -> None:
+    """Each has its own time, whatever it waits for."""
+    site.fake.script("/api/chat", Reply.chat(*"abcdefgh"))
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        await asyncio.sleep(0)
+        await asyncio.sleep(0.04)
+        await asyncio.wait_for(asyncio.sleep(0.04, None), 1)
+        await asyncio.create_task(asyncio.sleep(0.01))
+        sent.append(message)
+
+    stream = site.client.chat("fake", "hi", stream=True)
+    await asyncio.wait_for(StreamResponse(stream, send_timeout=send_timeout)(SCOPE, never, send), BOUND)
+    assert stream.outcome == "done"
+    assert sent[-1]["more_body"] is False
+
+
+async def test_a_response_that_is_cancelled_while_it_sends(site: Site) -> None:
+    site.fake.script("/api/chat", Reply.endless_chat(0.01))
+    blockade = Blockade(body_has(b"event: chunk"))
+    stream = site.client.chat("fake", "hi", stream=True)
+    before = asyncio.all_tasks()
+    running = asyncio.create_task(StreamResponse(stream, send_timeout=BOUND)(SCOPE, never, blockade.send))
+    await asyncio.wait_for(blockade.stuck.wait(), BOUND)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert blockade.left == [asyncio.CancelledError]
+    await site.model_saw_leave()
+    await nothing_left(before, site.registry)
+
+
+async def test_a_client_that_leaves_while_a_send_is_stuck(site: Site) -> None:
+    site.fake.script("/api/chat", Reply.endless_chat(0.01))
+    blockade = Blockade(body_has(b"event: chunk"))
+    stream = site.client.chat("fake", "hi", stream=True)
+
+    async def receive() -> Any:
+        await blockade.stuck.wait()
+        return {"type": "http.disconnect"}
+
+    running = asyncio.create_task(StreamResponse(stream, send_timeout=0.5)(SCOPE, receive, blockade.send))
+    await site.model_was_asked()
+    await site.model_saw_leave()
+    await asyncio.wait_for(running, BOUND)
+    assert stream.reason == CLIENT_LEFT
+
+
+# -- a second request behind the first --
+
+
+@pytest.mark.parametrize("http", ["h11", "httptools"])
+@pytest.mark.parametrize("when", ["the model is silent", "it answers", "it pauses"])
+@pytest.mark.parametrize("how", ["fin", "reset"])
+async def test_a_client_that_leaves_behind_a_second_request(site: Site, http: str, when: str, how: Any) -> None:
+    pausing = Reply([*Reply.chat("Good", done=False).steps, Stall()])
+    reply = {"the model is silent": SILENT, "it answers": Reply.endless_chat(0.01), "it pauses": pausing}[when]
+    site.fake.script("/api/chat", reply, Reply.error(500, "nobody is there for it"))
+    async with uvicorn_server(Starlette(routes=[Route("/chat", site.chat, methods=["POST"])]), http) as server:
+        tab = await Tab.ask(port_of(server), "/chat", QUESTION, times=2, Connection="keep-alive")
+        await site.model_was_asked()
+        if reply is not SILENT:
+            await tab.until("Good" if reply is pausing else "event: chunk")
+        tab.leave(how)
+        assert await asyncio.to_thread(site.fake.connections[0].wait_left, BOUND)
+
+
+@pytest.mark.parametrize(("version", "expected"), [("1.1", "close"), ("1.0", "close"), ("2", None), ("3", None)])
+async def test_a_connection_is_for_one_stream(site: Site, version: str, expected: str | None) -> None:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    response = StreamResponse(
+        site.client.chat("fake", "hi", stream=True),
+    )
+    await asyncio.wait_for(response({**SCOPE, "http_version": version}, never, send), BOUND)
+    assert httpx.Headers(sent[0]["headers"]).get("connection") == expected

@@ -221,12 +221,53 @@ async def test_a_closed_registry(registry: AbortRegistry) -> None:
         ("redis://x", {"namespace": "x" * 101}, "namespace"),
         ("redis://:secret@x?db=x", {}, "'db'"),
         ("redis://:secret@x?no_such_option=1", {}, "no_such_option"),
+        ("redis://x?max_connections=secret", {}, "max_connections"),
+        ("rediss://x?ssl_cert_reqs=secret", {}, "one of its options"),
+        ("redis://x?protocol=secret&password=secret", {}, "protocol"),
+        # What was not escaped, so that a password ends where it should not, or stands where it should not.
+        ("redis://:secret/word@x:6379/0", {}, "%2F"),
+        ("redis://ann:secret#word@x:6379", {}, "%23"),
+        ("rediss://ann:secret?word@x:6379", {}, "%3F"),
+        ("redis://ann:12/secret@x", {}, "%2F"),
+        ("redis://ann:pass/word?secret@x", {}, "%2F"),
+        ("redis://x?password=secret@word", {}, "%40"),
+        ("unix://ann:secret/word@/run/redis.sock", {}, "%2F"),
+        ("redis://ann:secret", {}, "port"),
+        ("redis://:secret[word]@x", {}, "%5B"),
+        ("redis://:secret]@x", {}, "%5B"),
+        ("redis://ann:secret\u2100@x", {}, "cannot be read"),
+        ("redis://:p@x:secret", {}, "port"),
+        ("redis://:secret@x:99999", {}, "port"),
     ],
 )
 def test_bad_parameters(url: Any, options: dict[str, Any], text: str) -> None:
     with pytest.raises(RequestError, match=text) as caught:
         AbortRegistry.from_url(url, **options)
-    assert "secret" not in str(caught.value)
+    error = caught.value
+    assert "secret" not in f"{error} {error!r} {error.__cause__} {error.__context__}"
+
+
+@pytest.mark.parametrize("password", ["s3cret-word", "s3cret" * 50, "a%20s3cret"])
+async def test_a_redis_that_shows_the_password(caplog: pytest.LogCaptureFixture, password: str) -> None:
+    """As one does that does not know the command it is in."""
+
+    async def show(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked = await reader.read(2000)
+        shown = " ".join(asked.decode().split("\r\n")[2::2])[:150]
+        writer.write(f"-ERR what is '{shown}'\r\n".encode() * 3)
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(show, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with AbortRegistry.from_url(f"redis://:{password}@127.0.0.1:{port}") as registry, asyncio.timeout(BOUND):
+            async with registry.token("one"):
+                pass
+            with pytest.raises(RegistryUnavailable) as caught:
+                await registry.list()
+    error = caught.value
+    assert "s3cret" not in f"{error} {error!r} {error.__cause__} {error.__context__} {caplog.text}"
+    assert "Redis is away" in caplog.text
 
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,6 +296,13 @@ def test_names_in_redis_cannot_be_taken_for_others() -> None:
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b'"x"', b'{"reason": 7}', b"\xff", b"[" * 100_000, None, 7])
 def test_a_message_that_is_none(data: Any) -> None:
     assert _redis._reason(data) is None
+
+
+@pytest.mark.parametrize("reason", [None, "", "why", '\u00fc\u2028\U0001f600\0\n"', "\ud800"])
+def test_a_message_brings_its_reason_and_not_much_else(reason: str | None) -> None:
+    message = _redis._message(reason)
+    assert _redis._reason(message) == reason
+    assert len(message) <= len((reason or "").encode("utf-8", "surrogatepass")) + 40
 
 
 # -- over Redis, while there is none --

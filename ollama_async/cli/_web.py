@@ -192,7 +192,8 @@ class Chats:
             return _problem(400, f"this is no question to a model: {exc.errors()[0]['msg']}")
         except RequestError as exc:
             return _problem(400, f"this is no question to a model: {exc}")
-        return StreamResponse(stream, registry=self._registry)
+        # The reader of this page is the one who runs the server.
+        return StreamResponse(stream, registry=self._registry, explain=lambda exc: getattr(exc, "error", str(exc)))
 
 
 def _problem(status: int, text: str) -> JSONResponse:

@@ -5,10 +5,12 @@ In memory that is another task of the same process; over Redis (extra ``redis``)
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
+import re
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Literal, TypeAlias
+from urllib.parse import parse_qs, urlsplit
 
-from ollama_async._cancel import CancelToken
+from ollama_async._cancel import CancelToken, LiveObject
 from ollama_async._errors import RequestError
 
 from ._errors import RegistryClosed, RegistryUnavailable
@@ -30,7 +32,7 @@ _MAX_NAMESPACE = 100
 _ENDLESS = 1e9
 
 
-class AbortRegistry:
+class AbortRegistry(LiveObject):
     """Streams by owner and id, and the Stops for them.
 
     An id is for one stream: a Stop holds for its ttl, and whatever is registered under that owner and id meanwhile is
@@ -67,7 +69,8 @@ class AbortRegistry:
             namespace: What the names of keys and channels begin with, in Redis.
 
         Raises:
-            RequestError: The url, the ttl or the namespace is none.
+            RequestError: The url, the ttl or the namespace is not valid. The text shows nothing of the url but names of
+                options.
             ImportError: The extra ``redis`` is not installed.
         """
         registry = cls(ttl=ttl)
@@ -76,6 +79,7 @@ class AbortRegistry:
             return registry
         if scheme not in {"redis", "rediss", "unix"}:
             raise RequestError("the registry's url begins with memory://, redis://, rediss:// or unix://")
+        _check_url(url)
         if not namespace or len(namespace) > _MAX_NAMESPACE:
             raise RequestError(f"namespace={namespace!r}: give a text of 1 to {_MAX_NAMESPACE} characters")
         try:
@@ -84,10 +88,7 @@ class AbortRegistry:
             raise ImportError(
                 f'{scheme}:// needs {exc.name}; install it with: pip install "ollama-async[redis]"'
             ) from exc
-        try:
-            registry._link = Link(url, registry._book, namespace)
-        except (ValueError, TypeError) as exc:
-            raise RequestError(f"the registry's url is none: {exc}") from exc
+        registry._link = _link(Link, url, registry._book, namespace)
         return registry
 
     @asynccontextmanager
@@ -189,3 +190,36 @@ class AbortRegistry:
         self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.aclose()
+
+
+def _check_url(url: str) -> None:
+    """Refuse an address that cannot be taken apart.
+
+    Nothing of it is shown, nor what others say of it: where its parts are not clear, any of them may be a password.
+    """
+    # Options can follow the host at once.
+    if "@" in "".join(re.split("([/?#])", url.partition("://")[2], maxsplit=1)[1:]):
+        raise RequestError(
+            "the registry's url has an '@' in the wrong place; "
+            "write a '/' in a password as %2F, a '#' as %23, a '?' as %3F, and an '@' elsewhere as %40"
+        )
+    port = 0
+    with suppress(ValueError):
+        port = urlsplit(url).port or 6379
+    if not port:
+        raise RequestError(
+            "the registry's url cannot be read: write redis://user:password@host:port/0, and in user and password a "
+            "'[' as %5B and a ']' as %5D; the port is a number from 1 to 65535"
+        )
+
+
+def _link(make: type[Link], url: str, book: Book, namespace: str) -> Link:
+    try:
+        # It makes a connection, without opening it, which raises redis-py's own errors and built-in ones.
+        return make(url, book, namespace)
+    except Exception as exc:
+        said = str(exc)
+    # Out here, without what redis-py said: the value of an option may be in it, and one of them is ``password``.
+    options = list(parse_qs(urlsplit(url).query, keep_blank_values=True))
+    blamed = ", ".join(repr(option) for option in options if option in said) or "one of its options"
+    raise RequestError(f"the registry's url cannot be used: redis-py does not accept {blamed}")

@@ -120,10 +120,10 @@ class Book:
         stop = self._stops.get(name)
         return stop if stop is not None and stop.until > time.monotonic() else None
 
-    def stops(self) -> list[Name]:
-        """Return the names for which Stops were given here and still hold."""
+    def stops(self) -> dict[Name, Stop]:
+        """Return the Stops that were given here and still hold, the oldest first."""
         now = time.monotonic()
-        return [name for name, stop in self._stops.items() if stop.until > now]
+        return {name: stop for name, stop in self._stops.items() if stop.until > now}
 
 
 def _shown(given: object) -> str:

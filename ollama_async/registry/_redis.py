@@ -5,6 +5,10 @@ first and looks at the key afterwards. One of both sees the other, whatever come
 loss of the connection: channels are subscribed anew, then all their keys are looked at, and what was stopped here is
 set and published once more, since a Redis that was restarted may have forgotten it.
 
+A Stop that no stream has heard waits for one that may never come, and anybody who may press Stop can make as many as
+he likes. So these are counted, for each owner and in all, and beyond a limit Redis drops the oldest. A Stop that was
+heard is not counted: there are no more of these than streams.
+
 Only one task talks to Redis: a caller that is cancelled in the middle of a command would take the connection with it
 that all the others share. So whatever callers want is noted, and the task does it for all of them together.
 """
@@ -28,7 +32,7 @@ from redis.exceptions import RedisError
 from ollama_async._errors import RequestError
 
 from ._errors import RegistryUnavailable
-from ._local import Book, Name, checked_reason
+from ._local import Book, Name, Stop, checked_reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -45,6 +49,54 @@ _CONNECT = 5.0
 _LONGEST_PAUSE = 3.0
 # Channels or keys in one command.
 _AT_ONCE = 500
+# Stops in one call of the script below, during which Redis does nothing else.
+_STOPS_AT_ONCE = 100
+# How many Stops that no stream has heard Redis keeps: of one owner, and of all.
+_MAX_UNHEARD = 1_000
+_MAX_UNHEARD_OF_ALL = 10_000
+
+# In one piece, so that no two processes count beside each other, and none that dies in between leaves a key uncounted.
+# Sorted sets have the names of the unheard Stops, the owner's and everybody's, each under the time at which it ends.
+_SEND_STOPS = """
+local prefix, most, most_of_all = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local everybody = prefix .. ':unheard'
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+
+local function owners(name)
+    return everybody .. ':' .. string.match(name, '^[^:]*')
+end
+
+local function keep(index, limit, name, left)
+    redis.call('ZREMRANGEBYSCORE', index, '-inf', now)
+    redis.call('ZADD', index, now + left, name)
+    if redis.call('PTTL', index) < left then redis.call('PEXPIRE', index, left) end
+    local excess = redis.call('ZCARD', index) - limit
+    if excess > 0 then
+        local oldest = redis.call('ZPOPMIN', index, excess)
+        for place = 1, #oldest, 2 do
+            redis.call('DEL', prefix .. ':stop:' .. oldest[place])
+            redis.call('ZREM', everybody, oldest[place])
+            redis.call('ZREM', owners(oldest[place]), oldest[place])
+        end
+    end
+end
+
+local reached = {}
+for place, key in ipairs(KEYS) do
+    local data, left = ARGV[2 * place + 2], tonumber(ARGV[2 * place + 3])
+    local name = string.sub(key, #prefix + 7)
+    redis.call('SET', key, data, 'PX', left)
+    reached[place] = redis.call('PUBLISH', key, data)
+    if reached[place] == 0 then
+        keep(owners(name), most, name, left)
+        keep(everybody, most_of_all, name, left)
+    elseif redis.call('ZREM', owners(name), name) == 1 then
+        redis.call('ZREM', everybody, name)
+    end
+end
+return reached
+"""
 
 # What the connection can end with, beside what Redis itself says.
 _LOST = (RedisError, OSError, asyncio.TimeoutError)
@@ -65,6 +117,8 @@ class Link:
             retry=Retry(NoBackoff(), 0),  # connecting again is the task's
             decode_responses=False,
         )
+        connection = self._redis.connection_pool.connection_kwargs
+        self._secrets = [str(value)[:8] for name, value in connection.items() if "password" in name and value]
         # Nothing is connected; what the url has of unknown options comes to light.
         self._redis.connection_pool.make_connection()
         self._backoff = ExponentialWithJitterBackoff(cap=_LONGEST_PAUSE, base=0.05)
@@ -80,8 +134,8 @@ class Link:
         self._asked: set[Name] = set()
         # Names whose keys are to be looked at.
         self._unread: set[Name] = set()
-        # Names whose Stops are to be given to Redis.
-        self._unsent: set[Name] = set()
+        # Stops that are to be given to Redis: themselves, for the book may have to drop one before it is sent.
+        self._unsent: dict[Name, Stop] = {}
         self._entering: dict[Name, set[asyncio.Future[bool]]] = {}
         self._stopping: dict[Name, set[asyncio.Future[int | None]]] = {}
 
@@ -90,12 +144,12 @@ class Link:
     async def added(self, name: Name) -> None:
         """Have a name subscribed, and wait until it is known whether it has been stopped, if Redis can be reached."""
         self._start()
-        self._note(self._changed, name)
+        self._note(name)
         await self._wait(self._entering, name)
 
     def removed(self, name: Name) -> None:
         """Have a name unsubscribed, unless it is still in use."""
-        self._note(self._changed, name)
+        self._note(name)
 
     async def send(self, name: Name) -> int | None:
         """Give the Stop of a name to Redis.
@@ -104,7 +158,10 @@ class Link:
             How many processes have such a stream; ``None`` if Redis is away.
         """
         self._start()
-        self._note(self._unsent, name)
+        stop = self._book.stop(name)
+        if stop is not None and not self._away:
+            self._unsent[name] = stop
+            self._wake.set()
         reached: int | None = await self._wait(self._stopping, name)
         return reached
 
@@ -113,9 +170,12 @@ class Link:
         try:
             channels = await self._redis.pubsub_channels(f"{self._prefix}:stop:*")
         except _LOST as exc:
-            raise RegistryUnavailable(f"Redis does not answer: {exc}") from exc
-        names = [self._name(channel) for channel in channels]
-        return [name for name in names if name is not None]
+            error = RegistryUnavailable(f"Redis does not answer: {self._shown(exc)}")
+        else:
+            names = [self._name(channel) for channel in channels]
+            return [name for name in names if name is not None]
+        # Out here, so that it does not bring along what it was made of.
+        raise error
 
     async def aclose(self) -> None:
         """End the task and the connections."""
@@ -134,10 +194,10 @@ class Link:
         elif self._loop is not loop:
             raise RequestError("the registry belongs to another event loop; make one for each")
 
-    def _note(self, names: set[Name], name: Name) -> None:
+    def _note(self, name: Name) -> None:
         # While Redis is away nothing is collected: the book has it all, and it is looked at when Redis is back.
         if not self._away:
-            names.add(name)
+            self._changed.add(name)
             self._wake.set()
 
     async def _wait(self, waiting: dict[Name, set[asyncio.Future[Any]]], name: Name) -> Any:
@@ -177,7 +237,9 @@ class Link:
 
     def _lost(self, error: BaseException) -> None:
         if not self._away:
-            _log.warning("Redis is away (%s): until it is back, a Stop works for streams of its own process", error)
+            _log.warning(
+                "Redis is away (%s): until it is back, a Stop works for streams of its own process", self._shown(error)
+            )
         self.connected = False
         self._away = True
         self._give_up_waiting()
@@ -219,7 +281,7 @@ class Link:
         self._asked.clear()
         self._unread.clear()
         self._changed = set(self._book.names())
-        self._unsent = set(self._book.stops())
+        self._unsent = self._book.stops() | self._unsent
         self.connected, self._away = True, False
 
     async def _until_woken(self, reader: asyncio.Task[NoReturn]) -> None:
@@ -272,17 +334,17 @@ class Link:
                 self._resolve(self._entering, name, True)
 
     async def _send_stops(self) -> None:
-        unsent, self._unsent = self._unsent, set()
-        for portion in _portions(unsent):
-            stops = {name: stop for name in portion if (stop := self._book.stop(name)) is not None}
-            pipeline = self._redis.pipeline(transaction=False)
-            for name, stop in stops.items():
-                data = json.dumps({"reason": stop.reason})
-                left = math.ceil((stop.until - time.monotonic()) * 1000)
-                pipeline.set(self._channel(name), data, px=max(left, 1))
-                pipeline.publish(self._channel(name), data)
-            answers = await pipeline.execute()
-            for name, reached in zip(stops, answers[1::2], strict=True):
+        unsent = self._unsent.copy()
+        for names in _portions(unsent, _STOPS_AT_ONCE):
+            arguments: list[Any] = [self._prefix, _MAX_UNHEARD, _MAX_UNHEARD_OF_ALL]
+            for name in names:
+                left = math.ceil((unsent[name].until - time.monotonic()) * 1000)
+                arguments += [_message(unsent[name].reason), max(left, 1)]
+            answers = await self._redis.eval(_SEND_STOPS, len(names), *map(self._channel, names), *arguments)
+            for name, reached in zip(names, answers, strict=True):
+                # Only now, for the connection may be lost meanwhile; and not one that was given meanwhile.
+                if self._unsent.get(name) is unsent[name]:
+                    del self._unsent[name]
                 self._resolve(self._stopping, name, reached)
 
     @staticmethod
@@ -290,6 +352,11 @@ class Link:
         for future in waiting.pop(name, ()):
             if not future.done():
                 future.set_result(result)
+
+    def _shown(self, error: BaseException) -> str:
+        """Return what an error says, without secrets: a server that does not know AUTH shows what came with it."""
+        text = str(error).partition(", with args")[0] or type(error).__name__
+        return type(error).__name__ if any(secret in text for secret in self._secrets) else text
 
     # -- names --
 
@@ -305,9 +372,14 @@ class Link:
         return None
 
 
-def _portions(names: Iterable[Name]) -> Iterable[list[Name]]:
+def _portions(names: Iterable[Name], size: int = _AT_ONCE) -> Iterable[list[Name]]:
     every = list(names)
-    return (every[start : start + _AT_ONCE] for start in range(0, len(every), _AT_ONCE))
+    return (every[start : start + size] for start in range(0, len(every), size))
+
+
+def _message(reason: str | None) -> bytes:
+    # A letter takes up to 12 bytes where it is escaped. Halves of characters are read back by json.loads().
+    return json.dumps({"reason": reason}, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
 def _reason(data: bytes) -> str | None:

@@ -26,7 +26,7 @@ from real.needs import needs
 from real.redis_server import RealRedis, find_redis
 
 from ollama_async import CancelToken
-from ollama_async.registry import AbortRegistry
+from ollama_async.registry import AbortRegistry, _local, _redis
 from ollama_async.testing import ConnectionRecord, FakeOllama, Reply
 
 pytestmark = pytest.mark.real
@@ -96,7 +96,12 @@ async def test_a_stop_does_not_hold_for_ever(redis: RealRedis, there: AbortRegis
         await brief.abort("one")
     await there.abort("two")
     assert 0 < redis.ask("PTTL", "ollama-async:stop::two") <= 600_000
-    await until(lambda: redis.ask("KEYS", "*") == ["ollama-async:stop::two"], "the end of the first key")
+    await until(lambda: redis.ask("KEYS", "*:stop:*") == ["ollama-async:stop::two"], "the end of the first key")
+    await there.abort("two")
+    # What is counted ends with it, and what counts it does, too.
+    assert redis.ask("ZRANGE", "ollama-async:unheard", "0", "-1") == [":two"]
+    assert 0 < redis.ask("PTTL", "ollama-async:unheard") <= 600_000
+    assert 0 < redis.ask("PTTL", "ollama-async:unheard:") <= 600_000
 
 
 async def test_a_stop_for_what_has_ended(here: AbortRegistry, there: AbortRegistry) -> None:
@@ -135,16 +140,22 @@ async def test_what_a_process_leaves_when_it_ends(redis: RealRedis, there: Abort
     await entered.aclose()
 
 
-async def test_a_redis_user_with_few_rights_on_a_unix_socket(tmp_path: Path, redis: RealRedis) -> None:
+async def test_a_redis_user_with_few_rights_on_a_unix_socket(
+    tmp_path: Path, redis: RealRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Those that docs/serving.md names, and no others."""
+    monkeypatch.setattr(_redis, "_MAX_UNHEARD", 2)
     path = tmp_path / "redis.sock"
-    rights = "+subscribe +unsubscribe +publish +pubsub +ping +set +mget"
+    rights = "+subscribe +unsubscribe +publish +pubsub +ping +set +mget +eval +time +del +pttl +pexpire"
+    rights += " +zadd +zrem +zcard +zpopmin +zremrangebyscore"
     redis.ask("ACL", "SETUSER", "app", "on", ">pw", "~ollama-async:*", "&ollama-async:*", "-@all", *rights.split())
     for url in (f"unix://app:pw@{path}", redis.url.replace("//", "//app:pw@")):
         async with AbortRegistry.from_url(url) as one, AbortRegistry.from_url(url) as other, one.token("1") as token:
             assert await other.abort("1", "reason") == "stopped"
             assert await aborted(token) == "reason"
             assert await other.list() == [("", "1")]
+            for number in range(3):
+                assert await other.abort(f"unknown {number}") == "kept"
 
 
 async def test_stops_and_registrations_that_cross(here: AbortRegistry, there: AbortRegistry) -> None:
@@ -197,6 +208,99 @@ async def test_the_connections_of_a_process(redis: RealRedis, here: AbortRegistr
             await asyncio.sleep(0.02)
     # A key and a message for each Stop; registrations go together.
     assert commands() - before < 500 * 3 + 200
+
+
+# -- Stops that no stream hears --
+
+
+def kept(redis: RealRedis) -> set[str]:
+    """The Stops that Redis keeps."""
+    prefix = "ollama-async:stop:"
+    return {key.removeprefix(prefix) for key in redis.ask("KEYS", f"{prefix}*")}
+
+
+def counted(redis: RealRedis, *owners: str) -> list[set[str]]:
+    """What is counted of all, and of each owner."""
+    return [
+        set(redis.ask("ZRANGE", f"ollama-async:unheard{index}", "0", "-1"))
+        for index in ("", *(f":{owner}" for owner in owners))
+    ]
+
+
+async def test_there_is_an_end_to_them(
+    redis: RealRedis, here: AbortRegistry, there: AbortRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_redis, "_MAX_UNHEARD", 10)
+    monkeypatch.setattr(_redis, "_MAX_UNHEARD_OF_ALL", 25)
+    assert await here.abort("his only one", owner="bob") == "kept"
+    for number in range(30):
+        # From wherever they come.
+        assert await (here, there)[number % 2].abort(str(number), owner="ann") == "kept"
+    last = {f"ann:{number}" for number in range(20, 30)}
+    assert kept(redis) == last | {"bob:his%20only%20one"}
+    assert counted(redis, "ann", "bob") == [kept(redis), last, {"bob:his%20only%20one"}]
+    async with there.token("29", owner="ann") as token, there.token("his only one", owner="bob") as his:
+        assert token.aborted
+        assert his.aborted
+    # One that is given again is the newest, and is no second one.
+    await here.abort("20", owner="ann")
+    await here.abort("30", owner="ann")
+    assert "ann:20" in kept(redis)
+    assert len(kept(redis)) == 11
+    for number in range(30):
+        await here.abort("x", owner=f"owner {number}")
+    assert kept(redis) == {f"owner%20{number}:x" for number in range(5, 30)}
+    assert counted(redis, "ann", "bob") == [kept(redis), set(), set()]
+    assert len(redis.ask("KEYS", "*:unheard:*")) == 25
+
+
+async def test_what_they_take_of_memory(redis: RealRedis, here: AbortRegistry) -> None:
+    def used() -> int:
+        return int(redis.ask("INFO", "memory")["used_memory"])
+
+    # The longest reason, in letters of 4 bytes, and as many again as are kept.
+    reason = "\U0001f600" * 1000
+    for start in range(0, 2000, 500):
+        await asyncio.gather(*(here.abort(f"{start + number:022}", reason, owner="ann") for number in range(500)))
+    assert len(kept(redis)) == 1000
+    assert redis.ask("MEMORY", "USAGE", f"ollama-async:stop:ann:{1999:022}") < 4400
+    assert used() < 8_000_000
+
+
+async def test_a_stop_that_was_heard_is_not_dropped_for_them(
+    redis: RealRedis, here: AbortRegistry, there: AbortRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_redis, "_MAX_UNHEARD", 3)
+    monkeypatch.setattr(_redis, "_MAX_UNHEARD_OF_ALL", 3)
+    await there.abort("early")
+    async with contextlib.AsyncExitStack() as stack:
+        tokens = [await stack.enter_async_context(here.token(str(number))) for number in range(20)]
+        early = await stack.enter_async_context(here.token("early"))
+        assert early.aborted
+        assert await there.abort("early") == "stopped"
+        assert set(await asyncio.gather(*(there.abort(str(number)) for number in range(20)))) == {"stopped"}
+        for token in tokens:
+            await aborted(token)
+        for number in range(10):
+            await there.abort(f"unknown {number}")
+        assert kept(redis) == {
+            ":early",
+            *(f":{number}" for number in range(20)),
+            *(f":unknown%20{number}" for number in range(7, 10)),
+        }
+        assert counted(redis, "") == [{f":unknown%20{number}" for number in range(7, 10)}] * 2
+
+
+async def test_none_is_lost_of_more_than_a_process_remembers(
+    here: AbortRegistry, there: AbortRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_local, "_MAX_STOPS", 3)
+    monkeypatch.setattr(_redis, "_STOPS_AT_ONCE", 7)
+    async with contextlib.AsyncExitStack() as stack:
+        tokens = [await stack.enter_async_context(here.token(str(number))) for number in range(50)]
+        answers = await asyncio.gather(*(there.abort(str(number), f"reason {number}") for number in range(50)))
+        assert [await aborted(token) for token in tokens] == [f"reason {number}" for number in range(50)]
+        assert set(answers) == {"stopped"}
 
 
 # -- Redis goes --

@@ -34,6 +34,7 @@ import ollama_async._stream
 from ollama_async import AbortError, AsyncClient, CancelToken, ChatResponse, DirectTransport, Stream, Timeouts
 from ollama_async._awaitable import Guarded
 from ollama_async._http import GuardedSocket
+from ollama_async.registry import AbortRegistry
 from ollama_async.testing import FakeOllama, Reply, Stall
 from ollama_async.testing._script import encode
 
@@ -651,7 +652,8 @@ async def test_a_copy_of_something_live_is_the_thing_itself(how: str) -> None:
     with FakeOllama() as server:
         client, token = AsyncClient(server.url), CancelToken()
         stream = client.chat("fake", PROMPT, stream=True, token=token)
-        live = [token, token.child(), token.on_abort(print), client, stream, DirectTransport()]
+        registry = AbortRegistry.from_url("memory://")
+        live = [token, token.child(), token.on_abort(print), client, stream, DirectTransport(), registry]
         for each in live:
             assert COPIES[how](each) is each, type(each)
         await client.aclose()
