@@ -21,15 +21,16 @@ EXTRAS = ",".join(PYPROJECT["project"]["optional-dependencies"])
 # What runs beside the whole on the oldest Python: nothing with the real server or the browser, and nothing that is the
 # same on every Python and with every version of our dependencies. On uvloop only every way to stop, on one newer
 # Python; on the one in the middle least. All of it on each would take CI an hour.
-CUT = "not (test_soak or test_costs or test_hostile or test_model or test_matrix)"
+CUT = "not (test_soak or test_costs or test_hostile or test_model or test_matrix or test_injection)"
 CUT_OF = {
     "3.12": f"not uvloop and not tls and not (test_endpoints or test_web or test_chat) and {CUT}",
     "3.13": f"(not uvloop or test_stops) and {CUT}",
 }
 TEARDOWN = ["tests/teardown", "tests/test_cancel.py"]
+INJECTION = "tests/injection"
 # All of it waits more than it works: for pools that have lost a place, and for sockets that nobody closes.
 FULL = ["-n", "4", *TEARDOWN]
-WITHOUT_TEARDOWN = [f"--ignore={path}" for path in TEARDOWN]
+WITHOUT_TEARDOWN = [f"--ignore={path}" for path in (*TEARDOWN, INJECTION)]
 # The release of ollama-python that we can stand in for.
 OLLAMA_PYTHON = "0.6.3"
 COVERAGE = Path(".nox", "coverage-data").absolute()
@@ -68,10 +69,16 @@ def types(session: nox.Session) -> None:
 
 @nox.session(python=OLDEST)
 def teardown(session: nox.Session) -> None:
-    """Every way to stop, on every path: a cut of the matrix; `-- --full` all of it, on each installed Python."""
+    """Every way to stop, on every path, and cuts of the matrix and of `injection`.
+
+    `-- --full` runs all of the matrix, on each installed Python.
+    """
     session.install(f".[{EXTRAS}]", *group("tests"))
     if "--full" not in session.posargs:
         run_tests(session, *TEARDOWN, *session.posargs, measured=True)
+        if not session.posargs:
+            # Not measured: coverage sits where the instrument has to.
+            run_tests(session, "-n", "2", INJECTION)
         return
     run_tests(session, *FULL, *session.posargs)
     for python in PYTHONS[1:]:
@@ -91,6 +98,13 @@ def teardown_full_min_deps(session: nox.Session) -> None:
     """The teardown matrix with the oldest dependencies; follows `teardown -- --full` by itself."""
     session.install(f".[{EXTRAS}]", *group("tests"), *map(oldest_version, requirements()))
     run_tests(session, *FULL, *session.posargs)
+
+
+@nox.session(python=OLDEST)
+def injection(session: nox.Session) -> None:
+    """Ctrl-C, an abort and a cancellation at every line of the core, in every scene; half an hour."""
+    session.install(f".[{EXTRAS}]", *group("tests"))
+    run_tests(session, "-n", "2", "--full", INJECTION, *session.posargs)
 
 
 @nox.session(python=PYTHONS)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from typing import TYPE_CHECKING, Any
+import weakref
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import httpx
 
@@ -24,9 +25,13 @@ from ._tls import TlsOptions
 from ._upload import Outgoing, Upload
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+    from datetime import timedelta
 
 __all__ = ["ANSWERED", "CHANNEL", "DirectTransport"]
+
+Part = TypeVar("Part")
+T = TypeVar("T")
 
 # Under this name in ``request.extensions`` the library hands its channel through an httpx client to the transport.
 CHANNEL = "ollama_async.channel"
@@ -190,7 +195,8 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
 
     It is what ``AsyncClient`` uses by itself, and works under any ``httpx.AsyncClient(transport=DirectTransport())``.
     Connections are kept for reuse, one pool for each event loop, without an upper limit to their number. It honours
-    httpx's ``connect`` and ``read`` timeouts.
+    httpx's ``connect`` and ``read`` timeouts. Leaving a response without its ``aclose()`` closes the connection at
+    once: a loop over it by ``break`` or an exception, its iterator by ``aclose()``, the response by dropping it unread.
 
     Args:
         verify: As httpx: True (also for None), False, or an ``ssl.SSLContext``. The context is made when the first TLS
@@ -242,36 +248,27 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
         """
         channel = request.extensions.get(CHANNEL) or Channel(asyncio.get_running_loop())
         timeouts: dict[str, float | None] = request.extensions.get("timeout") or {}
+        body = _Body(channel, timeouts.get("read"), ours=CHANNEL not in request.extensions)
         try:
             # Taken out: httpx hands the extensions on to the request that follows a redirect.
             if not request.extensions.pop(ANSWERED, False):
-                await self._exchange(channel, request, timeouts)
+                await self._exchange(channel, body, request, timeouts)
         except Ended as ended:
             raise _as_httpx(ended.end) from ended
         except BaseException as exc:
             channel.teardown(End("error", exc))
             raise
         ours = CHANNEL not in request.extensions
-        body: Any = _Body(channel, timeouts.get("read"), ours=ours)
-        if ours and channel.status in _READ_BY_HTTPX:
-            body = limited(body, MAX_PAGE_BYTES)
-        return httpx.Response(
-            channel.status,
-            headers=list(channel.headers),
-            stream=body,
-            extensions={"http_version": channel.http_version, "reason_phrase": channel.reason_phrase},
-        )
+        stream: Any = limited(body, MAX_PAGE_BYTES) if ours and channel.status in _READ_BY_HTTPX else body
+        return _Response(channel, body, stream)
 
-    async def _exchange(self, channel: Channel, request: httpx.Request, timeouts: dict[str, float | None]) -> None:
+    async def _exchange(
+        self, channel: Channel, body: _Body, request: httpx.Request, timeouts: dict[str, float | None]
+    ) -> None:
         if channel.status:
             channel.restart()
         await self.send(channel, Outgoing.of(request, self.proxy), timeouts.get("connect"))
-        timer: asyncio.TimerHandle | None = None
-        try:
-            timer = _limit(channel, timeouts.get("read"))
-            await channel.wait_for_head()
-        finally:
-            _stop(timer)
+        await body.in_time(channel.wait_for_head())
 
     async def aclose(self) -> None:
         """Close all connections, of every event loop, at once.
@@ -452,39 +449,39 @@ def _as_httpx(end: End) -> BaseException:
     return httpx.ReadError(f"the exchange was ended: {end.kind}")
 
 
-def _limit(channel: Channel, seconds: float | None) -> asyncio.TimerHandle | None:
-    if seconds is None:
-        return None
-    late = End("error", httpx.ReadTimeout(f"the server sent nothing for {seconds:g} s"))
-    return channel.loop.call_later(seconds, channel.teardown, late, context=EmptyContext())
-
-
-def _stop(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()
-
-
 class _Body(httpx.AsyncByteStream):
     """The body of an answer, for whoever reads it through httpx."""
 
     def __init__(self, channel: Channel, read_timeout: float | None, *, ours: bool) -> None:
         self._channel = channel
         self._read_timeout = read_timeout
+        self._timer: asyncio.TimerHandle | None = None
         # Whether nobody but the reader of this body says how the channel ends.
         self._ours = ours
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return _Reading(self, self._blocks())
+
+    async def _blocks(self) -> AsyncGenerator[bytes, None]:
         while True:
-            timer = _limit(self._channel, self._read_timeout)
             try:
-                block = await self._channel.receive()
+                block = await self.in_time(self._channel.receive())
             except Ended as ended:
                 raise _as_httpx(ended.end) from ended
-            finally:
-                _stop(timer)
             if not block:
                 return
             yield block
+
+    async def in_time(self, awaitable: Awaitable[T]) -> T:
+        """Wait for something, for as long as httpx lets a read wait."""
+        seconds, loop = self._read_timeout, self._channel.loop
+        try:
+            if seconds is not None:
+                late = End("error", httpx.ReadTimeout(f"the server sent nothing for {seconds:g} s"))
+                self._timer = loop.call_later(seconds, self._channel.teardown, late, context=EmptyContext())
+            return await awaitable
+        finally:
+            self._stop_timer()
 
     async def aclose(self) -> None:
         if self._channel.arrived:
@@ -494,3 +491,114 @@ class _Body(httpx.AsyncByteStream):
         else:
             # httpx closes a redirect that it does not follow before it says why: the end is what it says then.
             self._channel.cut()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def leave(self) -> None:
+        """Nobody reads on: close the connection, unless the whole answer has arrived; from any thread."""
+        if self._ours:
+            self._channel.finish(End("closed"))
+        if self._timer is not None:
+            # A Ctrl-C came before it was stopped.
+            in_loop(self._channel.loop, self._stop_timer)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_ours"):
+            self.leave()
+
+
+class _Reading(Generic[Part]):
+    """What a loop holds while it reads a body. When it is dropped before the end, the connection is closed at once.
+
+    An async generator alone is finished by the event loop, some rounds later, and each that it reads from later still.
+    """
+
+    __slots__ = ("_begun", "_body", "_generator")
+
+    def __init__(self, body: _Body, generator: AsyncIterator[Part]) -> None:
+        # One that has not begun has left nothing: the body can still be read by another one.
+        self._begun = False
+        self._body = body
+        self._generator = generator
+
+    def __aiter__(self) -> AsyncIterator[Part]:
+        return self
+
+    async def __anext__(self) -> Part:
+        # What is waited for holds this: ``await anext(response.aiter_lines())`` drops it before the first line comes.
+        self._begun = True
+        return await self._generator.__anext__()
+
+    async def aclose(self) -> None:
+        """Close the connection, as leaving the loop does.
+
+        Cancellation: safe; the connection is closed before anything is waited for.
+        """
+        self._leave()
+        await cast("AsyncGenerator[Part, None]", self._generator).aclose()
+
+    def _leave(self) -> None:
+        if self._begun:
+            self._body.leave()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_generator"):
+            self._leave()
+
+
+class _Response(httpx.Response):
+    """httpx's, but that dropping it unread, or what reads it, closes the connection."""
+
+    # Not in its __dict__, which is what is pickled of a response.
+    __slots__ = ("_body",)
+
+    def __init__(self, channel: Channel, body: _Body, stream: httpx.AsyncByteStream) -> None:
+        self._body = body
+        extensions = {"http_version": channel.http_version, "reason_phrase": channel.reason_phrase}
+        super().__init__(channel.status, headers=list(channel.headers), stream=stream, extensions=extensions)
+
+    # httpx's client puts a stream around the body that notes how long the answer took. It holds the response, which
+    # holds it: only the garbage collector would free the two.
+    @property
+    def stream(self) -> httpx.SyncByteStream | httpx.AsyncByteStream:
+        stream: httpx.SyncByteStream | httpx.AsyncByteStream = self.__dict__["stream"]
+        return stream
+
+    @stream.setter
+    def stream(self, stream: Any) -> None:
+        if getattr(stream, "_response", None) is self:
+            stream._response = _Elapsed(self)  # noqa: SLF001  (httpx has no other name for it)
+        self.__dict__["stream"] = stream
+
+    def aiter_raw(self, chunk_size: int | None = None) -> AsyncIterator[bytes]:
+        return self._reading(super().aiter_raw(chunk_size))
+
+    def aiter_bytes(self, chunk_size: int | None = None) -> AsyncIterator[bytes]:
+        return self._reading(super().aiter_bytes(chunk_size))
+
+    def aiter_text(self, chunk_size: int | None = None) -> AsyncIterator[str]:
+        return self._reading(super().aiter_text(chunk_size))
+
+    def aiter_lines(self) -> AsyncIterator[str]:
+        return self._reading(super().aiter_lines())
+
+    def _reading(self, generator: AsyncIterator[Part]) -> AsyncIterator[Part]:
+        # One that was pickled has no body to be closed.
+        return _Reading(self._body, generator) if hasattr(self, "_body") else generator
+
+
+class _Elapsed:
+    """Where httpx notes how long an answer took; it does not keep the response alive."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        self._response = weakref.ref(response)
+
+    def _note(self, elapsed: timedelta) -> None:
+        response = self._response()
+        if response is not None:
+            response.elapsed = elapsed
+
+    elapsed = property(fset=_note)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import pickle
 import socket
 import ssl
 import struct
@@ -350,6 +351,164 @@ async def test_a_response_closed_in_mid_body_closes_its_connection(
     async with http.stream("GET", URL) as answer:
         assert await anext(answer.aiter_raw()) == b"one"
     assert fake_ollama.connections[0].wait_left(BOUND)
+
+
+# -- responses that are left without aclose() --
+
+READ: dict[str, Callable[[httpx.Response], Any]] = {
+    "raw": lambda answer: answer.aiter_raw(),
+    "bytes": lambda answer: answer.aiter_bytes(),
+    "text": lambda answer: answer.aiter_text(),
+    "lines": lambda answer: answer.aiter_lines(),
+}
+
+
+async def by_break(reading: Any) -> None:
+    async for _ in reading:
+        break
+
+
+async def by_an_exception(reading: Any) -> None:
+    with pytest.raises(ValueError, match="enough"):
+        async for _ in reading:
+            raise ValueError("enough")
+
+
+async def by_dropping_it(reading: Any) -> None:
+    await anext(reading)
+
+
+async def by_its_aclose(reading: Any) -> None:
+    await anext(reading)
+    await reading.aclose()
+
+
+@pytest_asyncio.fixture(params=["tcp", "tls"])
+async def over(
+    request: pytest.FixtureRequest, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+) -> AsyncIterator[tuple[FakeOllama, httpx.AsyncClient]]:
+    """A server and a bare httpx client of it."""
+    tls = request.param == "tls"
+    with FakeOllama(ssl=server_tls if tls else None) as server:
+        async with client_of(server, verify=client_tls if tls else True, keepalive_expiry=60.0) as client:
+            yield server, client
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["response kept", "response dropped"])
+@pytest.mark.parametrize("leave", [by_break, by_an_exception, by_dropping_it, by_its_aclose])
+@pytest.mark.parametrize("what", [*READ])
+async def test_leaving_a_response_closes_its_connection_at_once(
+    over: tuple[FakeOllama, httpx.AsyncClient], what: str, leave: Callable[[Any], Any], kept: bool
+) -> None:
+    server, http = over
+    server.script(URL, Reply([b"one\ntwo\n", Stall()]))
+    answer: httpx.Response | None = await http.send(http.build_request("GET", URL), stream=True)
+    assert answer is not None
+    reading = READ[what](answer)
+    if not kept:
+        answer = None
+    iterator = [reading]
+    del reading
+    await leave(iterator.pop())
+    # The loop stands still meanwhile.
+    assert server.connections[0].wait_left(BOUND)
+
+
+async def test_dropping_a_response_that_was_never_read_closes_its_connection_at_once(
+    over: tuple[FakeOllama, httpx.AsyncClient],
+) -> None:
+    server, http = over
+    server.script(URL, Reply([b"one", Stall()]))
+    answer: httpx.Response | None = await http.send(http.build_request("GET", URL), stream=True)
+    assert answer is not None
+    del answer
+    assert server.connections[0].wait_left(BOUND)
+
+
+async def test_dropping_a_response_in_another_thread_closes_its_connection_at_once(
+    over: tuple[FakeOllama, httpx.AsyncClient],
+) -> None:
+    """As the garbage collector may, which runs in whatever thread allocates."""
+    server, http = over
+    server.script(URL, Reply([b"one", Stall()]))
+    held = [await http.send(http.build_request("GET", URL), stream=True)]
+    in_thread(lambda: held.pop() is None)
+    assert server.connections[0].wait_left(BOUND)
+
+
+@pytest.mark.parametrize("leave", [by_break, by_an_exception, by_dropping_it, by_its_aclose])
+async def test_leaving_the_stream_of_the_transport_itself_closes_its_connection_at_once(
+    fake_ollama: FakeOllama, http: httpx.AsyncClient, leave: Callable[[Any], Any]
+) -> None:
+    fake_ollama.script(URL, Reply([b"one", Stall()]))
+    answer = await http._transport.handle_async_request(http.build_request("GET", URL))
+    await leave(aiter(answer.stream))
+    assert fake_ollama.connections[0].wait_left(BOUND)
+
+
+@pytest.mark.parametrize("what", [*READ])
+async def test_a_response_read_to_its_end_and_dropped_keeps_its_connection(
+    over: tuple[FakeOllama, httpx.AsyncClient], what: str
+) -> None:
+    server, http = over
+    server.script(URL, Reply([b"one\n", Pause(0.01), b"two\n"]), always=True)
+    for _ in range(2):
+        answer = await http.send(http.build_request("GET", URL), stream=True)
+        parts = [part async for part in READ[what](answer)]
+        assert "".join(part if isinstance(part, str) else part.decode() for part in parts).split() in (
+            ["one", "two"],
+            ["onetwo"],
+        )
+        assert answer.elapsed.total_seconds() > 0.01
+        del answer
+    assert [record.open for record in server.connections] == [True]
+
+
+async def test_a_response_that_has_arrived_and_is_left_keeps_its_connection(
+    fake_ollama: FakeOllama, http: httpx.AsyncClient
+) -> None:
+    fake_ollama.script(URL, raw(HELLO), always=True)
+    for _ in range(2):
+        answer = await http.send(http.build_request("GET", URL), stream=True)
+        await by_break(answer.aiter_bytes())
+        del answer
+    assert [record.open for record in fake_ollama.connections] == [True]
+
+
+@pytest.mark.parametrize("what", [*READ])
+async def test_an_iterator_that_has_not_begun_leaves_nothing(
+    fake_ollama: FakeOllama, http: httpx.AsyncClient, what: str
+) -> None:
+    gate = Gate()
+    fake_ollama.script(URL, Reply([b"one", gate, b"two"]))
+    answer = await http.send(http.build_request("GET", URL), stream=True)
+    READ[what](answer)
+    await READ[what](answer).aclose()
+    gate.open()
+    assert await answer.aread() == b"onetwo"
+    assert fake_ollama.connections[0].open
+
+
+async def test_the_library_says_itself_how_its_own_exchanges_end(fake_ollama: FakeOllama) -> None:
+    """A response that httpx hands to the library is dropped at once; what it is read through goes on."""
+    fake_ollama.script(URL, Reply([b"one", Stall()]))
+    async with client_of(fake_ollama) as http:
+        channel = Channel(asyncio.get_running_loop())
+        request = http.build_request("GET", URL, extensions={CHANNEL: channel})
+        answer: httpx.Response | None = await http.send(request, stream=True)
+        del answer
+        assert await channel.receive() == b"one"
+        assert channel.end is None
+        assert fake_ollama.connections[0].open
+
+
+async def test_a_response_can_be_pickled_when_it_has_been_read(
+    fake_ollama: FakeOllama, http: httpx.AsyncClient
+) -> None:
+    fake_ollama.script(URL, raw(HELLO))
+    answer = pickle.loads(pickle.dumps(await http.get(URL)))
+    assert [part async for part in answer.aiter_bytes()] == [b"hello"]
+    assert (answer.status_code, answer.content) == (200, b"hello")
 
 
 async def test_timer_of_idle_connections_is_gone_with_the_transport(fake_ollama: FakeOllama) -> None:
