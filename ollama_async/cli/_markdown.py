@@ -15,7 +15,8 @@ from rich.padding import Padding
 from rich.segment import Segment, Segments
 from rich.text import Text
 
-from ._screen import Answer, AnyChunk, Screen, parts, plural, printable, style_of
+from ._output import printable
+from ._screen import Answer, AnyChunk, Screen, parts, plural, style_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator

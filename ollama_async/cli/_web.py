@@ -6,11 +6,10 @@ import asyncio
 import contextlib
 import ipaddress
 import socket
-import sys
 import threading
 import webbrowser
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 import typer
@@ -31,6 +30,7 @@ from ollama_async.registry import AbortRegistry
 from ollama_async.testing import FakeOllama, Reply
 
 from ._demo import list_models, look, pick
+from ._output import write
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -206,7 +206,9 @@ class _Server(uvicorn.Server):
     """A server that ends at the first Ctrl-C, also while answers come: they are aborted first."""
 
     def __init__(self, app: Starlette, token: CancelToken, started: Callable[[], None]) -> None:
-        super().__init__(uvicorn.Config(app, log_level="warning", access_log=False, ws="none", lifespan="off"))
+        # What it logs goes where all else goes. With h11, always at hand, the head of a request has a limit, too.
+        options: Any = {"log_config": None, "log_level": "warning", "access_log": False}
+        super().__init__(uvicorn.Config(app, http="h11", ws="none", lifespan="off", **options))
         self._token = token
         self._started = started
 
@@ -241,8 +243,7 @@ def serve(session: Session, address: str, port: int | None, limits: Timeouts, *,
         url = f"http://{bound if ':' not in bound else f'[{bound}]'}:{number}/"
 
         def started() -> None:
-            typer.echo(f"The chat page is at {url} (Ctrl-C ends it)")
-            sys.stdout.flush()
+            write(f"The chat page is at {url} (Ctrl-C ends it)\n")
             if open_browser:
                 # A browser for terminals stays in the call until it is left.
                 threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
@@ -262,7 +263,7 @@ async def _serve(
             server = stack.enter_context(FakeOllama(models=["demonstration"]))
             server.script("/api/chat", _DEMONSTRATION, always=True)
             host, notice = server.url, f"This is a demonstration, no model computes anything: {why}."
-            typer.echo(notice)
+            write(f"{notice}\n")
         async with AsyncClient(host, token=token) as client:
             app = Chats(session, client, limits, notice).app(name)
             await _Server(app, token, started).serve(sockets=[listener])
