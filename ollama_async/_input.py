@@ -133,7 +133,7 @@ def _encode_think(value: object) -> bool | str:
     return value
 
 
-# Each text can be read in one way only: with `\d+\.?\d*` a long row of digits could be split anywhere, in quadratic time.
+# Each text can be read in one way only: with `\d+\.?\d*` digits could be split anywhere, in quadratic time.
 _GO_DURATION = re.compile(r"[-+]?((\d+(\.\d*)?|\.\d+)(ns|us|µs|μs|ms|s|m|h))+|[-+]?0")
 
 

@@ -48,17 +48,7 @@ def is_safe(output: str) -> bool:
 
 # What a module may do with a stream, apart from writing.
 HARMLESS = {"isatty", "fileno", "flush", "read", "readline"}
-WRITERS = {
-    "print",
-    "echo",
-    "secho",
-    "open_new_tab",
-    "excepthook",
-    "showwarning",
-    "Console",
-    "RichHandler",
-    "StreamHandler",
-}
+WRITERS = {"print", "echo", "secho", "writelines", "print_exc", "Console", "RichHandler", "StreamHandler"}
 # They draw on a console, and make one if they are given none.
 DRAWERS = {"Live", "Progress", "Status", "Prompt"}
 
@@ -76,7 +66,7 @@ def raw_writers(source: str) -> Iterator[str]:
         if not isinstance(node, ast.Call):
             continue
         owner, _, name = ast.unparse(node.func).rpartition(".")
-        on_console = owner.endswith((".out", "_notes", "_console"))
+        on_console = owner.endswith((".out", "_notes", "_console")) or owner.startswith("SafeConsole(")
         if name in WRITERS and not on_console:
             yield text
         if name in DRAWERS and "console" not in {keyword.arg for keyword in node.keywords}:
@@ -167,6 +157,7 @@ def shown(server: FakeOllama, *arguments: str, until: str = "", **variables: str
         return opened.output
 
 
+DETAILS = {"details": {"family": EVIL}, "parameters": EVIL, "capabilities": [EVIL], "model_info": {EVIL: EVIL}}
 COMMANDS: list[tuple[str, Reply, list[str]]] = [
     ("/api/tags", tags(), ["list"]),
     ("/api/tags", tags(), ["list", "--json"]),
@@ -174,16 +165,12 @@ COMMANDS: list[tuple[str, Reply, list[str]]] = [
     ("/api/tags", error(), ["list", "--json"]),
     ("/api/ps", tags(), ["ps"]),
     ("/api/ps", tags(), ["ps", "--json"]),
-    (
-        "/api/show",
-        Reply.json({"details": {"family": EVIL}, "parameters": EVIL, "capabilities": [EVIL]}),
-        ["show", "fake"],
-    ),
-    ("/api/show", Reply.json({"details": {"family": EVIL}, "model_info": {EVIL: EVIL}}), ["show", "fake", "--verbose"]),
+    ("/api/show", Reply.json(DETAILS), ["show", "fake"]),
+    ("/api/show", Reply.json(DETAILS), ["show", "fake", "--verbose"]),
     ("/api/show", error(), ["show", "fake"]),
     ("/api/version", Reply.json({"version": EVIL}), ["version"]),
     ("/api/version", Reply.json({"version": EVIL}), ["version", "--json"]),
-    ("/api/pull", Reply([{"status": EVIL, "total": 9, "completed": 4}, {"status": "success"}]), ["pull", "fake"]),
+    ("/api/pull", Reply([{"status": "success"}, {"status": EVIL, "total": 9}]), ["pull", "fake"]),
     ("/api/pull", Reply([{"status": EVIL}, {"error": EVIL}]), ["pull", "fake", "--json"]),
     ("/api/push", Reply([{"status": "x"}, {"error": EVIL}]), ["push", "fake"]),
     ("/api/copy", error(), ["cp", "fake", "other"]),
@@ -227,8 +214,8 @@ def test_demo_and_web_do_not_obey_a_server(
     "arguments",
     [
         [EVIL],
-        ["generate", "fake", "x", "--option", EVIL],
-        ["--host", f"ftp://{EVIL}", "list"],
+        ["generate", "fake", "x", "--option", f"={EVIL}"],
+        ["--host", EVIL, "list"],
         ["show", "fake", f"--{EVIL}"],
     ],
     ids=["command", "option", "host", "unknown"],
@@ -257,8 +244,8 @@ def test_an_interactive_chat_does_not_obey_a_server(fake_ollama: FakeOllama, tmp
         opened.ready()
         opened.type("/model fake-")
         opened.type("\t")
-        # Only the name that can be shown is offered, so it is the one.
-        opened.ready("/model fake-good")
+        # The name that cannot be shown as it is is not offered.
+        opened.shows(">>> /model fake-(good)? fake-good")
         opened.type(CTRL_C)
         opened.says("/quit")
         assert opened.wait() == 0
@@ -267,13 +254,14 @@ def test_an_interactive_chat_does_not_obey_a_server(fake_ollama: FakeOllama, tmp
 
 # -- what libraries write by themselves --
 
-AS_COMMAND = """\
+AS_COMMAND = f"""\
+EVIL = {EVIL!r}
 import sys
 from ollama_async import cli
 
 @cli.app.command()
-def do():
-    exec(sys.argv.pop())
+def do(code: str):
+    exec(code, globals())
 
 cli.run()
 """
@@ -292,11 +280,8 @@ cli.run()
     ],
 )
 def test_what_libraries_write_is_filtered_too(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
-    monkeypatch.setattr(
-        "test_cli.ON_TERMINAL",
-        f"EVIL = {EVIL!r}\n{AS_COMMAND.replace('exec(sys.argv.pop())', f'exec({code!r}, globals())')}",
-    )
-    with terminal("do") as opened:
+    monkeypatch.setattr("test_cli.ON_TERMINAL", AS_COMMAND)
+    with terminal("do", code) as opened:
         opened.wait()
         assert is_safe(opened.output)
         assert "evil" in opened.output
