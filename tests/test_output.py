@@ -170,7 +170,7 @@ COMMANDS: list[tuple[str, Reply, list[str]]] = [
     ("/api/show", error(), ["show", "fake"]),
     ("/api/version", Reply.json({"version": EVIL}), ["version"]),
     ("/api/version", Reply.json({"version": EVIL}), ["version", "--json"]),
-    ("/api/pull", Reply([{"status": "success"}, {"status": EVIL, "total": 9}]), ["pull", "fake"]),
+    ("/api/pull", Reply([{"status": EVIL, "total": 9}]), ["pull", "fake"]),
     ("/api/pull", Reply([{"status": EVIL}, {"error": EVIL}]), ["pull", "fake", "--json"]),
     ("/api/push", Reply([{"status": "x"}, {"error": EVIL}]), ["push", "fake"]),
     ("/api/copy", error(), ["cp", "fake", "other"]),
