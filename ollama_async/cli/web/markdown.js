@@ -60,6 +60,9 @@ async function parse(text, shown) {
   return answer({ text, shown }, LONGEST_MS);
 }
 
+/** Comes when the first text can be parsed, or none ever can. */
+export const loaded = (last = answer(null, LONGEST_START_MS).catch(() => {}));
+
 /** Shows Markdown that grows. A block that stays the same is left alone, so that what is selected stays selected. */
 export class Markdown {
   #shown = [];

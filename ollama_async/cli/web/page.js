@@ -1,5 +1,5 @@
 import { events } from "./events.js";
-import { Markdown } from "./markdown.js";
+import { Markdown, loaded } from "./markdown.js";
 
 const page = Object.fromEntries([...document.querySelectorAll("[id]")].map((element) => [element.id, element]));
 const SAVED = "conversation";
@@ -128,7 +128,7 @@ class AnswerView {
 }
 
 const atEnd = () => page.conversation.scrollHeight - page.conversation.scrollTop - page.conversation.clientHeight < 40;
-const toEnd = () => page.conversation.scrollTo({ top: page.conversation.scrollHeight });
+const toEnd = () => draw(() => page.conversation.scrollTo({ top: page.conversation.scrollHeight }));
 
 /** Note whether the end is seen; what is returned shows it again, if it was. */
 function follow() {
@@ -411,4 +411,6 @@ async function lookForModels() {
 
 for (const turn of saved().turns) draw(() => add(turn));
 page.prompt.focus();
+// Then the first answer is drawn without delay. It is not waited for long: an answer is worth more than its looks.
+await Promise.race([loaded, new Promise((resolve) => setTimeout(resolve, 2000))]);
 await lookForModels();
