@@ -103,7 +103,10 @@ def _fresh(exc: OllamaError, partial: Any) -> OllamaError:
 
 _MAX_ERROR_TEXT = 500
 
-_HTML_TITLE = re.compile(r"<title[^>]*>(.*?)</title>", re.IGNORECASE | re.DOTALL)
+# Two patterns without a repetition, each searched for once: a stranger wrote the page, and `<title[^>]*>(.*?)</title>`
+# takes quadratic time where many titles begin and none ends.
+_TITLE_BEGINS = re.compile("<title", re.IGNORECASE)
+_TITLE_ENDS = re.compile("</title>", re.IGNORECASE)
 
 
 def status_error(channel: Channel, body: bytes) -> ResponseError:
@@ -130,9 +133,19 @@ def json_object(text: str | bytes) -> dict[str, Any]:
 
 def _plain(text: str) -> str:
     if text[:1] == "<":
-        title = _HTML_TITLE.search(text)
-        text = f"(HTML) {html.unescape(title[1]).strip()}" if title else "(HTML page without a title)"
+        title = _html_title(text)
+        text = "(HTML page without a title)" if title is None else f"(HTML) {title}"
     return text if len(text) <= _MAX_ERROR_TEXT else text[:_MAX_ERROR_TEXT] + "..."
+
+
+def _html_title(page: str) -> str | None:
+    begins = _TITLE_BEGINS.search(page)
+    start = page.find(">", begins.end()) + 1 if begins else 0
+    ends = _TITLE_ENDS.search(page, start) if start else None
+    if ends is None:
+        return None
+    # Cut before it is unescaped, too: there a character reference with thousands of digits is a ValueError.
+    return html.unescape(page[start : ends.start()].strip()[: 2 * _MAX_ERROR_TEXT]).strip()
 
 
 def _error_text(error: object) -> str:

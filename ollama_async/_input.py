@@ -134,7 +134,8 @@ def _encode_think(value: object) -> bool | str:
     return value
 
 
-_GO_DURATION = re.compile(r"[-+]?((\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h))+|[-+]?0")
+# Each text can be read in one way only: with `\d+\.?\d*` digits could be split anywhere, in quadratic time.
+_GO_DURATION = re.compile(r"[-+]?((\d+(\.\d*)?|\.\d+)(ns|us|µs|μs|ms|s|m|h))+|[-+]?0")
 
 
 def _encode_keep_alive(value: object) -> float | str:

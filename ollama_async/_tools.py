@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, cast
@@ -364,8 +363,10 @@ def _split_legacy(line: str) -> tuple[str, bool, str]:
     """Split ``name (type): text`` or ``name: text``."""
     if ":" not in line:
         return "", False, ""
-    parts = re.split(r"(?:\(([^)]*)\)|:)\s*", line, maxsplit=1)
-    rest = parts[-1].strip()
-    if parts[1]:
-        rest = parts[-1].split(":", 1)[-1].strip()
-    return parts[0].strip(), True, rest
+    colon, opened = line.find(":"), line.find("(")
+    closed = line.find(")", opened) if opened >= 0 else -1
+    if closed < 0 or colon < opened:
+        return line[:colon].strip(), True, line[colon + 1 :].strip()
+    after = line[closed + 1 :]
+    # Empty brackets are no type, so what follows them is the text as it is.
+    return line[:opened].strip(), True, (after.split(":", 1)[-1] if closed > opened + 1 else after).strip()

@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from typer.testing import CliRunner
 
 import ollama_async.cli
 from ollama_async import AsyncClient, Timeouts
-from ollama_async.cli._web import PORT, Chats, Guard
+from ollama_async.cli._web import _MAX_BODY, PORT, Chats, Guard
 from ollama_async.testing import FakeOllama, Reply, Stall
 
 ASKED = {"model": "fake", "messages": [{"role": "user", "content": "hi"}]}
@@ -184,6 +185,74 @@ async def test_what_is_no_question_is_refused(page: httpx.AsyncClient, fake_olla
     assert answer.status_code == 400
     assert answer.json()["error"].startswith("this is no question to a model: ")
     assert fake_ollama.requests == ()
+
+
+async def pieces(size: int, *, of: int = 65536) -> AsyncIterator[bytes]:
+    """A body without a length: of so many bytes."""
+    for _ in range(size // of):
+        yield b" " * of
+
+
+@pytest.mark.parametrize("declared", [True, False], ids=["content-length", "chunked"])
+@pytest.mark.parametrize("path", ["/api/chat", f"/api/stop/{ID}"])
+async def test_a_body_has_a_limit(page: httpx.AsyncClient, fake_ollama: FakeOllama, path: str, declared: bool) -> None:
+    headers = {"Content-Type": "application/json", **({"Content-Length": str(_MAX_BODY + 1)} if declared else {})}
+    answer = await page.post(path, content=pieces(2 * _MAX_BODY), headers=headers)
+    if path.startswith("/api/stop") and not declared:
+        assert answer.status_code == 400  # its own limit is lower
+        return
+    assert answer.status_code == 413
+    assert answer.json()["error"] == "the request has more than 4 MB: begin a new chat"
+    assert answer.headers["connection"] == "close"
+    assert "content-security-policy" in answer.headers
+    assert fake_ollama.requests == ()
+
+
+async def test_a_body_up_to_the_limit_is_taken(page: httpx.AsyncClient, fake_ollama: FakeOllama) -> None:
+    body = json.dumps(ASKED)
+    answer = await page.post(
+        "/api/chat", content=body + " " * (_MAX_BODY - len(body)), headers={"Content-Type": "application/json"}
+    )
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize("body", ['{"model":"m","messages":[' + "1," * 2_000_000 + "1]}", "[" * _MAX_BODY])
+async def test_what_is_wrong_in_many_places_is_refused_at_the_first(page: httpx.AsyncClient, body: str) -> None:
+    began = time.process_time()
+    answer = await page.post("/api/chat", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert time.process_time() - began < 1
+
+
+def test_the_page_knows_the_limits_of_its_server() -> None:
+    script = (Path(ollama_async.cli.__file__).with_name("web") / "page.js").read_text()
+    assert f"const LONGEST_QUESTION = {_MAX_BODY // 1024 // 1024} * 1024 * 1024;" in script
+
+
+@pytest.mark.parametrize("declared", [True, False], ids=["content-length", "chunked"])
+def test_a_long_body_is_not_read_to_its_end(fake_ollama: FakeOllama, declared: bool) -> None:
+    """By a real server: it answers, closes the connection, and keeps no more than the limit."""
+    size, block = 200 * 2**20, b"x" * 2**20
+    length = f"Content-Length: {size}" if declared else "Transfer-Encoding: chunked"
+    with web_page(fake_ollama.url) as served:
+        url = httpx.URL(served.url)
+        assert url.port is not None
+        with socket.create_connection((url.host, url.port), BOUND) as client:
+            head = f"POST /api/chat HTTP/1.1\r\nHost: {url.host}\r\nContent-Type: application/json\r\n{length}\r\n\r\n"
+            client.sendall(head.encode())
+            sent = 0
+            try:
+                while sent < size:
+                    client.sendall(block if declared else b"%x\r\n%b\r\n" % (len(block), block))
+                    sent += len(block)
+            except ConnectionError:
+                pass
+            assert sent < 64 * 2**20
+        assert httpx.get(served.url, trust_env=False).status_code == 200
+        status = Path(f"/proc/{served.process.pid}/status").read_text()
+        assert int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) < 200 * 1024
+    assert fake_ollama.wait_for_requests(path="/api/tags")
+    assert not [request for request in fake_ollama.requests if request.route == "/api/chat"]
 
 
 async def test_only_text_is_passed_on(page: httpx.AsyncClient, fake_ollama: FakeOllama, tmp_path: Path) -> None:

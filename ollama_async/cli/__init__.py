@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -14,6 +14,7 @@ from ollama_async._timeouts import Timeouts
 from ._chat import run_chat
 from ._demo import run_demo
 from ._models import add_commands
+from ._output import open_streams, write, write_error, write_failure
 from ._prompt import converse, read_line, use_readline
 from ._screen import Answer, JsonScreen
 from ._terminal import ERROR, INTERRUPTED, Session, give_up_stdout, parse_pairs, product_version
@@ -31,17 +32,15 @@ app = typer.Typer(
 
 def run() -> None:
     """Run the command line and exit with its status."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        # A shell can start a program without any of them ("<&-"): then Python has None there.
-        stream: Any = getattr(sys, name) or open(os.devnull, mode)  # noqa: SIM115
-        # What the terminal cannot show becomes a question mark, never a UnicodeEncodeError.
-        stream.reconfigure(errors="replace" if mode == "w" else "strict")
-        setattr(sys, name, stream)
+    open_streams()
     try:
         app(prog_name="ollama-async")
     except OSError as exc:  # outside of a command: its help, or the version, could not be written
         give_up_stdout()
-        sys.stderr.write(f"Error: cannot read or write: {exc}\n")
+        write_error(f"Error: cannot read or write: {exc}\n")
+        sys.exit(ERROR)
+    except Exception as exc:
+        write_failure(exc)
         sys.exit(ERROR)
 
 
@@ -60,7 +59,7 @@ _NoColor = Annotated[
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"ollama-async {product_version()}")
+        write(f"ollama-async {product_version()}\n")
         raise typer.Exit
 
 

@@ -18,7 +18,6 @@ from ollama_async._errors import AbortError, ConnectError, OllamaError, PhaseTim
 from ollama_async._timeouts import Timeouts
 from ollama_async.testing import ConnectionRecord, FakeOllama
 
-from ._screen import Screen, printable
 from ._terminal import CTRL_C, Session
 
 if TYPE_CHECKING:
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
 
     from ollama_async import ChatResponse, ListResponse
     from ollama_async._stream import Stream
+
+    from ._screen import Screen
 
 __all__ = ["list_models", "look", "pick", "run_demo"]
 
@@ -147,7 +148,7 @@ async def _stop_one(session: Session, client: AsyncClient, server: FakeOllama | 
         f"the reader was free after {free}" + (f", the server saw it leave after {seen[0]}" if seen else ""),
     ]
     for line in lines:
-        screen.out.print(f"   {printable(line)}", style="cyan")
+        screen.out.print(f"   {line}", style="cyan")
     return stopped
 
 

@@ -22,6 +22,7 @@ from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.keys import Keys
 from prompt_toolkit.output import create_output
 
+from ._output import printable
 from ._prompt import PROMPT, is_open
 
 if TYPE_CHECKING:
@@ -176,7 +177,12 @@ class _Completer(Completer):
         self._paths = PathCompleter(expanduser=True)
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
-        """Yield what the text before the cursor may become."""
+        """Yield what the text before the cursor may become: no name that cannot be shown as it is."""
+        for completion in self._all(document, complete_event):
+            if printable(completion.text) == completion.text:
+                yield completion
+
+    def _all(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
         command, space, rest = document.text_before_cursor.partition(" ")
         if not command.startswith("/"):
             return

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import time
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
 from markdown_it import MarkdownIt
 from rich.console import Group
@@ -15,11 +16,13 @@ from rich.padding import Padding
 from rich.segment import Segment, Segments
 from rich.text import Text
 
-from ._screen import Answer, AnyChunk, Screen, parts, plural, printable, style_of
+from ._output import printable
+from ._screen import Answer, AnyChunk, Screen, parts, plural, style_of
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
+    from markdown_it.token import Token
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
 __all__ = ["Growing", "MarkdownScreen"]
@@ -27,6 +30,8 @@ __all__ = ["Growing", "MarkdownScreen"]
 # Nothing of what a model says may vanish: HTML and definitions of links are shown as they are, and so are the addresses
 # of images and links.
 _PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable(["reference", "image"])
+
+T = TypeVar("T")
 
 _Line: TypeAlias = list[Segment]
 
@@ -36,49 +41,150 @@ _DRAW_SHARE = 0.2
 # Of a block that is longer, the end is drawn as it is until the block is finished.
 _LONG = 20_000
 _SILENT_SECONDS = 3.0
+# What takes more of the processor's time is drawn as plain text: whoever wrote it may have meant it to. Less for what
+# is drawn again soon.
+_LIMIT_SECONDS, _AGAIN_SECONDS = 1.0, 0.3
+
+
+class _TooMuch(BaseException):
+    """The work has used up its time. No library takes it for an error of its own, and goes on."""
+
+
+class _Limit:
+    """Bounds how long a text can keep the program busy.
+
+    Parsers, and the hundreds of expressions that colour code, are not ours, and no length or depth tells what a text
+    costs them. So the processor's time is measured, and a signal ends what takes too long: also within one regular
+    expression, which looks for signals now and then.
+    """
+
+    def __init__(self) -> None:
+        self._armed = False
+
+    @contextlib.contextmanager
+    def ready(self) -> Generator[None]:
+        """Have the signal end what takes too long, while in the block."""
+        before = signal.signal(signal.SIGVTALRM, self._ring)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGVTALRM, before)
+
+    def run(self, work: Callable[[], T], seconds: float) -> T | None:
+        """Return what the work returns, or ``None`` if it takes longer, or fails."""
+        if seconds <= 0:
+            return None
+        try:
+            try:
+                self._armed = True
+                # It rings again: an object's finaliser may have had the first one, which no caller sees.
+                signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 0.1)
+                return work()
+            finally:
+                self._disarm()
+        except (_TooMuch, Exception):
+            self._disarm()
+            return None
+
+    def _disarm(self) -> None:
+        self._armed = False
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+    def _ring(self, *_: object) -> None:
+        if self._armed:
+            raise _TooMuch
 
 
 class Growing:
     """Markdown that grows: what of it is finished, and what may still change."""
 
-    def __init__(self) -> None:
-        self.rest = ""
+    def __init__(
+        self, bounded: Callable[[Callable[[], list[Token]]], list[Token] | None] = lambda parse: parse()
+    ) -> None:
+        """Make it.
+
+        Args:
+            bounded: Runs the parser, and returns ``None`` where that takes too long or fails.
+        """
+        self._bounded = bounded
+        self._whole = ""
+        # What is new is put behind it when somebody looks: to copy all for each token would take quadratic time.
+        self._new: list[str] = []
         self._looked: int = 0
+
+    @property
+    def rest(self) -> str:
+        """What is not finished."""
+        if self._new:
+            self._whole += "".join(self._new)
+            self._new.clear()
+        return self._whole
 
     def add(self, text: str) -> None:
         """Add to its end."""
-        self.rest += text
+        self._new.append(text)
 
     def finished(self) -> str:
         """Take out the blocks that no text to come can change, and return them."""
+        rest = self.rest
         # A line that is not complete can still become something else: "#" is a heading, and "#1" is none.
-        end = self.rest.rfind("\n") + 1
+        end = rest.rfind("\n") + 1
         # To look again and again at a block that is long would take all the time there is.
         if end == self._looked or end - self._looked < end // 50:
             return ""
-        self._looked = end
-        lines = self.rest[:end].splitlines(keepends=True)
-        starts = [
-            token.map[0]
-            for token in _PARSER.parse(self.rest[:end])
-            if not token.level and token.map and token.nesting >= 0
-        ]
-        taken = "".join(lines[: starts[-1]]) if len(starts) > 1 else ""
-        self.rest = self.rest[len(taken) :]
+        tokens = self._bounded(lambda: _PARSER.parse(rest[:end]))
+        if tokens is None:
+            taken = rest[:end]
+        else:
+            starts = [token.map[0] for token in tokens if not token.level and token.map and token.nesting >= 0]
+            taken = "".join(_lines_of(rest[:end])[: starts[-1]]) if len(starts) > 1 else ""
+        self._whole = rest[len(taken) :]
         self._looked = end - len(taken)
         return taken
 
 
-def _blocks(text: str) -> list[Markdown]:
-    """Return the blocks of Markdown, each by itself: so the space between them does not depend on how they came."""
-    blocks: list[Markdown] = []
+def _lines_of(text: str) -> list[str]:
+    """Return its lines as the parser counts them."""
+    return [f"{line}\n" for line in text.split("\n")]
+
+
+class _Block:
+    """A block of Markdown by itself: so the space between blocks does not depend on how they came."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.markdown = Markdown("", hyperlinks=False)
+        # Letters and digits that have to be seen.
+        self._letters: int = 0
+        self._whole = True
+
+    def add(self, token: Token) -> None:
+        """Add a token of it."""
+        self.markdown.parsed.append(token)
+        # Of what is nested still deeper the parser drops all.
+        self._whole = self._whole and not (token.nesting == 1 and token.level >= _PARSER.options.maxNesting - 1)
+        for part in token.children or (token,):
+            self._letters += _letters(part.content)
+            if part.type == "softbreak":  # models end lines where they mean it: poems, addresses
+                part.type = "hardbreak"
+
+    def is_whole(self, lines: list[_Line]) -> bool:
+        """Return whether nothing was lost: what is nested deeper than the terminal is wide, or cut off in a table."""
+        return self._whole and sum(_letters(part.text) for line in lines for part in line) >= self._letters
+
+
+def _letters(text: str) -> int:
+    return sum(map(str.isalnum, text))
+
+
+def _blocks(text: str) -> list[_Block]:
+    """Return the blocks of a text."""
+    lines, blocks = _lines_of(text), list[_Block]()
     for token in _PARSER.parse(text):
         if not token.level and token.nesting >= 0:
-            blocks.append(Markdown("", hyperlinks=False))
-        blocks[-1].parsed.append(token)
-        for child in token.children or ():
-            if child.type == "softbreak":  # models end lines where they mean it: poems, addresses
-                child.type = "hardbreak"
+            first, last = token.map or (0, 0)
+            blocks.append(_Block("".join(lines[first:last]).strip("\n")))
+        blocks[-1].add(token)
     return blocks
 
 
@@ -88,6 +194,11 @@ def _is_empty(line: _Line) -> bool:
 
 def _joined(lines: list[_Line]) -> Segments:
     return Segments([part for line in lines for part in (*line, Segment.line())])
+
+
+def _plain(text: str) -> list[_Line]:
+    """Return a text as it is; the terminal itself breaks its lines."""
+    return [[Segment(line)] for line in text.strip("\n").split("\n")]
 
 
 def _thought(text: str) -> RenderableType:
@@ -148,7 +259,8 @@ class _Drawing:
     def __init__(self, console: Console, model: str) -> None:
         self._console = console
         self._model = model
-        self._answer, self._thoughts = Growing(), ""
+        self._limit = _Limit()
+        self._answer, self._thoughts = Growing(lambda parse: self._limit.run(parse, _LIMIT_SECONDS)), ""
         # What was printed last.
         self._last: Literal["", "thoughts", "text"] = ""
         self._tokens = 0
@@ -180,7 +292,7 @@ class _Drawing:
             self._timer = loop.call_later(max(_DRAW_SECONDS, spent / _DRAW_SHARE), tick)
 
         try:
-            with self._live:
+            with self._limit.ready(), self._live:
                 tick()
                 yield
         finally:
@@ -215,7 +327,8 @@ class _Drawing:
             return
         self._changed, self._drawn_state = False, state
         # Of what the model thinks a line is finished when it is complete; all of it, when the answer begins.
-        end = len(self._thoughts) if self._answering else self._thoughts.rfind("\n") + 1
+        whole = self._answering or len(self._thoughts) > _LONG
+        end = len(self._thoughts) if whole else self._thoughts.rfind("\n") + 1
         thoughts, self._thoughts = self._thoughts[:end], self._thoughts[end:]
         finished = self._answer.finished()
         above = self._above(thoughts, finished)
@@ -225,7 +338,7 @@ class _Drawing:
     def _print(self, lines: list[_Line]) -> None:
         # With what is drawn below it, it is one write: nothing is seen twice, nothing flickers.
         if lines:
-            self._console.print(_joined(lines), end="")
+            self._console.print(_joined(lines), end="", crop=False)
         else:
             self._live.refresh()
 
@@ -233,32 +346,53 @@ class _Drawing:
         """Render what is finished."""
         lines: list[_Line] = []
         if thoughts.strip():
-            lines += self._lines(_thought(thoughts))
+            drawn = self._limit.run(lambda: self._lines(_thought(thoughts)), _LIMIT_SECONDS)
+            lines += _plain(thoughts) if drawn is None else drawn
             self._last = "thoughts"
         if text.strip():
-            lines += self._text(text)
+            lines += self._text(text, _LIMIT_SECONDS, _plain)
             self._last = "text"
         return lines
 
     def _growing(self, state: str) -> RenderableType:
         lines: list[_Line] = []
         height = max(1, self._console.height - 3)
-        rest = self._answer.rest
+        rest, seen = self._answer.rest, height * self._console.width
         if len(rest) > _LONG:
-            lines = self._lines(Text(rest[-height * self._console.width :]))
+            lines = self._folded(rest[-seen:])
         elif rest.strip():
-            lines = self._text(rest)
+            lines = self._text(rest, _AGAIN_SECONDS, self._folded)
         elif self._thoughts.strip():
-            lines = self._lines(_thought(self._thoughts))
+            lines = self._lines(_thought(self._thoughts[-seen:]))
         return Group(_joined(lines[-height:]), Text(state, style="dim", no_wrap=True, overflow="ellipsis"))
 
-    def _text(self, text: str) -> list[_Line]:
+    def _text(self, text: str, seconds: float, plain: Callable[[str], list[_Line]]) -> list[_Line]:
+        """Render Markdown.
+
+        Args:
+            text: All of it.
+            seconds: Of the processor's time that it may take.
+            plain: Draws the blocks that take too long, or cannot be drawn as a whole.
+        """
+        until = time.process_time() + seconds
+        blocks = self._limit.run(lambda: _blocks(text), seconds)
+        if blocks is None:
+            blocks = [_Block(text)]
+            until = 0.0
         lines: list[_Line] = []
-        for block in _blocks(text):
+        for block in blocks:
+            drawn = self._limit.run(lambda block=block: self._whole(block), until - time.process_time())  # type: ignore[misc]
             if lines or self._last:
                 lines.append([])
-            lines += self._lines(block)
+            lines += plain(block.source) if drawn is None else drawn
         return lines
+
+    def _whole(self, block: _Block) -> list[_Line] | None:
+        lines = self._lines(block.markdown)
+        return lines if block.is_whole(lines) else None
+
+    def _folded(self, text: str) -> list[_Line]:
+        return self._lines(Text(text))
 
     def _lines(self, shown: RenderableType) -> list[_Line]:
         """Render it, without the empty lines around it."""

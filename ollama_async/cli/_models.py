@@ -10,14 +10,13 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from ollama_async._errors import AbortError, NotFoundError, OllamaError
 
-from ._screen import printable
+from ._output import SafeConsole, write_json
 from ._terminal import ERROR, INTERRUPTED, Session, parse_pairs, product_version
 
 if TYPE_CHECKING:
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
     from ollama_async._client import AsyncClient
     from ollama_async._progress import ProgressResponse
     from ollama_async._types import Model
+
+    from ._screen import Screen
 
 __all__ = ["add_commands"]
 
@@ -86,25 +87,20 @@ class _Run:
     def complain(self, text: str) -> None:
         """Say on stderr what went wrong."""
         if self.as_json:
-            typer.echo(json.dumps({"error": text}), err=True)
+            write_json({"error": text}, error=True)
         else:
             self.session.screen.note(f"Error: {text}" if not text.startswith("stopped") else text, "red")
 
     def show(self, answer: Model) -> bool:
         """Write an answer as JSON, if that is wanted."""
         if self.as_json:
-            _write(answer.model_dump_json(exclude_none=True))
+            write_json(answer.model_dump(mode="json", exclude_none=True))
         return self.as_json
 
     def say(self, answer: Model, text: str) -> None:
         """Say what has been done."""
         if not self.show(answer):
-            _write(printable(text))
-
-
-def _write(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+            self.session.screen.out.print(text, soft_wrap=True)
 
 
 def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
@@ -112,10 +108,10 @@ def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
     for head in heads:
         table.add_column(head, no_wrap=True, overflow="fold")
     for row in rows:
-        table.add_row(*map(printable, row))
+        table.add_row(*row)
     # What goes into a pipe is not cut to the width of a terminal.
     width = None if sys.stdout.isatty() else 1000
-    Console(markup=False, emoji=False, highlight=False, width=width).print(table)
+    SafeConsole(width=width).print(table)
 
 
 # -- what there is --
@@ -184,9 +180,10 @@ def version(context: typer.Context, as_json: _Json = False) -> None:
     with run.running():
         answer = run.session.ask(lambda client, token: client.version(token=token, timeout=10))
         if as_json:
-            _write(json.dumps({"version": answer.version, "ollama-async": product_version()}))
+            write_json({"version": answer.version, "ollama-async": product_version()})
         else:
-            _write(f"Ollama {printable(answer.version)} at {run.session.url}\nollama-async {product_version()}")
+            versions = f"Ollama {answer.version} at {run.session.url}\nollama-async {product_version()}"
+            run.session.screen.out.print(versions, soft_wrap=True)
 
 
 # -- changing it --
@@ -329,9 +326,9 @@ def _display(run: _Run) -> Generator[Callable[[ProgressResponse], None]]:
     if run.as_json:
         yield _json_line
     elif not sys.stdout.isatty():
-        yield _StatusLines()
+        yield _StatusLines(run.session.screen)
     else:
-        console = Console(markup=False, emoji=False, highlight=False)
+        console = SafeConsole()
         columns = [TextColumn("{task.fields[status]}", markup=False), BarColumn()]
         with Progress(*columns, TextColumn("{task.fields[figures]}", markup=False), console=console) as progress:
             task = progress.add_task("", total=None, status="", figures="")
@@ -339,8 +336,8 @@ def _display(run: _Run) -> Generator[Callable[[ProgressResponse], None]]:
             def display(step: ProgressResponse) -> None:
                 overall = step.overall
                 total = None if overall.fraction is None else 1.0
-                text = printable(step.status or "")
-                progress.update(task, total=total, completed=overall.fraction or 0, status=text, figures=_figures(step))
+                done, text = overall.fraction or 0, step.status or ""
+                progress.update(task, total=total, completed=done, status=text, figures=_figures(step))
 
             yield display
 
@@ -348,19 +345,20 @@ def _display(run: _Run) -> Generator[Callable[[ProgressResponse], None]]:
 def _json_line(step: ProgressResponse) -> None:
     overall = step.overall
     figures = {name: getattr(overall, name) for name in ("completed", "total", "fraction", "bytes_per_second", "eta")}
-    _write(json.dumps({**step.model_dump(exclude_none=True), "overall": figures}))
+    write_json({**step.model_dump(exclude_none=True), "overall": figures})
 
 
 class _StatusLines:
     """A line for each new status."""
 
-    def __init__(self) -> None:
+    def __init__(self, screen: Screen) -> None:
+        self._screen = screen
         self._last = ""
 
     def __call__(self, step: ProgressResponse) -> None:
         if step.status and step.status != self._last:
             self._last = step.status
-            _write(printable(step.status))
+            self._screen.out.print(step.status, soft_wrap=True)
 
 
 def _figures(step: ProgressResponse) -> str:

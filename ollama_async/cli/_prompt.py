@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from ollama_async._errors import OllamaError
 
+from ._output import write_error
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -40,7 +42,7 @@ def converse(session: Session, read: Callable[[], str | None], take: Callable[[s
         except OllamaError as exc:
             session.screen.note(f"Error: {session.explain(exc)}", "red")
         except KeyboardInterrupt:
-            sys.stderr.write("\n")
+            write_error("\n")
             if session.ctrl_c.again():
                 raise
             session.screen.note(f"press Ctrl-C once more to leave, or type {leave}", "dim")
@@ -85,9 +87,8 @@ def _one_line(prompt: str) -> str | None:
             return input(shown)
         line = ""
     else:
-        sys.stderr.write(shown)
-        sys.stderr.flush()
+        write_error(shown)
         line = sys.stdin.readline()
     if shown and not line:
-        sys.stderr.write("\n")
+        write_error("\n")
     return line.rstrip("\n") if line else None

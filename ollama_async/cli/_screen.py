@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import re
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from rich.console import Console
 from rich.text import Text
 
 from ollama_async._errors import AbortError, ConnectionBroken, OllamaError, PhaseTimeout
 from ollama_async._stream import Stream
 from ollama_async._types import ChatResponse, GenerateResponse
 
+from ._output import SafeConsole, printable, write, write_json
+
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-__all__ = ["Answer", "AnyChunk", "AnyStream", "JsonScreen", "Screen", "parts", "plural", "printable", "style_of"]
+__all__ = ["Answer", "AnyChunk", "AnyStream", "JsonScreen", "Screen", "parts", "plural", "style_of"]
 
 AnyChunk: TypeAlias = ChatResponse | GenerateResponse
 AnyStream: TypeAlias = Stream[ChatResponse] | Stream[GenerateResponse]
-
-
-def printable(text: str) -> str:
-    """Take out what makes a terminal do things: a model or server has no business with its title or clipboard."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text.replace("\r\n", "\n"))
 
 
 def parts(chunk: AnyChunk) -> tuple[str, str]:
@@ -97,10 +91,8 @@ class Screen:
         self._terminal = sys.stdout.isatty()
         # What is half a pipe gets no codes at all, also not on the half that is a terminal.
         codes = None if self._terminal and sys.stdin.isatty() else False
-        self.out = Console(markup=False, emoji=False, highlight=False, force_terminal=codes)
-        self._notes = Console(
-            stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True, force_terminal=codes
-        )
+        self.out = SafeConsole(force_terminal=codes)
+        self._notes = SafeConsole(stderr=True, soft_wrap=True, force_terminal=codes)
 
     @contextlib.contextmanager
     def waiting(self, model: str) -> Generator[None]:
@@ -123,7 +115,7 @@ class Screen:
         self.tokens += bool(thinking or text)
         if thinking and self._terminal:
             self._status.stop()
-            self.out.print(printable(thinking), style="dim", end="", soft_wrap=True)
+            self.out.print(thinking, style="dim", end="", soft_wrap=True)
             self._thinking, self._last = True, thinking[-1]
         self._write(text)
 
@@ -131,8 +123,7 @@ class Screen:
         """Show the rest of the answer: what had arrived when it was stopped, and was not read. End the line."""
         self._write(whole[self._shown :])
         if self._last != "\n":
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+            write("\n")
 
     def end(self, answer: Answer, said: str) -> None:
         """Say how an answer ended, if that needs to be said."""
@@ -141,7 +132,7 @@ class Screen:
 
     def note(self, text: str, style: str = "") -> None:
         """Say something on stderr, in one line."""
-        self._notes.print(printable(text.replace("\n", " ")), style=style)
+        self._notes.print(text.replace("\n", " "), style=style)
 
     def _begin(self) -> None:
         self._shown, self._last, self._thinking = 0, "\n", False
@@ -151,8 +142,7 @@ class Screen:
         if not text:
             return
         self._status.stop()
-        sys.stdout.write("\n\n" * self._thinking + (printable(text) if self._terminal else text))
-        sys.stdout.flush()
+        write("\n\n" * self._thinking + text)
         self._shown, self._last, self._thinking = self._shown + len(text), text[-1], False
 
 
@@ -174,7 +164,7 @@ class JsonScreen(Screen):
     def add(self, chunk: AnyChunk) -> None:
         """Write a chunk."""
         self.tokens += any(parts(chunk))
-        self._line(chunk.model_dump(mode="json", exclude_none=True))
+        write_json(chunk.model_dump(mode="json", exclude_none=True))
 
     def finish(self, whole: str) -> None:
         """Write nothing: the line with the outcome has the whole text."""
@@ -192,16 +182,10 @@ class JsonScreen(Screen):
             "tokens_per_second": None if answer.speed is None else round(answer.speed, 1),
             "text": stream.text,
         }
-        self._line(ended)
+        write_json(ended)
         if ended["error"]:
             self.note(said)
 
     def note(self, text: str, style: str = "") -> None:
         """Say something on stderr, as JSON."""
-        sys.stderr.write(json.dumps({"error": text.removeprefix("Error: ")}) + "\n")
-        sys.stderr.flush()
-
-    @staticmethod
-    def _line(value: dict[str, object]) -> None:
-        sys.stdout.write(json.dumps(value) + "\n")
-        sys.stdout.flush()
+        write_json({"error": text.removeprefix("Error: ")}, error=True)

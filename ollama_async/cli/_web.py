@@ -6,16 +6,15 @@ import asyncio
 import contextlib
 import ipaddress
 import socket
-import sys
 import threading
 import webbrowser
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import typer
 import uvicorn
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, FailFast, Field, ValidationError
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
@@ -31,6 +30,7 @@ from ollama_async.registry import AbortRegistry
 from ollama_async.testing import FakeOllama, Reply
 
 from ._demo import list_models, look, pick
+from ._output import write
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,6 +50,10 @@ PORT = 11480
 
 _PAGE = Path(__file__).with_name("web")
 
+# Of a request: all of a conversation, of a million tokens and more. The page knows it as well.
+_MAX_BODY = 4 * 1024 * 1024
+_MAX_TURNS = 10_000
+
 # Whatever a model gets into the page runs no script, loads nothing, sends nothing and goes nowhere; the page's own
 # script can set markup only through the sanitiser; no other site can have the page in a frame.
 _POLICY = "; ".join(
@@ -63,7 +67,8 @@ _POLICY = "; ".join(
         "form-action 'none'",
         "frame-ancestors 'none'",
         "require-trusted-types-for 'script'",
-        "trusted-types dompurify",
+        # The sanitiser's, and the one that names the only script that a worker may run.
+        "trusted-types dompurify render",
     ]
 )
 _HEADERS = {
@@ -77,12 +82,18 @@ _HEADERS = {
 }
 
 
+class _TooLong(Exception):  # noqa: N818
+    """A request's body has come to its limit."""
+
+
 class Guard:
-    """Keeps other web sites away from the user's models.
+    """Keeps other web sites away from the user's models, and what is too long out of this process.
 
     A site that the user visits can have his browser send requests to this machine. It cannot hide that: the ``Host``
     shows the name of a site that has made its name point here (DNS rebinding), the ``Origin`` and ``Sec-Fetch-Site``
     who asks, and a body of JSON makes every browser ask first.
+
+    The limit of bodies is here, and counts what comes, so that it holds for each route, whatever a request says.
     """
 
     def __init__(self, app: ASGIApp, name: str) -> None:
@@ -95,19 +106,36 @@ class Guard:
             await self._app(scope, receive, send)
             return
 
+        begun, taken = False, 0
+
         async def guarded(message: Message) -> None:
+            nonlocal begun
+            begun = True
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(_HEADERS)
             await send(message)
 
+        async def counted() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > _MAX_BODY:
+                raise _TooLong
+            return message
+
         refusal = self._refusal(scope["method"], scope["path"], Headers(scope=scope))
-        app = self._app
-        if refusal is not None:
-            status, text = refusal
-            app = JSONResponse({"error": text, "status_code": status}, status)
-        await app(scope, receive, guarded)
+        app = self._app if refusal is None else _problem(*refusal)
+        try:
+            await app(scope, counted, guarded)
+        except _TooLong:
+            if begun:
+                raise
+            await _problem(*_TOO_LONG)(scope, receive, guarded)
 
     def _refusal(self, method: str, path: str, headers: Headers) -> tuple[int, str] | None:
+        length = headers.get("content-length", "")
+        if length.isdecimal() and (len(length) > 18 or int(length) > _MAX_BODY):
+            return _TOO_LONG
         host, origin = headers.get("host", ""), headers.get("origin")
         if not self._is_ours(host):
             return 403, f"this page is not at {host!r}: open it under the address that 'ollama-async web' has printed"
@@ -130,6 +158,15 @@ class Guard:
         return name in ("localhost", self._name)
 
 
+_TOO_LONG = (413, f"the request has more than {_MAX_BODY // 1024 // 1024} MB: begin a new chat")
+
+
+def _problem(status: int, text: str) -> JSONResponse:
+    # What else comes of a body that is too long is not read.
+    headers = {"Connection": "close"} if status == 413 else None
+    return JSONResponse({"error": text, "status_code": status}, status, headers)
+
+
 # -- what the page asks for --
 
 
@@ -144,7 +181,8 @@ class _Asked(BaseModel):
     """What the page sends to have an answer."""
 
     model: str
-    messages: list[_Said]
+    # The first one that is wrong is enough to refuse all.
+    messages: Annotated[list[_Said], Field(max_length=_MAX_TURNS), FailFast()]
 
 
 class Chats:
@@ -196,10 +234,6 @@ class Chats:
         return StreamResponse(stream, registry=self._registry, explain=lambda exc: getattr(exc, "error", str(exc)))
 
 
-def _problem(status: int, text: str) -> JSONResponse:
-    return JSONResponse({"error": text, "status_code": status}, status)
-
-
 # -- serving --
 
 
@@ -207,7 +241,9 @@ class _Server(uvicorn.Server):
     """A server that ends at the first Ctrl-C, also while answers come: they are aborted first."""
 
     def __init__(self, app: Starlette, token: CancelToken, started: Callable[[], None]) -> None:
-        super().__init__(uvicorn.Config(app, log_level="warning", access_log=False, ws="none", lifespan="off"))
+        # What it logs goes where all else goes. With h11, always at hand, the head of a request has a limit, too.
+        options: Any = {"log_config": None, "log_level": "warning", "access_log": False}
+        super().__init__(uvicorn.Config(app, http="h11", ws="none", lifespan="off", **options))
         self._token = token
         self._started = started
 
@@ -242,8 +278,7 @@ def serve(session: Session, address: str, port: int | None, limits: Timeouts, *,
         url = f"http://{bound if ':' not in bound else f'[{bound}]'}:{number}/"
 
         def started() -> None:
-            typer.echo(f"The chat page is at {url} (Ctrl-C ends it)")
-            sys.stdout.flush()
+            write(f"The chat page is at {url} (Ctrl-C ends it)\n")
             if open_browser:
                 # A browser for terminals stays in the call until it is left.
                 threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
@@ -263,7 +298,7 @@ async def _serve(
             server = stack.enter_context(FakeOllama(models=["demonstration"]))
             server.script("/api/chat", _DEMONSTRATION, always=True)
             host, notice = server.url, f"This is a demonstration, no model computes anything: {why}."
-            typer.echo(notice)
+            write(f"{notice}\n")
         async with AsyncClient(host, token=token) as client:
             app = Chats(session, client, limits, notice).app(name)
             await _Server(app, token, started).serve(sockets=[listener])

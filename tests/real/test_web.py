@@ -457,6 +457,143 @@ def test_what_a_model_writes_does_nothing_but_show(tab: Tab, ollama: FakeOllama)
     assert [url for url in asked if "/api/" not in url] == []
 
 
+HOSTILE = {
+    "quotes": ">" * 6000 + " x",
+    "many quotes": ">" * 200_000 + " x",
+    "bullets": "- " * 3000 + "x",
+    "stars": "*" * 5000 + "a" + "*" * 5000 + "x",
+    "emphasis": "*a **b " * 5000 + "c" + " b** a*" * 5000 + "x",
+    "brackets": "[" * 30_000 + "x",
+    "underscores": "_a" * 50_000 + "x",
+    "cells that are not there": "|".join("x" * 1000) + "\n" + "|".join("-" * 1000) + "\n" + "a\n" * 6000 + "x",
+    "rows": "|a|b|\n|-|-|\n" + "|x|y|\n" * 20_000,
+    "a long line": "x" * 1_000_000,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_an_answer_that_cannot_be_drawn_is_shown_as_text_and_the_page_goes_on(
+    tab: Tab, ollama: FakeOllama, name: str
+) -> None:
+    text = HOSTILE[name]
+    pieces = [text[at : at + len(text) // 9] for at in range(0, len(text), len(text) // 9)]
+    ollama.script("/api/chat", Reply.chat(*pieces), Reply.chat("Fine."))
+    tab.ask()
+    expect(tab.status).to_have_text(re.compile("^Done"))
+    expect(tab.stop).to_be_hidden()
+    expect(tab.page.get_by_role("button", name="Retry")).to_be_enabled()
+    expect(tab.answers.last).to_contain_text("x")
+    tab.ask("Better?")
+    expect(tab.answers.last).to_have_text("Fine.")
+    assert messages(ollama, 2)[1] == ("assistant", text)
+    # Also where all of it is drawn anew.
+    tab.page.reload()
+    expect(tab.status).to_have_text("Ready")
+    expect(tab.answers.last).to_have_text("Fine.")
+    expect(tab.answers.first).to_contain_text("x")
+
+
+def test_escape_stops_also_while_something_hostile_comes(tab: Tab, ollama: FakeOllama) -> None:
+    line = "*a **b " * 1000
+    steps = [step for _ in range(200) for step in (*Reply.chat(line, done=False).steps,)]
+    ollama.script("/api/chat", Reply([*steps, Stall()]))
+    tab.ask()
+    expect(tab.meter).to_contain_text("200 tokens")
+    tab.page.keyboard.press("Escape")
+    saw_stop(tab, connection_of(ollama), "Esc while something hostile is drawn")
+    expect(tab.status).to_have_text(re.compile("^Stopped by you after"))
+    expect(tab.stop).to_be_hidden()
+
+
+BROKEN = {
+    "the sanitiser": """Object.defineProperty(Element.prototype, "innerHTML", { set() { throw new Error("no"); } });""",
+    "the worker": """window.Worker = class { constructor() { throw new Error("no"); } };""",
+    "a worker that is silent": """
+        const post = Worker.prototype.postMessage;
+        Worker.prototype.postMessage = function () {};
+    """,
+    "the storage": """
+        for (const name of ["getItem", "setItem"]) Storage.prototype[name] = () => { throw new Error("full"); };
+    """,
+    "scrolling": """Element.prototype.scrollTo = () => { throw new Error("no"); };""",
+    "the clipboard": """Object.defineProperty(navigator, "clipboard", { value: undefined });""",
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_fails_beside_an_answer_does_not_keep_the_page_from_going_on(
+    context: BrowserContext, served: WebPage, ollama: FakeOllama, what: str
+) -> None:
+    context.add_init_script(BROKEN[what])
+    tab = Tab(context.new_page(), served.url)
+    ollama.script("/api/chat", Reply.chat("It is", " *fine*."), ENDLESS)
+    tab.ask()
+    expect(tab.status).to_have_text(re.compile("^Done: 2 tokens"))
+    expect(tab.answers.last).to_have_text(re.compile(r"^It is \*?fine\*?\.\s*$"))
+    tab.page.get_by_role("button", name="Copy").click()
+    if what == "the clipboard":
+        expect(tab.meter).to_contain_text("select the text")
+    tab.ask_until(BEGINNING)
+    tab.stop.click()
+    assert connection_of(ollama, 2).wait_left(BOUND)
+    expect(tab.status).to_have_text(re.compile("^Stopped by you after"))
+    expect(tab.stop).to_be_hidden()
+
+
+@pytest.mark.parametrize("saved", ['{"turns": [null, 1, {"role": "assistant"}]}', '{"turns": {}}', "null", "[", '"x"'])
+def test_what_another_version_has_kept_does_not_keep_the_page_from_beginning(
+    context: BrowserContext, served: WebPage, ollama: FakeOllama, saved: str
+) -> None:
+    context.add_init_script(f"try {{ sessionStorage.setItem('conversation', {json.dumps(saved)}); }} catch {{}}")
+    tab = Tab(context.new_page(), served.url)
+    tab.ask()
+    expect(tab.status).to_have_text(re.compile("^Done"))
+
+
+@pytest.mark.parametrize(
+    "body", ["event: chunk\ndata: {bad\n\n", "event: chunk\ndata: null\n\n", "event: end\ndata: [\n\n"]
+)
+def test_events_that_are_none_end_the_answer(tab: Tab, body: str) -> None:
+    tab.page.route("**/api/chat", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+    tab.ask()
+    expect(tab.page.locator(".note").last).to_be_visible()
+    expect(tab.stop).to_be_hidden()
+    expect(tab.page.locator("#state")).to_have_attribute("data-state", "failed")
+
+
+def test_a_failure_of_the_page_leaves_the_model_server(tab: Tab, ollama: FakeOllama) -> None:
+    ollama.script("/api/chat", ENDLESS)
+    tab.page.evaluate("""() => {
+        const parse = JSON.parse;
+        JSON.parse = (text) => {
+            if (text.includes('"message"')) throw new Error("no");
+            return parse(text);
+        };
+    }""")
+    tab.ask()
+    assert connection_of(ollama).wait_left(BOUND)
+    expect(tab.status).to_contain_text("The page failed")
+
+
+@pytest.mark.parametrize("body", ["null", "{}", "<html>", '{"error": "it is too long"}'])
+def test_a_refusal_by_something_between_is_told(tab: Tab, body: str) -> None:
+    tab.page.route("**/api/chat", lambda route: route.fulfill(status=413, body=body))
+    tab.ask()
+    expect(tab.status).to_contain_text("it is too long" if "error" in body else "status 413")
+    expect(tab.stop).to_be_hidden()
+
+
+def test_a_conversation_that_is_too_long_is_not_sent(tab: Tab, ollama: FakeOllama) -> None:
+    tab.page.evaluate("document.querySelector('#prompt').value = 'x'.repeat(5 * 1024 * 1024)")
+    tab.prompt.press("Enter")
+    expect(tab.status).to_have_text("The conversation has 5.0 MB, of at most 4.0: begin a new chat")
+    expect(tab.stop).to_be_hidden()
+    tab.page.get_by_role("button", name="New chat").click()
+    tab.ask()
+    expect(tab.status).to_have_text(re.compile("^Done"))
+    assert len(ollama.wait_for_requests(path="/api/chat")) == 1
+
+
 def test_the_policy_holds_what_the_sanitiser_would_let_through(tab: Tab) -> None:
     tried = tab.page.evaluate("""async () => {
         const tried = [];

@@ -1,17 +1,10 @@
-/** Yield the server-sent events of a body, as {name, data}. */
+/** Yield the server-sent events of a body, as {name, data}. Whoever leaves it early leaves the body's sender too. */
 export async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
   let name = "";
   let data = [];
-  for (;;) {
-    const { value, done } = await reader.read();
-    // An event whose blank line has not come is dropped, as the standard has it.
-    if (done) return;
-    // A carriage return at the very end may be the first half of a line's end.
-    const lines = (rest + value).split(/\r\n|\n|\r(?!$)/);
-    rest = lines.pop();
-    for (const line of lines) {
+  try {
+    for await (const line of lines(reader)) {
       if (line === "") {
         if (data.length) yield { name: name || "message", data: data.join("\n") };
         name = "";
@@ -22,5 +15,29 @@ export async function* events(body) {
       if (field === "event") name = text;
       if (field === "data") data.push(text);
     }
+    // An event whose blank line has not come is dropped, as the standard has it.
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}
+
+/** Yield the lines. What came of one is not looked at again when more of it comes: it may be long. */
+async function* lines(reader) {
+  let begun = [];
+  let held = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    let text = held + value;
+    // A carriage return at the very end may be the first half of a line's end.
+    held = text.endsWith("\r") ? "\r" : "";
+    if (held) text = text.slice(0, -1);
+    const found = text.split(/\r\n|\n|\r/);
+    const rest = found.pop();
+    for (const line of found) {
+      yield begun.join("") + line;
+      begun = [];
+    }
+    begun.push(rest);
   }
 }

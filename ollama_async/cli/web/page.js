@@ -1,8 +1,10 @@
 import { events } from "./events.js";
-import { Markdown } from "./markdown.js";
+import { Markdown, loaded } from "./markdown.js";
 
 const page = Object.fromEntries([...document.querySelectorAll("[id]")].map((element) => [element.id, element]));
 const SAVED = "conversation";
+/** How many bytes the page's server takes at most. */
+const LONGEST_QUESTION = 4 * 1024 * 1024;
 
 /** What has been said: users' turns {role, content}, and answers {role, content, thinking, model, end}. */
 let turns = [];
@@ -31,6 +33,18 @@ function tick() {
 
 // -- the turns on the page --
 
+/**
+ * Draw something. What fails here is told to the console and to nobody else: whatever the page does has been decided
+ * before, and goes on.
+ */
+function draw(what) {
+  try {
+    what();
+  } catch (error) {
+    console.error(error);
+  }
+}
+
 function make(tag, properties = {}, ...children) {
   const element = Object.assign(document.createElement(tag), properties);
   element.append(...children);
@@ -48,7 +62,7 @@ class AnswerView {
   constructor(turn) {
     this.turn = turn;
     this.written = make("div", { className: "written" });
-    this.markdown = new Markdown(this.written);
+    this.markdown = new Markdown(this.written, follow);
     this.summary = make("summary", { textContent: "Thinking" });
     this.thought = make("p");
     this.thinking = make("details", { className: "thinking", hidden: true }, this.summary, this.thought);
@@ -57,20 +71,20 @@ class AnswerView {
     this.element.append(make("h2", { textContent: turn.model }), this.thinking, this.written, this.note);
     this.due = null;
     this.pause = 0;
-    this.show();
-    this.end();
+    draw(() => this.show());
+    draw(() => this.end());
   }
 
   /** Show what came, soon: a fast model writes a thousand tokens a second, and nobody reads them one by one. */
   update() {
-    this.due ??= setTimeout(() => this.show(), this.pause);
+    this.due ??= setTimeout(() => draw(() => this.show()), this.pause);
   }
 
   show({ whole = Boolean(this.turn.end) } = {}) {
     clearTimeout(this.due);
     this.due = null;
     const began = performance.now();
-    const stuck = atEnd();
+    const after = follow();
     const { content, thinking } = this.turn;
     if (thinking && this.thinking.hidden) [this.thinking.hidden, this.thinking.open] = [false, !whole];
     if (content && this.summary.textContent === "Thinking") {
@@ -78,10 +92,11 @@ class AnswerView {
       this.thinking.open = false;
     }
     if (this.thought.textContent !== thinking) this.thought.textContent = thinking;
-    this.markdown.show(content, { whole });
-    if (stuck) toEnd();
-    // A quarter of the time at most goes into showing, however long the answer is.
-    this.pause = Math.max(30, 3 * (performance.now() - began));
+    after();
+    this.markdown.show(content, { whole }).then(() => {
+      // A quarter of the time at most goes into showing, however long the answer is.
+      this.pause = Math.max(30, 3 * (performance.now() - began));
+    });
   }
 
   /** Show how the answer ended, and what can be done then. */
@@ -98,8 +113,13 @@ class AnswerView {
   }
 
   async #copy() {
-    await navigator.clipboard.writeText(this.turn.content);
-    page.meter.textContent = "copied";
+    try {
+      await navigator.clipboard.writeText(this.turn.content);
+      page.meter.textContent = "copied";
+    } catch {
+      // Some browsers have no clipboard for pages that come neither from this machine nor over https.
+      page.meter.textContent = "the browser does not let the page copy: select the text";
+    }
   }
 
   #offer(name, act) {
@@ -108,7 +128,13 @@ class AnswerView {
 }
 
 const atEnd = () => page.conversation.scrollHeight - page.conversation.scrollTop - page.conversation.clientHeight < 40;
-const toEnd = () => page.conversation.scrollTo({ top: page.conversation.scrollHeight });
+const toEnd = () => draw(() => page.conversation.scrollTo({ top: page.conversation.scrollHeight }));
+
+/** Note whether the end is seen; what is returned shows it again, if it was. */
+function follow() {
+  const stuck = atEnd();
+  return () => stuck && toEnd();
+}
 
 function add(turn) {
   const before = views.at(-1);
@@ -116,7 +142,7 @@ function add(turn) {
   const view = turn.role === "user" ? new UserView(turn) : new AnswerView(turn);
   views.push(view);
   page.conversation.append(view.element);
-  before?.end?.();
+  draw(() => before?.end?.());
   page.welcome.hidden = true;
   toEnd();
   return view;
@@ -140,10 +166,17 @@ function save() {
 
 function saved() {
   try {
-    return JSON.parse(sessionStorage.getItem(SAVED)) ?? {};
+    const { turns, model } = JSON.parse(sessionStorage.getItem(SAVED)) ?? {};
+    return { turns: Array.isArray(turns) ? turns.filter(isTurn) : [], model };
   } catch {
-    return {};
+    return { turns: [] };
   }
+}
+
+/** Whether it is a turn as this version of the page has them. */
+function isTurn(turn) {
+  if (typeof turn?.content !== "string") return false;
+  return turn.role === "user" || (turn.role === "assistant" && typeof turn.thinking === "string");
 }
 
 // -- asking --
@@ -196,6 +229,8 @@ async function answer(view) {
   try {
     finish(run, ended(run, await receive(run)));
   } catch (error) {
+    // Whatever has failed here, the model does not go on for nobody.
+    run.abort.abort();
     finish(run, failed(run, error));
   }
 }
@@ -203,15 +238,20 @@ async function answer(view) {
 /** Have the answer come, and return how the server says that it ended. */
 async function receive(run) {
   const { turn } = run.view;
+  const body = new Blob([JSON.stringify({ model: turn.model, messages: messages() })]);
+  if (body.size > LONGEST_QUESTION) {
+    const [size, most] = [body.size, LONGEST_QUESTION].map((bytes) => (bytes / 1024 / 1024).toFixed(1));
+    return { outcome: "refused", error: `The conversation has ${size} MB, of at most ${most}: begin a new chat` };
+  }
   const response = await fetch("api/chat", {
     method: "POST",
     headers: { "Content-Type": "application/json", "X-Stream-Id": run.id },
-    body: JSON.stringify({ model: turn.model, messages: messages() }),
+    body,
     signal: run.abort.signal,
   });
   if (!response.ok) {
-    const problem = await response.json().catch(() => ({ error: `status ${response.status}` }));
-    return { outcome: "refused", error: problem.error, status: response.status };
+    const problem = await response.json().catch(() => null);
+    return { outcome: "refused", error: problem?.error ?? `The page's server answered with status ${response.status}` };
   }
   for await (const { name, data } of events(response.body)) {
     if (running !== run) break;
@@ -259,19 +299,20 @@ function failed(run, error) {
   return { state: "failed", text: error instanceof TypeError ? gone : `The page failed ${after(run)}: ${error}` };
 }
 
-/** End an answer; the first end counts. */
+/** End an answer; the first end counts. The page is in its new state before anything is drawn. */
 function finish(run, end) {
   if (running !== run) return;
   running = null;
   clearInterval(run.ticking);
   run.view.turn.end = end;
-  run.view.show();
-  run.view.end();
   busy(false);
   say(end.state, end.text);
   page.meter.textContent = "";
   save();
-  if (atEnd()) toEnd();
+  const after = follow();
+  draw(() => run.view.end());
+  draw(() => run.view.show());
+  after();
 }
 
 function stop() {
@@ -368,6 +409,8 @@ async function lookForModels() {
   page.meter.textContent = "";
 }
 
-for (const turn of saved().turns ?? []) add(turn);
+for (const turn of saved().turns) draw(() => add(turn));
 page.prompt.focus();
+// Then the first answer is drawn without delay. It is not waited for long: an answer is worth more than its looks.
+await Promise.race([loaded, new Promise((resolve) => setTimeout(resolve, 2000))]);
 await lookForModels();
