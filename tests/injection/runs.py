@@ -113,9 +113,8 @@ class Run:
             self._note(
                 "left behind when the loop is closed", self._settle_outside(lambda: self._left_outside(fds, tokens))
             )
-            if self.found:
-                # The next run is not to find it again; and it may have something to say.
-                gc.collect()
+            # What is in circles has something to say as well, and the next run is not to hear it. All of it is young.
+            gc.collect(0)
         for line in self.noise:
             if not self._is_ours_in_del(line):
                 self._note(line)
