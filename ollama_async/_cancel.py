@@ -251,7 +251,8 @@ class CancelToken(LiveObject):
         if not tokens:
             raise RequestError("CancelToken.any() needs at least one token")
         for token in tokens:
-            if not isinstance(token, CancelToken):
+            # Not by isinstance(): a weak proxy says that it is one.
+            if not issubclass(type(token), CancelToken):
                 raise RequestError(f"CancelToken.any() takes CancelTokens, not {type(token).__name__}")
         derived = cls()
         derived._parents = tuple(dict.fromkeys(tokens))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 else:
     _Client = object
 
-__all__ = ["MAX_BODY_BYTES", "MAX_PAGE_BYTES", "HttpClient", "guarded", "limited"]
+__all__ = ["ABROAD", "LEADS_ON", "MAX_BODY_BYTES", "HttpClient", "guarded", "limited"]
 
 # An answer that is no stream is held as a whole. 1,000 embeddings of 4,096 numbers are about 50 MB of JSON.
 MAX_BODY_BYTES = 512 * 1024 * 1024
@@ -28,6 +28,12 @@ MAX_PAGE_BYTES = 1024 * 1024
 
 # Under this name a redirected request says in its extensions where the first one went.
 _HOME = "ollama_async.home"
+
+# Under this name a request to another server than the client's says what it is to have, and nobody else adds to that.
+ABROAD = "ollama_async.abroad"
+
+# What httpx reads by itself: answers that lead to another request.
+LEADS_ON = {301, 302, 303, 307, 308, 401}
 
 # What another origin may see, however it is redirected to: nothing that a key could be in, whatever that is called.
 _CROSSES = {
@@ -64,18 +70,25 @@ class _Guard(_Client):
     def _build_request_auth(self, request: Any, auth: Any = httpx.USE_CLIENT_DEFAULT) -> Any:
         # The default is of another class in httpx2, and means the same.
         given = () if auth is httpx.USE_CLIENT_DEFAULT else (auth,)
+        if ABROAD in request.extensions:
+            # The client's credentials are for its own server.
+            given = (None,)
         made = super()._build_request_auth(request, *given)
         kind = type(made)
         theirs = kind.__name__ == "DigestAuth" and kind.__module__.partition(".")[0] in ("httpx", "httpx2")
         return _Digest(made) if theirs else made
 
     async def _send_single_request(self, request: Any) -> Any:
-        home = request.extensions.get(_HOME)
-        if home is not None and not _at_home(home, Origin.of(request.url)):
+        home, abroad = request.extensions.get(_HOME), request.extensions.get(ABROAD)
+        there = Origin.of(request.url)
+        strange = home is not None and not _at_home(home, there)
+        if strange or abroad is not None:
             for name in {name.lower() for name in request.headers} - _CROSSES:
                 del request.headers[name]
+        if abroad is not None and not strange:
+            request.headers.update(abroad.value)
         response = await super()._send_single_request(request)
-        response.stream = limited(response.stream, MAX_BODY_BYTES if response.status_code < 300 else MAX_PAGE_BYTES)
+        response.stream = limited(response.stream, response.status_code, response.headers.get("content-encoding"))
         return response
 
     async def send(self, request: Any, **options: Any) -> Any:
@@ -115,7 +128,7 @@ def _nothing(_: object) -> None:
 
 def _at_home(home: Origin, there: Origin) -> bool:
     # The step up to TLS on the same host is what such a redirect is mostly for.
-    return home == there or (home.host, home.port, there.port) == (there.host, 80, 443)
+    return home == there or (home, there) == (("http", there.host, 80), ("https", home.host, 443))
 
 
 class _Digest:
@@ -145,13 +158,20 @@ class _Digest:
 
 
 class _Limited:
-    """A body up to a limit."""
+    """A body up to a limit, and one that is not packed: what it would be unpacked, nobody knows before."""
 
-    def __init__(self, stream: Any, limit: int) -> None:
+    def __init__(self, stream: Any, status: int, encoding: str | None) -> None:
         self.unlimited = stream
-        self._limit = limit
+        self._limit = MAX_BODY_BYTES if status < 300 else MAX_PAGE_BYTES
+        self._encoding = None if encoding in (None, "", "identity") else encoding
+        self._leads_on = status in LEADS_ON
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
+        if self._encoding is not None:
+            if self._leads_on:
+                # Nobody needs its body: whoever reads it finds it empty.
+                return
+            raise httpx.RemoteProtocolError(f"the answer is encoded as {self._encoding!r}, which was not asked for")
         left = self._limit
         blocks = aiter(self.unlimited)
         try:
@@ -172,9 +192,9 @@ class _Limited:
         return getattr(self.unlimited, name)
 
 
-def limited(stream: Any, limit: int) -> Any:
-    """Return a body of httpx or httpx2 that is an error beyond so many bytes."""
-    return _limited_kind(_family(cast("Any", type(stream))))(stream, limit)
+def limited(stream: Any, status: int, encoding: str | None) -> Any:
+    """Return a body of httpx or httpx2 that is an error beyond what an answer with that status may have."""
+    return _limited_kind(_family(cast("Any", type(stream))))(stream, status, encoding)
 
 
 @cache

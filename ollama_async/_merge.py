@@ -10,10 +10,10 @@ from pydantic_core import SchemaValidator
 from pydantic_core import core_schema as cs
 
 from ._progress import Meter, ProgressResponse
-from ._types import ChatResponse, GenerateResponse, Message, Model, Sparse
+from ._types import ChatResponse, GenerateResponse, Message, Sparse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 __all__ = ["ChatMerge", "Chunk", "GenerateMerge", "Merge", "ProgressMerge", "validators"]
 
@@ -59,37 +59,51 @@ class Merge(Protocol[ChunkT]):
 
 
 class _Lists:
-    """Fields that come in parts, and are joined: lists of strings, and lists of lists."""
+    """Fields that come in parts, and are joined.
+
+    Each part but the text is under the number of its chunk: a chunk that is added again, since Ctrl-C came while it was
+    added, is not in the answer twice.
+    """
 
     __slots__ = ("content", "logprobs", "thinking", "tool_calls")
 
     def __init__(self) -> None:
         self.content: list[str] = []
-        self.thinking: list[str] = []
-        self.tool_calls: list[Any] = []
-        self.logprobs: list[Any] = []
+        self.thinking: dict[int, str] = {}
+        self.tool_calls: dict[int, Sequence[Any]] = {}
+        self.logprobs: dict[int, Sequence[Any]] = {}
 
     def add_rest(self, chunk: Mapping[str, Any], part: Mapping[str, Any]) -> None:
         """Take what a chunk may have besides text: most have nothing."""
+        number = len(self.content)
         if part["thinking"]:
-            self.thinking.append(part["thinking"])
+            self.thinking[number] = part["thinking"]
         if part.get("tool_calls"):
-            self.tool_calls += part["tool_calls"]
+            self.tool_calls[number] = part["tool_calls"]
         if chunk.get("logprobs"):
-            self.logprobs += chunk["logprobs"]
+            self.logprobs[number] = chunk["logprobs"]
 
     def count(self) -> int:
         """Return how many chunks have been added."""
         return len(self.content)
 
-    def update(self) -> dict[str, Any]:
-        """Return what the joined fields have, but for the text."""
+    def of_message(self) -> dict[str, Any]:
+        """Return the joined fields that a message has, but for the text."""
         fields: dict[str, Any] = {}
         if self.thinking:
-            fields["thinking"] = "".join(self.thinking)
+            fields["thinking"] = "".join(list(self.thinking.values()))
         if self.tool_calls:
-            fields["tool_calls"] = list(self.tool_calls)
+            fields["tool_calls"] = _joined(self.tool_calls)
         return fields
+
+    def of_chunk(self) -> dict[str, Any]:
+        """Return the joined fields that a chunk has beside the message."""
+        return {"logprobs": _joined(self.logprobs)} if self.logprobs else {}
+
+
+def _joined(parts: dict[int, Sequence[Any]]) -> list[Any]:
+    # Of a copy: this may be another thread than the reader's.
+    return [item for part in list(parts.values()) for item in part]
 
 
 # Enough that what a call costs is shared by many; few enough that what a reader has not read yet stays small.
@@ -206,8 +220,8 @@ class ChatMerge(_Lists):
         last = self._last
         if last is None:
             return None
-        message = last.message.model_copy(update={"content": self.text(), **self.update()})
-        return _copy(last, self.logprobs, message=message)
+        message = last.message.model_copy(update={"content": self.text(), **self.of_message()})
+        return last.model_copy(update={"message": message, **self.of_chunk()})
 
 
 class GenerateMerge(_Lists):
@@ -239,7 +253,7 @@ class GenerateMerge(_Lists):
         """Return the answer so far, ``None`` before the first chunk."""
         if self._last is None:
             return None
-        return _copy(self._last, self.logprobs, response=self.text(), **self.update())
+        return self._last.model_copy(update={"response": self.text(), **self.of_message(), **self.of_chunk()})
 
 
 class ProgressMerge:
@@ -273,12 +287,3 @@ class ProgressMerge:
     def result(self) -> ProgressResponse | None:
         """Return the last step, ``None`` before the first one."""
         return self._last
-
-
-ModelT = TypeVar("ModelT", bound=Model)
-
-
-def _copy(last: ModelT, logprobs: list[Any], **fields: Any) -> ModelT:
-    if logprobs:
-        fields["logprobs"] = list(logprobs)
-    return last.model_copy(update=fields)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 
+from ._cancel import in_loop
 from ._errors import RequestError
 from ._http import HttpProxy, Origin
 from ._secret import Secret
@@ -108,12 +109,20 @@ class ProxyTransport(httpx.AsyncBaseTransport):
         Cancellation: as httpx has it.
         """
         here = asyncio.get_running_loop()
-        for loop in list(self._pools):
-            pool = self._pools.pop(loop)
+        # keyrefs() is one step; a walk would meet what other threads add and take away.
+        for reference in self._pools.keyrefs():
+            loop = reference()
+            pool = None if loop is None else self._pools.pop(loop, None)
+            if pool is None or loop is None:
+                continue
             if loop is here:
                 await pool.guard.aclose()
-            elif not loop.is_closed():
-                asyncio.run_coroutine_threadsafe(pool.http.aclose(), loop)
+            else:
+                in_loop(loop, _close_soon, pool, loop)
+
+
+def _close_soon(pool: _Pool, loop: asyncio.AbstractEventLoop) -> None:
+    pool.closing = loop.create_task(pool.http.aclose())
 
 
 class _Pool:
@@ -121,6 +130,8 @@ class _Pool:
 
     def __init__(self, http: httpx.AsyncHTTPTransport) -> None:
         self.http = http
+        # A loop holds its tasks weakly.
+        self.closing: asyncio.Task[None] | None = None
         # asyncio.run() finishes the loop's async generators before it closes the loop.
         self.guard = _open_until_the_end(http)
 

@@ -24,6 +24,9 @@ Result = TypeVar("Result")
 # How much of a file is read, and hashed or sent, in one go in a worker thread.
 _BLOCK = 1024 * 1024
 
+# What is read as a whole, into memory; a thread that a stop leaves behind reads it to its end.
+_MAX_IMAGE = 256 * 1024 * 1024
+
 # What each system has of these. A FIFO that nobody writes to would else be waited for.
 _FLAGS: int = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"))
 
@@ -178,4 +181,8 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     """Return what is in a regular file; in a worker thread."""
     with RegularFile(path) as file:
         file.open()
+        if file.size > _MAX_IMAGE:
+            raise RequestError(
+                f"cannot read {file.path!r}: it has {file.size:,} bytes, and an image at most {_MAX_IMAGE:,}"
+            )
         return b"".join(iter(file.read, b""))

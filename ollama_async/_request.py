@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from ._guard import ABROAD
 from ._http import Origin, encode_head
 from ._secret import Secret
 from ._upload import Outgoing
@@ -51,7 +52,8 @@ class Request:
         A stream that is open for minutes does not keep what it has sent, unless that may be sent again.
         """
         if self._http is not None:
-            self._http.extensions = {}
+            kept = self._http.extensions.get(ABROAD)
+            self._http.extensions = {} if kept is None else {ABROAD: kept}
         if for_good:
             self._make = _gone
             self._http = self.outgoing = None
@@ -92,6 +94,21 @@ class RequestWriter:
                 return None
 
         self._head_of = head_of
+
+    def write_abroad(self, method: str, url: str, content: Any, headers: Secret[httpx.Headers]) -> Request:
+        """Write a request to another server than the client's: none of the client's headers, cookies or parameters.
+
+        Args:
+            method: Its method.
+            url: Where to.
+            content: Its body, as httpx takes it.
+            headers: All that it has.
+        """
+
+        def make() -> httpx.Request:
+            return httpx.Request(method, url, content=content, headers=headers.value, extensions={ABROAD: headers})
+
+        return Request(make, http=make())
 
     def write(self, method: str, url: str, content: Any, headers: Secret[httpx.Headers] | None) -> Request:
         """Write a request.

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Final, TypedDict, TypeVar, cast
 import httpx
 from pydantic import ValidationError
 
-from ._awaitable import Guarded
 from ._cancel import CancelToken, LiveObject
 from ._channel import End, Ended
 from ._errors import AbortError, ProtocolError, RequestError, ResponseError, StreamClosed
@@ -32,7 +31,7 @@ from ._transport import DirectTransport
 from ._types import StatusResponse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Generator
+    from collections.abc import Callable, Generator
     from types import TracebackType
     from typing import Self
 
@@ -177,15 +176,11 @@ class Session(LiveObject):
             with suppress(ValueError):
                 self._calls.remove(calls)
 
-    def aclose(self) -> Coroutine[Any, Any, None]:
+    async def aclose(self) -> None:
         """Close the client and everything that is open on it; idempotent. Whoever reads from it gets ``StreamClosed``.
 
-        Cancellation: safe; all sockets of the client's own are closed in any case, also if it comes before the first
-        step.
+        Cancellation: safe; once it has begun, all sockets of the client's own are closed.
         """
-        return Guarded(self._aclose(), self._shut_down)
-
-    async def _aclose(self) -> None:
         self._shut_down()
         if self._owns_http:
             await self._client.aclose()
@@ -241,12 +236,8 @@ class Session(LiveObject):
         if not path.startswith("https://"):
             merged = None if headers is None else _headers(Secret(self._headers), headers)
             return self._writer.write(method, self._host.url + path, content, merged)
-        # To another server than this session's go neither its headers nor its cookies.
         assert headers is not None
-        request = self._writer.write(method, path, content, Secret(httpx.Headers(headers.value)))
-        if "Cookie" not in headers.value and "Cookie" in request.http.headers:
-            del request.http.headers["Cookie"]
-        return request
+        return self._writer.write_abroad(method, path, content, Secret(httpx.Headers(headers.value)))
 
     def _start(
         self,

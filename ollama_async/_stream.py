@@ -115,7 +115,8 @@ class Stream(LiveObject, Generic[ChunkT]):
         self._outcome: Outcome | None = None
         self._body_read = False
         self._absorbed = False
-        self._merging = False
+        # Whether the reader is making chunks, or lines, of what has arrived; and somebody merges the rest of it.
+        self._taking = self._merging = False
         # Reentrant: a signal handler that looks at the answer may interrupt another look.
         self._absorbing = threading.RLock()
         # Bytes that were done when it was last resumed.
@@ -156,10 +157,11 @@ class Stream(LiveObject, Generic[ChunkT]):
 
     async def _read_chunk(self) -> ChunkT:
         place = self._next
+        # First: from here on a signal handler that looks at the answer leaves this chunk to us, as _absorb() says.
+        self._next = place + 1
         # The usual case by itself, since this runs for every token. A second reader finds nothing that is ready while
         # the first one waits, and so is turned away below.
         if place < self._plain and not self._decided:
-            self._next = place + 1
             chunk = self._chunks[place]
             try:
                 self._add(chunk)
@@ -169,6 +171,8 @@ class Stream(LiveObject, Generic[ChunkT]):
             # A signal handler may have come meanwhile, and no chunk is delivered after an abort.
             if not self._decided:
                 return chunk
+        else:
+            self._next = place
         while True:
             if self._reading or not (self._lines or self._next < len(self._chunks)):
                 await self._fill()
@@ -251,14 +255,11 @@ class Stream(LiveObject, Generic[ChunkT]):
         """
         return self._finish(End("aborted", reason))
 
-    def aclose(self) -> Coroutine[Any, Any, None]:
+    async def aclose(self) -> None:
         """Close the stream, from any task; idempotent. A task that is reading it gets ``StreamClosed``.
 
-        Cancellation: safe, the stream is closed in any case, also if that comes before the first step.
+        Cancellation: safe; once it has begun, the stream is closed.
         """
-        return Guarded(self._aclose(), self._left)
-
-    async def _aclose(self) -> None:
         exchange = self._exchange
         if exchange is None:
             self._early.decide(End("closed"))
@@ -436,13 +437,8 @@ class Stream(LiveObject, Generic[ChunkT]):
             while True:
                 try:
                     while not self._lines and not self._body_read:
-                        if self._splitter.too_long:
-                            self._too_long(exchange)
-                        block = exchange.at_hand()
-                        if block is None:
+                        if not self._take_block(exchange):
                             await exchange.pause()
-                        else:
-                            self._feed(exchange, block)
                 except Ended:
                     pass
                 if not self._decided or exchange.ended_early is None or self._follow(exchange) is None:
@@ -458,6 +454,19 @@ class Stream(LiveObject, Generic[ChunkT]):
             await exchange.drain()
         elif self._strict:
             raise self._truncation()
+
+    def _take_block(self, exchange: Exchange) -> bool:
+        """Make lines of what has arrived; return whether anything has."""
+        try:
+            self._taking = True
+            if self._splitter.too_long:
+                self._too_long(exchange)
+            block = exchange.at_hand()
+            if block is not None:
+                self._feed(exchange, block)
+            return block is not None
+        finally:
+            self._taking = False
 
     def _too_long(self, exchange: Exchange) -> None:
         try:
@@ -479,15 +488,24 @@ class Stream(LiveObject, Generic[ChunkT]):
 
     def _deliver(self, exchange: Exchange) -> ChunkT:
         """Return the next chunk, and act upon it if it is the last, or if its reader wants to stop at one."""
-        if self._next == len(self._chunks):
-            self._make_ready(exchange)
-        chunk = self._chunks[self._next]
+        chunk: ChunkT | None = None
         try:
-            self._next += 1
-            self._add(chunk)
+            self._taking = True
+            # Looked at after the mark was set: whoever ends it and then looks at the answer does it the other way
+            # round. So one of both leaves the chunk to the other.
+            if not self._decided or exchange.ended_early is None:
+                if self._next == len(self._chunks):
+                    self._make_ready(exchange)
+                chunk = self._chunks[self._next]
+                self._next += 1
+                self._add(chunk)
         except BaseException:
             self._interrupted()
             raise
+        finally:
+            self._taking = False
+        if chunk is None:
+            raise self._broken_off()
         if chunk.done:
             self._settle(exchange, "done")
         elif self._until is not None:
@@ -504,29 +522,27 @@ class Stream(LiveObject, Generic[ChunkT]):
         if self._next:
             self._clear()
         self._last_at = exchange.now
+        lines, chunks = self._lines, []
         # The first one by itself: it is what is waited for, and does not wait for those that came with it.
-        if len(self._lines) > 1 and self._merge.together > 1 and self._before:
-            self._chunks = _parse_together(self._merge, self._lines[: -self._merge.together - 1 : -1])
-        if self._chunks:
-            del self._lines[-len(self._chunks) :]
-        else:
+        if len(lines) > 1 and self._merge.together > 1 and self._before:
+            chunks = _parse_together(self._merge, lines[: -self._merge.together - 1 : -1])
+        if not chunks:
             try:
-                self._chunks = [self._parse(exchange, self._lines.pop())]
+                chunks = [self._parse(exchange, lines[-1])]
             except (ProtocolError, StreamError) as exc:
                 self._fail(exchange, exc)
-        plain = len(self._chunks)
-        if any(map(_is_done, self._chunks)):
-            plain = next(place for place, chunk in enumerate(self._chunks) if chunk.done)
-            del self._chunks[plain + 1 :]
-            self._lines = []
-        if self._until is None:
-            self._plain = plain
+        lines = lines[: -len(chunks)]
+        plain = len(chunks)
+        if any(map(_is_done, chunks)):
+            plain = next(place for place, chunk in enumerate(chunks) if chunk.done)
+            del chunks[plain + 1 :]
+            lines = []
+        # In one statement, within which no signal handler runs: none finds a line twice, or not at all.
+        self._chunks, self._lines, self._plain = chunks, lines, 0 if self._until is not None else plain
 
     def _clear(self) -> None:
         """Let go of chunks that are delivered."""
-        self._before += self._next
-        self._chunks = []
-        self._next = self._plain = 0
+        self._before, self._chunks, self._next, self._plain = self._before + self._next, [], 0, 0
 
     def _parse(self, exchange: Exchange, line: bytes) -> ChunkT:
         # A key "error" can only be here if these bytes are (inside a string the quotes would be escaped).
@@ -586,9 +602,9 @@ class Stream(LiveObject, Generic[ChunkT]):
         exchange = self._exchange
         if exchange is None or exchange.ended_early is None or self._absorbed:
             return
-        if self._merge.count() < self._before + self._next:
-            # The reader is about to merge that one: a signal handler has interrupted it, or this is another thread. It
-            # finds the end right after, and merges the rest in order.
+        if self._taking or self._merge.count() < self._before + self._next:
+            # The reader is at it: a signal handler has interrupted it, or this is another thread. It finds the end
+            # right after, and merges the rest in order.
             return
         # Its reader, and the thread that aborted it, may both be here to see what has come.
         with self._absorbing:

@@ -17,7 +17,7 @@ from ._cancel import EmptyContext, LiveObject, in_loop
 from ._channel import HIGH_WATER, Channel, End, Ended, cancel_once, settled
 from ._dial import Sockets, explain_error, explain_tls_error, open_socket, open_tunnel, start_tls
 from ._errors import RequestError
-from ._guard import MAX_PAGE_BYTES, limited
+from ._guard import LEADS_ON, limited
 from ._http import Connection, Origin, PlainConnection, TlsConnection
 from ._proxy import http_proxy
 from ._secret import Secret
@@ -43,9 +43,6 @@ ANSWERED = "ollama_async.answered"
 # Shorter than the idle limits of common servers (uvicorn 5 s, nginx 75 s): of two ends that close an idle connection
 # at the same moment the client's next request is the one that suffers.
 KEEPALIVE_EXPIRY = 4.0
-
-# Redirects, and what asks for credentials: httpx reads their bodies as a whole, unasked.
-_READ_BY_HTTPX = {301, 302, 303, 307, 308, 401}
 
 _CLOSED = "the event loop or the client was closed"
 
@@ -259,7 +256,9 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
             channel.teardown(End("error", exc))
             raise
         ours = CHANNEL not in request.extensions
-        stream: Any = limited(body, MAX_PAGE_BYTES) if ours and channel.status in _READ_BY_HTTPX else body
+        stream: Any = body
+        if ours and channel.status in LEADS_ON:
+            stream = limited(body, channel.status, httpx.Headers(list(channel.headers)).get("content-encoding"))
         return _Response(channel, body, stream)
 
     async def _exchange(
