@@ -128,8 +128,8 @@ class Registration(LiveObject):
         self._callback = None
         return claimed
 
-    def _arm(self) -> None:
-        """Wait for the abort; at once, if it has come."""
+    def _arm(self) -> Self:
+        """Wait for the abort; fire at once, if it has come."""
         token = self._token
         tokens = (token, *token._ancestors()) if token._parents else (token,)
         try:
@@ -141,11 +141,12 @@ class Registration(LiveObject):
                     timer.start()
             # An abort that came before all this was in place has not seen it; one that comes now will.
             decision = token._decision()
+            if decision is not None:
+                self._fire(decision.reason)
+            return self  # noqa: TRY300  (Ctrl-C at this line leaves nothing either)
         except BaseException:
             self.remove()
             raise
-        if decision is not None:
-            self._fire(decision.reason)
 
     def _fire(self, reason: object) -> None:
         """Call the callback, unless another thread does or it has been removed."""
@@ -208,6 +209,17 @@ class _Waker(Watch):
 
     def end(self, reason: object) -> None:
         in_loop(self._loop, self._function, *self._args)
+
+    def __enter__(self) -> None:
+        self.arm()
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.remove()
+        except BaseException:
+            # The second time for what Ctrl-C kept it from.
+            self.remove()
+            raise
 
 
 @showable
@@ -331,12 +343,8 @@ class CancelToken(LiveObject):
         """
         loop = asyncio.get_running_loop()
         woken: asyncio.Future[None] = loop.create_future()
-        waker = _Waker(self, loop, resolve, woken)
-        try:
-            waker.arm()
+        with _Waker(self, loop, resolve, woken):
             await woken
-        finally:
-            waker.remove()
         return self.reason
 
     def on_abort(self, callback: Callable[[Any], object]) -> Registration:
@@ -353,9 +361,7 @@ class CancelToken(LiveObject):
         Returns:
             A registration; ``remove()`` it when the token outlives what the callback is for.
         """
-        registration = Registration(self, callback)
-        registration._arm()
-        return registration
+        return Registration(self, callback)._arm()
 
     @contextmanager
     def scope(self) -> Generator[anyio.CancelScope]:
@@ -370,13 +376,8 @@ class CancelToken(LiveObject):
         """
         self.raise_if_aborted()
         loop = asyncio.get_running_loop()
-        with anyio.CancelScope() as scope:
-            waker = _Waker(self, loop, scope.cancel)
-            try:
-                waker.arm()
-                yield scope
-            finally:
-                waker.remove()
+        with anyio.CancelScope() as scope, _Waker(self, loop, scope.cancel):
+            yield scope
         if scope.cancelled_caught:
             self.raise_if_aborted()
 

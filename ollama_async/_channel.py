@@ -8,6 +8,7 @@ handler.
 from __future__ import annotations
 
 import asyncio
+import time
 import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -390,24 +391,27 @@ class _Turns:
     def __init__(self) -> None:
         self._new: deque[Channel] = deque()
         self._waiting: deque[Channel] = deque()
-        self._scheduled = False
+        # When a round was scheduled that has not begun yet; 0 for none is.
+        self._scheduled_at = 0.0
 
     def add(self, channel: Channel) -> None:
         """Put in a channel, from any thread or signal handler."""
         self._new.append(channel)
         # A round takes this back before it looks at what is new. So whoever finds it set is seen by a round to come,
         # and of two who set it at once both are, by one round more than is needed.
-        if not self._scheduled:
+        now = time.monotonic()
+        # A loop loses a callback at whose first instruction Ctrl-C comes: a round that is long due does not count.
+        if not self._scheduled_at or now - self._scheduled_at > _LOST_SECONDS:
             try:
-                self._scheduled = True
+                self._scheduled_at = now
                 in_loop(channel.loop, self._round, channel.loop)
             except BaseException:
-                self._scheduled = False
+                self._scheduled_at = 0.0
                 raise
 
     def _round(self, loop: asyncio.AbstractEventLoop) -> None:
         try:
-            self._scheduled = False
+            self._scheduled_at = 0.0
             for _ in range(_A_ROUND):
                 queue = self._waiting or self._new
                 if not queue:
@@ -419,8 +423,8 @@ class _Turns:
                 self._waiting.append(self._new.popleft())
         finally:
             # Also when one of them could not be given back: the others are owed it.
-            if (self._waiting or self._new) and not self._scheduled:
-                self._scheduled = True
+            if (self._waiting or self._new) and not self._scheduled_at:
+                self._scheduled_at = time.monotonic()
                 loop.call_soon(self._round, loop)
 
     @staticmethod
@@ -433,6 +437,9 @@ class _Turns:
         # After the deed: if Ctrl-C interrupts it, the next round repeats it.
         queue.popleft()
 
+
+# After so long a round that has not begun is taken for lost; in a loop that is merely blocked, another one is harmless.
+_LOST_SECONDS = 1.0
 
 # How many channels are given back in one round of a loop: a few milliseconds' worth.
 _A_ROUND = 64

@@ -95,15 +95,26 @@ async def start_tls(
     if not isinstance(context, ssl.SSLContext):
         sock.close()
         raise httpx.ConnectError("TLS has no context: without one the connection would be in the clear")
-    plain, _ = await create(asyncio.Protocol, sock=sock)
+    plain = _Plain()
     try:
-        tls = await asyncio.get_running_loop().start_tls(plain, connection, context, server_hostname=name)
+        await create(lambda: plain, sock=sock)
+        tls = await asyncio.get_running_loop().start_tls(plain.transport, connection, context, server_hostname=name)
+        if tls is None or tls.is_closing():
+            raise ConnectionResetError("the connection was lost as soon as it was made")
+        connection.secured(plain.transport, tls)
     except BaseException:
-        plain.abort()
+        if plain.transport is not None:
+            plain.transport.abort()
         raise
-    if tls is None or tls.is_closing():
-        raise ConnectionResetError("the connection was lost as soon as it was made")
-    connection.secured(plain, tls)
+
+
+class _Plain(asyncio.Protocol):
+    """What a connection is until TLS has been agreed on; it knows its transport as soon as there is one."""
+
+    transport: Any = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
 
 
 async def open_tunnel(loop: asyncio.AbstractEventLoop, sock: GuardedSocket, origin: Origin, proxy: HttpProxy) -> None:
@@ -173,11 +184,11 @@ async def _connect_socket(
             await _connect_unix(sock, address)
         else:
             await loop.sock_connect(sock, address)
+        return sock  # noqa: TRY300  (Ctrl-C at this line leaves nothing either)
     except BaseException:
-        sockets.discard(sock)
         sock.close()
+        sockets.discard(sock)
         raise
-    return sock
 
 
 async def _connect_unix(sock: GuardedSocket, path: str) -> None:

@@ -131,9 +131,20 @@ def _dns_name(name: str) -> str:
         ascii_name = name if name.isascii() else name.encode("idna").decode("ascii")
     except UnicodeError as exc:
         raise HostError(f"the host {name!r} is no host name") from exc
+    if ascii_name != name and _is_address(ascii_name):
+        # Of letters that IDNA drops or changes: no name looks like this.
+        raise HostError(f"the host {name!r} is no host name")
     if not _HOST_NAME.fullmatch(ascii_name):
         raise HostError(f"the host {name!r} is no host name")
     return ascii_name.lower()
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _path(path: str) -> str:

@@ -248,7 +248,8 @@ class _Answer:
         self.extra = self.extra or self.done
 
     def on_status(self, reason: bytes) -> None:
-        self.reason += reason
+        if not self.done:
+            self.reason += reason
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self.size += len(name) + len(value) + 4
@@ -258,6 +259,11 @@ class _Answer:
             self.headers.append((name, value.strip(b" \t")))
 
     def on_headers_complete(self) -> None:
+        if self.done:
+            # Another answer behind this one, which only spoils the connection.
+            return
+        if self.bodies:
+            raise _Refused(_BODY_FIRST)
         status = self.parser.get_status_code()
         if status < 200:
             if status == 101:
@@ -306,6 +312,9 @@ class _Answer:
         finally:
             bodies = self.bodies
             if bodies:
+                if not self.status:
+                    # Of an interim answer, which has none: it would become a part of the answer's.
+                    raise httpx.RemoteProtocolError(_BODY_FIRST)
                 self.fed = 0
                 if self.done:
                     self._only_the_answers()
@@ -340,6 +349,7 @@ class _Refused(Exception):  # noqa: N818  (only for the way through the parser)
     """An answer that the parser would take, and we do not."""
 
 
+_BODY_FIRST = "the server's answer has a body before its head"
 _TOO_LARGE = f"the head of the server's answer is over {MAX_HEAD_BYTES:,} bytes"
 
 

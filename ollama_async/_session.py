@@ -327,28 +327,35 @@ class Session(LiveObject):
     async def _send(self, request: Request, call: CallOptions) -> tuple[bytes, Exchange]:
         check_call(call)
         exchange: Exchange | None = None
+        error: ResponseError | None = None
         try:
             exchange = self._start(request, call, call.get("token"), streaming=False)
-            while True:
-                try:
-                    with suppress(Ended):
-                        await exchange.open()
-                        await exchange.raise_for_status()
-                        return exchange.no_error(await exchange.read()), exchange
-                except ResponseError as exc:
-                    successor = exchange.successor(exc)
-                    if successor is None:
-                        raise
-                else:
-                    successor = exchange.successor()
-                    if successor is None:
-                        raise exchange.error()
-                exchange = successor
+            answer, error = await self._attempt(exchange)
+            while answer is None:
+                # In one statement, so that Ctrl-C finds either one or the other.
+                failed, exchange = exchange, exchange.successor(error)
+                if exchange is None:
+                    raise error or failed.error()
+                answer, error = await self._attempt(exchange)
+            return answer, exchange  # noqa: TRY300
         except BaseException as exc:
+            # Raised, it holds this frame.
+            error = None
             # Also after Ctrl-C at any line, nothing is left open.
             if exchange is not None and not isinstance(exc, Exception):
                 exchange.teardown(End("cancelled", exc))
             raise
+
+    async def _attempt(self, exchange: Exchange) -> tuple[bytes | None, ResponseError | None]:
+        """Return the answer; ``None`` if there is none, with what the server said if it said something."""
+        try:
+            await exchange.open()
+            await exchange.raise_for_status()
+            return exchange.no_error(await exchange.read()), None
+        except Ended:
+            return None, None
+        except ResponseError as exc:
+            return None, exc
 
     def _current(self) -> CancelToken:
         for token in self._calls:

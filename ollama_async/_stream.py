@@ -408,10 +408,11 @@ class Stream(LiveObject, Generic[ChunkT]):
         if self._merge.completed > self._completed:
             self._completed = self._merge.completed
             failed.got_on()
-        successor = failed.successor()
-        if successor is None:
+        # In one statement, so that Ctrl-C finds either one or the other.
+        self._exchange = failed.successor() or failed
+        successor = self._exchange
+        if successor is failed:
             return None
-        self._exchange = successor
         self._opened = self._body_read = self._absorbed = False
         self._origin = None
         self._lines = []
@@ -437,7 +438,16 @@ class Stream(LiveObject, Generic[ChunkT]):
             while True:
                 try:
                     while not self._lines and not self._body_read:
-                        if not self._take_block(exchange):
+                        try:
+                            self._taking = True
+                            if self._splitter.too_long:
+                                self._too_long(exchange)
+                            block = exchange.at_hand()
+                            if block is not None:
+                                self._feed(exchange, block)
+                        finally:
+                            self._taking = False
+                        if block is None:
                             await exchange.pause()
                 except Ended:
                     pass
@@ -454,19 +464,6 @@ class Stream(LiveObject, Generic[ChunkT]):
             await exchange.drain()
         elif self._strict:
             raise self._truncation()
-
-    def _take_block(self, exchange: Exchange) -> bool:
-        """Make lines of what has arrived; return whether anything has."""
-        try:
-            self._taking = True
-            if self._splitter.too_long:
-                self._too_long(exchange)
-            block = exchange.at_hand()
-            if block is not None:
-                self._feed(exchange, block)
-            return block is not None
-        finally:
-            self._taking = False
 
     def _too_long(self, exchange: Exchange) -> None:
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import httpx
@@ -18,7 +19,7 @@ from ._channel import HIGH_WATER, Channel, End, Ended, cancel_once, settled
 from ._dial import Sockets, explain_error, explain_tls_error, open_socket, open_tunnel, start_tls
 from ._errors import RequestError
 from ._guard import LEADS_ON, limited
-from ._http import Connection, Origin, PlainConnection, TlsConnection
+from ._http import Connection, GuardedSocket, Origin, PlainConnection, TlsConnection
 from ._proxy import http_proxy
 from ._secret import Secret
 from ._tls import TlsOptions
@@ -86,19 +87,32 @@ class _Pool:
         if self._timer is None:
             self._timer = self.loop.call_later(self._expiry, self._sweep, context=self.context)
 
-    def take(self, origin: Origin) -> Connection | None:
-        """Return the connection that was used last, of those that are still good."""
+    def find(self, origin: Origin) -> Connection | None:
+        """Return the connection that was used last, of those that are still good.
+
+        It stays idle until it is ``taken()``: Ctrl-C in between leaves it where it was.
+        """
         idle = self._idle.get(origin, [])
         oldest = self.loop.time() - self._expiry
         while idle:
             connection = idle[-1]
-            usable = connection.idle_since >= oldest and connection.usable()
-            # Not before: Ctrl-C in between would leave it open, in nobody's hands.
-            idle.pop()
-            if usable:
+            if connection.idle_since >= oldest and connection.usable():
                 return connection
             connection.close()
+            idle.pop()
         return None
+
+    def taken(self, connection: Connection) -> None:
+        """Note that a connection that was found idle serves a request."""
+        idle = self._idle[connection.origin]
+        # Unless it was lost as soon as it was asked.
+        if idle and idle[-1] is connection:
+            idle.pop()
+
+    def dialled(self, channel: Channel, _: asyncio.Task[Connection]) -> None:
+        """A connection has been made, or not."""
+        self.dialling.pop(channel, None)
+        channel.wake()
 
     def _sweep(self) -> None:
         self._timer = None
@@ -314,8 +328,8 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
             dial = self._dial(pool, origin, sockets, timeout)
             # The task, and all that it makes, gets a copy of the pool's context in place of the caller's.
             task = pool.context.run(channel.loop.create_task, dial)
-            task.add_done_callback(lambda _: channel.wake())
             dialling = pool.dialling[channel] = _Dialling(sockets, task)
+            task.add_done_callback(partial(pool.dialled, channel))
             channel.attach(dialling)
             while not task.done():
                 await channel.pause()
@@ -327,6 +341,7 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
                 cancel_once(task)
             raise
         finally:
+            # As dialled() does, if Ctrl-C came there.
             pool.dialling.pop(channel, None)
             if task is not None:
                 await settled(task)
@@ -355,9 +370,10 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
         secure = origin.scheme != "http"
         context = await self._context(loop) if secure else None
         proxy = self.proxy
-        sock = await open_socket(loop, proxy.origin if proxy else origin, self._uds, sockets)
+        sock: GuardedSocket | None = None
         connection: Connection | None = None
         try:
+            sock = await open_socket(loop, proxy.origin if proxy else origin, self._uds, sockets)
             if proxy and secure:
                 await open_tunnel(loop, sock, origin, proxy)
             create = loop.create_connection if self._uds is None else loop.create_unix_connection
@@ -370,10 +386,10 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
             pool.add(connection)
             return connection  # noqa: TRY300  (Ctrl-C at this line leaves nothing either)
         except BaseException:
-            if connection is None:
-                sock.close()
-            else:
+            if connection is not None:
                 connection.close()
+            elif sock is not None:
+                sock.close()
             raise
 
     async def _context(self, loop: asyncio.AbstractEventLoop) -> ssl.SSLContext:
@@ -398,10 +414,14 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
         Raises:
             httpx.TransportError: The connection was lost in this moment.
         """
-        connection = None if outgoing.blocks else self._pool(channel.loop).take(outgoing.origin)
+        if outgoing.blocks:
+            return False
+        pool = self._pool(channel.loop)
+        connection = pool.find(outgoing.origin)
         if connection is None:
             return False
         _begin(connection, channel, outgoing)
+        pool.taken(connection)
         return True
 
     async def send(self, channel: Channel, outgoing: Outgoing, connect_timeout: float | None) -> None:
@@ -420,8 +440,11 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
         """
         channel.check()
         pool, origin = self._pool(channel.loop), outgoing.origin
-        connection = pool.take(origin) or await self._new_connection(pool, channel, origin, connect_timeout)
+        found = pool.find(origin)
+        connection = found or await self._new_connection(pool, channel, origin, connect_timeout)
         _begin(connection, channel, outgoing)
+        if found is not None:
+            pool.taken(found)
         blocks = outgoing.blocks
         if blocks is None:
             return

@@ -42,6 +42,8 @@ class Excuse(NamedTuple):
     # Whether only where no handler really comes.
     unreal: bool
     why: str
+    # The functions in which; anywhere if none is named.
+    functions: tuple[str, ...] = ()
 
 
 EXCUSED = (
@@ -53,6 +55,56 @@ EXCUSED = (
     ),
     Excuse(
         "timer Timeout._on_timeout", STOPS, True, "an `async with` is not yet in its block when it has been entered"
+    ),
+    Excuse(
+        "",
+        STOPS,
+        False,
+        "asyncio calls it once: what comes at its first instruction, it never does; client.close() does the rest",
+        ("Connection.connection_made", "Connection.connection_lost", "_Pool.lost"),
+    ),
+    Excuse("", STOPS, False, "a lost round is made up for by a later one, after a second", ("_Turns._round",)),
+    Excuse(
+        "", STOPS, False, "at its first instruction an `__exit__` has not caught anything yet", ("_Waker.__exit__",)
+    ),
+    Excuse("", STOPS, False, "Python drops what comes at the first instruction of a __del__", ("Stream.__del__",)),
+    Excuse(
+        "ResourceWarning: unclosed",
+        STOPS,
+        False,
+        "it is closed by being dropped, and says so",
+        (
+            "GuardedSocket.__init__",
+            "GuardedSocket.close",
+            "_connect_socket",
+            "_Errand.sever",
+            "RegularFile.close",
+            "RegularFile.__exit__",
+            "RegularFile._close_if_free",
+            "FileTransfer.create_blob",
+        ),
+    ),
+    Excuse("descriptors", STOPS, False, "a number that nobody has got yet cannot be closed", ("_Errand.sever",)),
+    Excuse(
+        "registrations",
+        STOPS,
+        False,
+        "the traceback holds the stream, whose answer has come as a whole: it is open until that is dropped",
+        ("Stream.__anext__", "Stream._ready"),
+    ),
+    Excuse(
+        "",
+        STOPS,
+        True,
+        "the first line of a `finally` is the last resort",
+        ("CancelToken.scope", "Job.limit", "Registration._fire"),
+    ),
+    Excuse(
+        "",
+        STOPS,
+        True,
+        "Python lets no handler of a `try` cover the line of a `try` or `while` in it",
+        ("Stream._fill",),
     ),
 )
 
@@ -432,9 +484,11 @@ class Run:
             if not details:
                 return
             what = f"{what}: {', '.join(details)}"
-        for text, kinds, unreal, _ in EXCUSED:
+        for text, kinds, unreal, _, functions in EXCUSED:
             somewhere = self.place is not None and not (unreal and self.place.real)
-            alone = details is None or len(details) == 1
+            if functions:
+                somewhere = self.place is not None and self.place.code.co_qualname in functions and somewhere
+            alone = bool(functions) or details is None or len(details) == 1
             if somewhere and alone and self.kind in kinds and text.format(kind=self.kind) in what:
                 return
         self.found.append(what)
