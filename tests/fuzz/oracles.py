@@ -83,8 +83,9 @@ def _answer_makes_sense(answer: targets.Answer, sent: bytes) -> None:
     assert answer.complete or not answer.kept
     assert len(answer.body) <= len(sent)
     if answer.head is None:
-        assert not (answer.body or answer.complete)
-    if answer.head is not None:
+        assert not answer.body
+        assert not answer.complete
+    else:
         status, reason, headers, version = answer.head
         assert 200 <= status <= 999
         assert version in (b"HTTP/0.9", b"HTTP/1.0", b"HTTP/1.1", b"HTTP/2.0"), version
@@ -185,15 +186,18 @@ def batches(data: bytes) -> None:
     assert len(together) <= len(lines)
     for line, chunk in zip(lines, together, strict=False):
         alone = targets.make_alone(merge, line)
-        assert chunk == alone
-        assert repr(chunk) == repr(alone)
-        assert chunk.model_fields_set == alone.model_fields_set
+        assert _content(chunk) == _content(alone)
         assert b'"error"' not in line
     for line in lines[len(together) :]:
         try:
             targets.make_alone(merge, line)
         except ValidationError:
             continue
+
+
+def _content(chunk: Any) -> tuple[str, set[str]]:
+    # As text: what is not a number is not even itself.
+    return repr(chunk.model_dump()), chunk.model_fields_set
 
 
 # Small enough for the lines of a corpus to get over it.
@@ -210,21 +214,22 @@ async def _stream(body: bytes) -> None:
     ways = list(cuts(body))
     for pieces in [[body], ways[0], ways[len(ways) // 2], ways[-1]]:
         chunks, outcome = await targets.read_stream(pieces, STREAM_LIMIT)
-        assert (chunks, outcome) == expected, f"another stream when cut into {pieces}"
+        assert ([*map(_content, chunks)], outcome) == expected, f"another stream when cut into {pieces}"
 
 
 def _chunks(body: bytes) -> tuple[list[Any], str]:
     """Read a body as simply as can be."""
-    chunks: list[Any] = []
+    chunks: list[tuple[str, set[str]]] = []
     lines, too_long = _lines(body, STREAM_LIMIT)
     for line in lines:
         if _is_error(line):
             return chunks, "StreamError"
         try:
-            chunks.append(targets.make_alone(targets.MODELS[0], line))
+            chunk = targets.make_alone(targets.MODELS[0], line)
         except ValidationError:
             return chunks, "ProtocolError"
-        if chunks[-1].done:
+        chunks.append(_content(chunk))
+        if chunk.done:
             return chunks, "done"
     return chunks, "ProtocolError" if too_long else "truncated"
 
@@ -315,10 +320,14 @@ def _only(kind: type[Exception], function: Callable[[str], Any], given: str) -> 
     try:
         return function(given)
     except kind as exc:
-        assert str(exc)
-        assert SECRET not in "".join(_shown(exc)), "the secret is shown"
-        assert type(exc) is kind
+        _is_no_leak(exc, kind)
         return None
+
+
+def _is_no_leak(error: Exception, kind: type[Exception]) -> None:
+    assert type(error) is kind
+    assert str(error)
+    assert SECRET not in "".join(_shown(error)), "the secret is shown"
 
 
 def _shown(error: BaseException | None) -> Iterator[str]:
@@ -342,8 +351,7 @@ def tools(data: bytes) -> None:
         return
     try:
         schema = targets.tool_schema(function)
-    except targets.RequestError as exc:
-        assert str(exc)
+    except targets.RequestError:
         return
     assert targets.tool_schema(function) == schema
     assert targets.encode_tools([function]) == [schema]

@@ -1,4 +1,4 @@
-"""Search for inputs that break a target: ``python -m fuzz.search [--seconds N] [target ...]``, with ``tests`` on the path.
+"""Search for inputs that break a target: ``python -m fuzz.search [--seconds N] [target ...]``.
 
 Each target is searched for N seconds by hypothesis, which changes cases in ways that make sense. Where atheris can be
 imported it gets half of that time, and looks for inputs that reach new lines of the package. What breaks a target is

@@ -133,7 +133,7 @@ class _Pieces(httpx.AsyncBaseTransport):
 
 
 async def read_stream(pieces: Iterable[bytes], limit: int) -> tuple[list[Any], str]:
-    """Return the chunks of a chat whose body comes in pieces, and how it ended: its outcome, or the kind of its error."""
+    """Return the chunks of a chat whose body comes in pieces, and its outcome or the kind of its error."""
     chunks: list[Any] = []
     async with AsyncClient("http://h", transport=_Pieces(pieces), max_line_bytes=limit) as client:
         stream = client.chat("m", "hi", stream=True)
@@ -141,7 +141,6 @@ async def read_stream(pieces: Iterable[bytes], limit: int) -> tuple[list[Any], s
             async for chunk in stream:
                 chunks.append(chunk)
         except (ProtocolError, StreamError) as exc:
-            assert str(exc)
             return chunks, type(exc).__name__
         return chunks, str(stream.outcome)
 
@@ -170,7 +169,11 @@ _TLS = TlsOptions(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), Secret(None), trust_e
 
 
 def read_proxy(given: str) -> tuple[Origin, bytes] | None:
-    """Return where a proxy is and the header lines for it, ``None`` for one that httpx speaks to; raises ``RequestError``."""
+    """Return where a proxy is and the header lines for it, ``None`` for one that httpx speaks to.
+
+    Raises:
+        RequestError: It is not a proxy.
+    """
     proxy: HttpProxy | None = http_proxy(given)
     if proxy is None:
         ProxyTransport(given, tls=_TLS)
@@ -190,7 +193,7 @@ class _Arriving:
 
 
 def open_tunnel(pieces: Iterable[bytes]) -> tuple[bytes, bytes] | None:
-    """Return the status that a proxy answers to CONNECT, and the beginning of what follows; ``None`` if it is refused."""
+    """Return the status that a proxy answers to CONNECT, and what follows so far; ``None`` if that is not HTTP."""
     reading = _answer_to_connect(_Arriving(pieces), None)  # type: ignore[arg-type]
     try:
         reading.send(None)

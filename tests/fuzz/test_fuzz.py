@@ -1,4 +1,4 @@
-"""Each fuzz target with its cases, with the inputs that were found, and with a few hundred others; the search is another."""
+"""Each fuzz target with its cases, with the inputs that were found, and with some others; ``search.py`` tries more."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fuzz.strategies import CORPUS, inputs, stored
 from hypothesis import given
 from hypothesis import strategies as st
 
-# What is wrong with the package, by the target that finds it. Whoever mends it takes the entry out, and calls the inputs
-# of the corpus that begin with "fault-" something else.
+# What is wrong with the package, by the target that finds it. Whoever mends it takes the entry out, and "fault-" off
+# the names of its inputs in the corpus.
 NOT_MENDED = {
-    "http_response": "of answers in one read, the status of the last and the bodies of the first are taken for the answer's",
+    "http_response": "other answers in the same read change its status, and the body of one before it becomes its body",
     "http_limits": "a status line over the limit passes if it comes in one read",
     "tools": "references that lead nowhere, and errors that are not RequestError",
     "host": "a name that IDNA makes 0.0.0.0 of is not dialled as loopback",

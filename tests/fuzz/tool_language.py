@@ -1,8 +1,8 @@
 """Functions as text, so that any bytes are one: what the fuzzing of tools is fed.
 
 The first line is the function's name. Then a line for each parameter: its name (``*name`` and ``**name`` as in Python,
-``/name`` by position only, ``!name`` by keyword only), its type in postfix notation, and perhaps ``=`` and a default. An empty
-line ends them, the rest is the docstring. Words that mean nothing are left out::
+``/name`` by position only, ``!name`` by keyword only), its type in postfix notation, and perhaps ``=`` and a default.
+An empty line ends them, the rest is the docstring. Words that mean nothing are left out::
 
     weather
     city str
@@ -13,7 +13,7 @@ line ends them, the rest is the docstring. Words that mean nothing are left out:
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import decimal
 import enum
 import inspect
@@ -132,7 +132,7 @@ TYPES: dict[str, Any] = {
     "size": Size,
     "pair": Pair,
     "row": Row,
-    "date": datetime.date,
+    "date": dt.date,
     "decimal": decimal.Decimal,
     "uuid": uuid.UUID,
     "nothing": inspect.Signature,
@@ -245,7 +245,7 @@ def _read_hint(words: list[str]) -> Any:
                 second = stack.pop()
                 stack.append(TWO[word](stack.pop(), second))
             elif word == "literal":
-                stack.append(Literal["a", 1, None, Color.RED])
+                stack.append(Literal["a", 1, Color.RED])
         except (TypeError, SyntaxError):
             # Not even Python takes it for a type.
             continue
