@@ -30,15 +30,18 @@ def main() -> int:
     parser.add_argument("targets", nargs="*", choices=[[], *ORACLES], help="default: all")
     options = parser.parse_args()
     has_atheris = importlib.util.find_spec("atheris") is not None
-    print(
-        f"{options.seconds:g} seconds a target, by hypothesis{' and atheris' if has_atheris else '; no atheris here'}"
-    )
+    means = "hypothesis and atheris" if has_atheris else "hypothesis; atheris is not installed"
+    print(f"{options.seconds:g} seconds a target, by {means}", flush=True)
     broken = 0
     for target in options.targets or ORACLES:
         seconds = options.seconds / 2 if has_atheris else options.seconds
         found = by_hypothesis(target, seconds)
-        if found is None and has_atheris:
-            found = by_atheris(target, seconds)
+        try:
+            if found is None and has_atheris:
+                found = by_atheris(target, seconds)
+        except subprocess.CalledProcessError:
+            # The other targets are searched all the same.
+            broken += 1
         if found is not None:
             broken += 1
             keep(target, smaller(target, found))
@@ -48,9 +51,7 @@ def main() -> int:
 def by_hypothesis(target: str, seconds: float) -> bytes | None:
     end, tried, found = time.monotonic() + seconds, 0, b""
 
-    @settings(
-        max_examples=200, deadline=None, database=None, derandomize=False, suppress_health_check=list(HealthCheck)
-    )
+    @settings(max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(inputs(target))
     def attempt(data: bytes) -> None:
         nonlocal tried, found
@@ -87,7 +88,8 @@ def by_atheris(target: str, seconds: float) -> bytes | None:
         ran = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         broken = [path.read_bytes() for path in artifacts.iterdir()]
         if ran.returncode and not broken:
-            raise SystemExit(f"atheris failed:\n{ran.stderr[-3000:]}")
+            print(f"{target}: atheris failed with {ran.returncode}:\n{ran.stderr[-3000:]}", flush=True)
+            raise subprocess.CalledProcessError(ran.returncode, command)
         new = len([*corpus.iterdir()]) - began_with
     print(f"{target}: atheris kept {new} new inputs{' and broke it' if broken else ''}", flush=True)
     return broken[0] if broken else None
