@@ -35,9 +35,15 @@ def _answers() -> Iterator[bytes]:
             yield bytes([flags]) + sent
 
 
+def _blanks() -> Iterator[bytes]:
+    for blank in (b" ", b"\t", b" \t "):
+        yield b"\0" + test_hostile.OK + b"X-A:" + blank + b"a b" + blank + b"\r\nContent-Length: 0\r\n\r\n"
+
+
 def _limits() -> Iterator[bytes]:
     """Answers with something long at each of their edges."""
-    for answer in test_hostile.ANSWERS[1:3]:
+    several = test_hostile.OK + b"X-A: a\r\nX-B: b\r\nContent-Length: 2\r\n\r\nhi"
+    for answer in (*test_hostile.ANSWERS[1:3], several):
         for at in range(len(answer)):
             for filler in (b"\xff\xff", b"\xff\xff\xff"):
                 yield b"\x00" + answer[:at] + filler + answer[at:]
@@ -55,6 +61,9 @@ def _bodies() -> Iterator[bytes]:
 def _lines() -> Iterator[bytes]:
     whole = test_batches.PIECES[0]
     for lines in [*test_batches.HOSTILE.values(), [whole] * 3, [whole, b" " + whole, whole + b"\r"]]:
+        yield b"\n".join(lines)
+    done = whole.replace(b'"done":false', b'"done":true')
+    for lines in [[whole + b"," + whole, whole], [whole, whole, done, whole], [whole, done, b"nonsense"]]:
         yield b"\n".join(lines)
     for piece in test_batches.PIECES:
         yield b"\n".join([whole, piece, whole])
@@ -113,7 +122,7 @@ def _functions() -> Iterator[bytes]:
 
 
 CASES: dict[str, list[bytes]] = {
-    "http_response": [*_answers()],
+    "http_response": [*_answers(), *_blanks()],
     "http_limits": [*_limits()],
     "ndjson": [*_bodies()],
     "batches": [bytes([model]) + lines for lines in _lines() for model in (0, 1)],

@@ -51,7 +51,9 @@ def main() -> int:
 def by_hypothesis(target: str, seconds: float) -> bytes | None:
     end, tried, found = time.monotonic() + seconds, 0, b""
 
-    @settings(max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=200, deadline=None, database=None, derandomize=False, suppress_health_check=list(HealthCheck)
+    )
     @given(inputs(target))
     def attempt(data: bytes) -> None:
         nonlocal tried, found
