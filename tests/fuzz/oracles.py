@@ -427,7 +427,16 @@ def legacy_tools(data: bytes) -> None:
             # As with ollama-python, pydantic warns of a parameter that is called as one of its methods.
             warnings.simplefilter("ignore", UserWarning)
             [schema] = targets.encode_tools([function], legacy=True)
-    except (targets.RequestError, PydanticUserError, TypeError, ValueError, NameError, SyntaxError, SchemaError):
+    except (
+        targets.RequestError,
+        PydanticUserError,
+        TypeError,
+        ValueError,
+        NameError,
+        SyntaxError,
+        SchemaError,
+        RuntimeError,
+    ):
         # As with ollama-python, what Python and pydantic say of the annotations is raised as it is.
         return
     json.dumps(schema, allow_nan=False)

@@ -44,7 +44,8 @@ def test_an_input_that_was_found(target: str, path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("target", "path"),
-    [marked(target, path, name=f"{target}-{path.name}", strict=True) for target, path in FAULTS],
+    # Which of the types show something depends on the version of pydantic.
+    [marked(target, path, name=f"{target}-{path.name}", strict=target != "tools") for target, path in FAULTS],
 )
 def test_an_input_that_shows_a_fault(target: str, path: Path) -> None:
     ORACLES[target](path.read_bytes())
