@@ -54,13 +54,31 @@ class Point(BaseModel):
 
 
 class Node(BaseModel):
-    """One of two classes with this name."""
+    """One of three classes with this name."""
 
     value: int
     children: list[Node] = []
 
 
-OtherNode = create_model("Node", __doc__="The other one.", word=(str, ...), inner=(Node | None, None))
+class Other:
+    class Node(BaseModel):
+        """The other one."""
+
+        word: str
+        below: list[Other.Node] = []
+
+
+Other.Node.model_rebuild()
+OtherNode = create_model("Node", __doc__="The third.", word=(str, ...), inner=(Node | None, None))
+
+
+class Incomparable:
+    """As an array of numpy is."""
+
+    __hash__ = None
+
+    def __eq__(self, other: object) -> bool:
+        raise ValueError("it is neither equal nor not")
 
 
 class Mixed(BaseModel):
@@ -125,6 +143,7 @@ TYPES: dict[str, Any] = {
     "point": Point,
     "node": Node,
     "othernode": OtherNode,
+    "othertree": Other.Node,
     "mixed": Mixed,
     "even": Even,
     "cat": Cat,
@@ -175,6 +194,7 @@ DEFAULTS: dict[str, Any] = {
     "function": len,
     "ellipsis": ...,
     "surrogate": "\ud800",
+    "incomparable": Incomparable(),
 }
 WORDS = [*TYPES, *ONE, *TWO, "literal", "="]
 
