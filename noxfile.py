@@ -170,6 +170,17 @@ def soak(session: nox.Session) -> None:
     run_tests(session, "-s", "tests/test_soak.py", *session.posargs)
 
 
+@nox.session(python=OLDEST)
+def fuzz(session: nox.Session) -> None:
+    """Search for inputs that break what reads bytes, 10 seconds a target; `-- --seconds 600 [target ...]` is longer."""
+    session.install(f".[{EXTRAS}]", *group("tests"))
+    # There are wheels for some machines only. Where it is missing hypothesis searches alone.
+    session.run("python", "-m", "pip", "install", "--only-binary=atheris", "atheris>=3", success_codes=[0, 1])
+    # What breaks a target is put into the corpus in this folder.
+    env = {"PYTHONPATH": "tests", "PYTHONSAFEPATH": "1"}
+    session.run("python", "-m", "fuzz.search", *session.posargs, env=env)
+
+
 @nox.session(name="server-leak", python=OLDEST)
 def server_leak(session: nox.Session) -> None:
     """How soon a real server with one slot hangs when answers are left early, by several clients; a few minutes."""

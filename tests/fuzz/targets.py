@@ -1,0 +1,215 @@
+"""What is fuzzed, and all that the fuzzing knows of the package's inside: each function takes plain values and no loop.
+
+The oracles are in ``oracles.py``. Whoever renames something in the package adapts it here.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import AsyncIterator, Iterable
+from typing import Any, NamedTuple
+
+import httpx
+
+from ollama_async import AsyncClient, HostError, ProtocolError, RequestError, StreamError
+from ollama_async._dial import _answer_to_connect
+from ollama_async._host import Host, env_proxy, parse_host
+from ollama_async._http import MAX_HEAD_BYTES, HttpProxy, Origin, _Answer, encode_head, encode_headers
+from ollama_async._merge import ChatMerge, GenerateMerge, Merge, validators
+from ollama_async._ndjson import MAX_LINE_BYTES, LineSplitter
+from ollama_async._proxy import ProxyTransport, http_proxy
+from ollama_async._secret import Secret
+from ollama_async._stream import _parse_together
+from ollama_async._tls import TlsOptions
+from ollama_async._tools import convert_function_to_tool, encode_tools, tool_schema
+
+__all__ = [
+    "MAX_HEAD_BYTES",
+    "MAX_LINE_BYTES",
+    "MODELS",
+    "HostError",
+    "RequestError",
+    "convert_function_to_tool",
+    "encode_tools",
+    "is_of_the_package",
+    "make_alone",
+    "make_together",
+    "open_tunnel",
+    "parse_answer",
+    "parse_host",
+    "proxy_of_environment",
+    "read_proxy",
+    "read_stream",
+    "request_head",
+    "split_lines",
+    "tool_schema",
+]
+
+
+class Answer(NamedTuple):
+    """What a parser has made of the bytes of an answer.
+
+    Attributes:
+        head: Status, reason, headers and version; ``None`` before the end of the head.
+        body: What has come of the body.
+        complete: Whether the answer has come to its end.
+        kept: Whether the connection may take another request.
+        error: What was wrong with the answer.
+    """
+
+    head: tuple[int, bytes, tuple[tuple[bytes, bytes], ...], bytes] | None
+    body: bytes
+    complete: bool
+    kept: bool
+    error: str | None
+
+
+class _Sink:
+    """Stands for the channel of an answer."""
+
+    def __init__(self) -> None:
+        self.heads: list[tuple[int, bytes, tuple[tuple[bytes, bytes], ...], bytes]] = []
+        self.body: list[bytes] = []
+
+    def take_head(self, status: int, reason: bytes, headers: Iterable[tuple[bytes, bytes]], version: bytes) -> None:
+        self.heads.append((status, reason, tuple(headers), version))
+
+    def push(self, block: bytes) -> bool:
+        assert block, "an empty block would be taken for the end"
+        self.body.append(block)
+        return True
+
+
+def parse_answer(method: str, pieces: Iterable[bytes], *, closed: bool) -> Answer:
+    """Feed an answer in pieces; ``closed``: the server closes the connection after them."""
+    sink = _Sink()
+    answer = _Answer(sink, method)  # type: ignore[arg-type]
+    error = None
+    try:
+        for piece in pieces:
+            if answer.done:
+                # As a connection that nobody uses: it is closed.
+                answer.extra = True
+                break
+            answer.feed(memoryview(piece))
+    except httpx.RemoteProtocolError as exc:
+        error = str(exc)
+    complete = answer.done or (closed and error is None and answer.until_close())
+    if closed and not complete and error is None:
+        error = "the server closed the connection"
+    kept = answer.done and answer.keep_alive and not answer.extra
+    # The parser holds bound methods of the answer, which holds the parser.
+    answer.parser = None
+    assert len(sink.heads) <= 1, "two heads"
+    return Answer(sink.heads[0] if sink.heads else None, b"".join(sink.body), complete, kept, error)
+
+
+def split_lines(pieces: Iterable[bytes], limit: int) -> tuple[list[bytes], bool]:
+    """Return the lines of a body that comes in pieces, and whether it was refused for a line over the limit."""
+    splitter = LineSplitter(limit)
+    lines: list[bytes] = []
+    try:
+        for piece in pieces:
+            lines += splitter.feed(piece)
+        splitter.check()
+    except ProtocolError:
+        return lines, True
+    rest = splitter.flush()
+    return [*lines, rest] if rest else lines, False
+
+
+class _Pieces(httpx.AsyncBaseTransport):
+    """A transport whose answers are a body in pieces."""
+
+    def __init__(self, pieces: Iterable[bytes]) -> None:
+        self._pieces = pieces
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, content=self._blocks())
+
+    async def _blocks(self) -> AsyncIterator[bytes]:
+        for piece in self._pieces:
+            yield piece
+
+
+async def read_stream(pieces: Iterable[bytes], limit: int) -> tuple[list[Any], str]:
+    """Return the chunks of a chat whose body comes in pieces, and its outcome or the kind of its error."""
+    chunks: list[Any] = []
+    async with AsyncClient("http://h", transport=_Pieces(pieces), max_line_bytes=limit) as client:
+        stream = client.chat("m", "hi", stream=True)
+        try:
+            async for chunk in stream:
+                chunks.append(chunk)
+        except (ProtocolError, StreamError) as exc:
+            return chunks, type(exc).__name__
+        return chunks, str(stream.outcome)
+
+
+MODELS: tuple[Merge[Any], ...] = (ChatMerge(), GenerateMerge())
+
+
+def make_together(merge: Merge[Any], lines: list[bytes]) -> list[Any]:
+    """Make chunks of the first of some lines, of as many as can be taken together."""
+    return _parse_together(merge, lines)
+
+
+def make_alone(merge: Merge[Any], line: bytes) -> Any:
+    """Make a chunk of one line; raises ``ValueError``."""
+    return validators(merge.model).one(line)
+
+
+def request_head(host: Host) -> bytes:
+    """Write the head of a request to a host."""
+    request = httpx.Request("POST", f"{host.url}/api/chat")
+    Origin.of(request.url)
+    return encode_head(request)
+
+
+_TLS = TlsOptions(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), Secret(None), trust_env=False)
+
+
+def read_proxy(given: str) -> tuple[Origin, bytes] | None:
+    """Return where a proxy is and the header lines for it, ``None`` for one that httpx speaks to.
+
+    Raises:
+        RequestError: It is not a proxy.
+    """
+    proxy: HttpProxy | None = http_proxy(given)
+    if proxy is None:
+        ProxyTransport(given, tls=_TLS)
+        return None
+    assert repr(proxy) == f"<HttpProxy {proxy.origin}>"
+    return proxy.origin, encode_headers(Secret(list(proxy.headers)))
+
+
+class _Arriving:
+    """Stands for the event loop, and the socket, from which the answer of a proxy is read."""
+
+    def __init__(self, pieces: Iterable[bytes]) -> None:
+        self._pieces = iter(pieces)
+
+    async def sock_recv(self, sock: object, count: int) -> bytes:
+        return next(self._pieces, b"")
+
+
+def open_tunnel(pieces: Iterable[bytes]) -> tuple[bytes, bytes] | None:
+    """Return the status that a proxy answers to CONNECT, and what follows so far; ``None`` if that is not HTTP."""
+    reading = _answer_to_connect(_Arriving(pieces), None)  # type: ignore[arg-type]
+    try:
+        reading.send(None)
+    except StopIteration as exc:
+        status, rest = exc.value
+        return status[1], rest
+    except httpx.ProxyError:
+        return None
+    raise AssertionError("it waits for something else than the proxy")
+
+
+def proxy_of_environment(host: Host) -> str | None:
+    """Return the proxy that the environment names for a host."""
+    return env_proxy(host)
+
+
+def is_of_the_package(path: str) -> bool:
+    """Whether a file is one of the package's."""
+    return "/ollama_async/" in path
