@@ -250,13 +250,17 @@ class _Answer:
     def on_status(self, reason: bytes) -> None:
         if not self.done:
             self.reason += reason
+            self._count(len(reason))
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self.size += len(name) + len(value) + 4
-        if self.size > MAX_HEAD_BYTES:
-            raise _Refused(_TOO_LARGE)
+        self._count(len(name) + len(value) + 4)
         if not self.status:
             self.headers.append((name, value.strip(b" \t")))
+
+    def _count(self, size: int) -> None:
+        self.size += size
+        if self.size > MAX_HEAD_BYTES:
+            raise _Refused(_TOO_LARGE)
 
     def on_headers_complete(self) -> None:
         if self.done:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from _pytest.mark import ParameterSet
 from fuzz.targets import MAX_LINE_BYTES, parse_answer, split_lines
 from test_hostile import POISON
 from test_ndjson import BODIES
@@ -13,15 +12,9 @@ from test_transport import ANSWERS, BROKEN, CUT
 
 # Those that do not end with the connection.
 WITH_AN_END = [name for name, case in ANSWERS.items() if not case[2]]
+
+
 # What is wrong with the parser; whoever mends it takes this out.
-NOT_MENDED = "a second answer that comes in the same read gives its status and reason to the first one"
-
-
-def marked(name: str) -> ParameterSet:
-    faulty = ANSWERS[name][6] and ANSWERS[name][0] != "HEAD"
-    return pytest.param(name, id=name, marks=[pytest.mark.xfail(strict=True, reason=NOT_MENDED)] if faulty else [])
-
-
 def every_cut(data: bytes) -> Iterator[list[bytes]]:
     """Whole, byte by byte, and in two at every place."""
     yield [data]
@@ -50,7 +43,7 @@ def test_what_follows_an_answer_is_no_part_of_it(name: str, more: bytes) -> None
 
 
 @pytest.mark.parametrize("second", [POISON, b"HTTP/1.1 500 No\r\nX-A: 1\r\n\r\n"], ids=["answer", "error"])
-@pytest.mark.parametrize("name", [marked(name) for name in WITH_AN_END])
+@pytest.mark.parametrize("name", WITH_AN_END)
 def test_a_second_answer_is_no_part_of_the_first(name: str, second: bytes) -> None:
     followed(name, second)
 
