@@ -446,6 +446,48 @@ async def test_a_body_that_others_read_has_a_limit(
     assert len(fake_ollama.requests) == 1
 
 
+# 64 MiB of nothing, packed once and twice.
+BOMB = gzip.compress(bytes(64 * 1024 * 1024))
+BOMBS = {"gzip": BOMB, "gzip, gzip": gzip.compress(BOMB)}
+
+
+@pytest.mark.parametrize("encoding", BOMBS)
+@pytest.mark.parametrize("way", ["direct", "foreign", "lent", "httpx2"])
+@pytest.mark.parametrize("what", READ_BY_OTHERS)
+async def test_a_packed_body_that_others_read_is_not_unpacked(
+    fake_ollama: FakeOllama, monkeypatch: pytest.MonkeyPatch, what: str, way: str, encoding: str
+) -> None:
+    status, headers, options = READ_BY_OTHERS[what]
+    packed = {**headers, "Content-Encoding": encoding}
+    fake_ollama.script("/api/chat", Reply([BOMBS[encoding]], status=status, headers=packed))
+    fake_ollama.script("/b", Reply.error(418, "here"))
+    unpacked: list[int] = []
+    for home in (httpx, httpx2):
+        decoders = sys.modules[f"{home.__name__}._decoders"]
+        decode = decoders.GZipDecoder.decode
+
+        def counted(self: Any, data: bytes, decode: Any = decode) -> bytes:
+            unpacked.append(len(data))
+            return decode(self, data)
+
+        monkeypatch.setattr(decoders.GZipDecoder, "decode", counted)
+    client = client_of(fake_ollama.url, way, options)
+    answer = await asyncio.wait_for(outcome(client, streaming=False), BOUND)
+    assert isinstance(answer, OllamaError)
+    assert sum(unpacked) == 0
+    await closed(client)
+
+
+@pytest.mark.parametrize("status", [307, 401])
+async def test_a_bare_client_unpacks_nothing_that_httpx_reads_unasked(fake_ollama: FakeOllama, status: int) -> None:
+    headers = {"Location": "/b", "Content-Encoding": "gzip"}
+    fake_ollama.script("/a", Reply([BOMB], status=status, headers=headers))
+    fake_ollama.script("/b", Reply.json({}))
+    async with httpx.AsyncClient(transport=DirectTransport(), follow_redirects=True) as client:
+        response = await client.get(f"{fake_ollama.url}/a")
+        assert [*response.history, response][0].content == b""
+
+
 async def test_an_answer_that_a_hook_reads_has_the_limit_of_an_answer(
     fake_ollama: FakeOllama, monkeypatch: pytest.MonkeyPatch
 ) -> None:

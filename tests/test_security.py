@@ -13,6 +13,7 @@ import re
 import socket
 import ssl
 import traceback
+from base64 import b64encode
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from ollama_async import (
     ProtocolError,
     RequestError,
 )
+from ollama_async._guard import _at_home
+from ollama_async._http import Origin
 from ollama_async.testing import Cut, FakeOllama, Reply, Stall
 
 SECRET = "s3cret"
@@ -348,6 +351,64 @@ async def test_what_is_asked_of_ollama_com_has_no_key_of_this_server(monkeypatch
     assert not any(SECRET in value for value in request.headers.values())
     assert request.headers["authorization"] == "Bearer for-ollama"
     assert request.headers["x-mine"] == "of this call"
+
+
+async def _writes_a_key(request: httpx.Request) -> None:
+    request.headers["X-API-Key"] = SECRET
+
+
+@pytest.mark.parametrize("lent", [False, True], ids=["own client", "lent client"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"auth": ("user", SECRET)},
+        {"params": {"key": SECRET}},
+        {"event_hooks": {"request": [_writes_a_key]}},
+        {"cookies": {"session": SECRET}},
+    ],
+    ids=["auth=", "params=", "event_hooks=", "cookies="],
+)
+async def test_whatever_adds_to_requests_adds_nothing_to_those_to_ollama_com(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], lent: bool
+) -> None:
+    monkeypatch.setenv("OLLAMA_API_KEY", "for-ollama")
+    asked_for: list[httpx.Request] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked_for.append(request)
+        return httpx.Response(200, json={"results": [], "version": "1"})
+
+    transport = httpx.MockTransport(answer)
+    if lent:
+        given = httpx.AsyncClient(transport=transport, **options)
+        client = AsyncClient("http://gate.example", http_client=given)
+    else:
+        client = AsyncClient("http://gate.example", transport=transport, **options)
+    await client.web_search("q")
+    await client.version()
+    await closed(client)
+    abroad, home = asked_for
+    basic = b64encode(f"user:{SECRET}".encode()).decode()
+    shown = f"{abroad.url} {abroad.headers.raw}"
+    assert SECRET not in shown
+    assert basic not in shown
+    assert abroad.headers["authorization"] == "Bearer for-ollama"
+    # It does add to those that stay here.
+    assert any(secret in f"{home.url} {home.headers.raw}" for secret in (SECRET, basic))
+
+
+def test_the_step_up_to_tls_is_the_only_other_place_that_is_home() -> None:
+    here = Origin("http", "h", 80)
+    assert _at_home(here, here)
+    assert _at_home(here, Origin("https", "h", 443))
+    others = [
+        Origin("http", "h", 443),
+        Origin("https", "h", 80),
+        Origin("https", "other", 443),
+        Origin("http", "h", 81),
+    ]
+    assert not any(_at_home(here, other) for other in others)
+    assert not _at_home(Origin("https", "h", 80), Origin("http", "h", 443))
 
 
 LOCATIONS = [

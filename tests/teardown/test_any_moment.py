@@ -26,7 +26,7 @@ import httptools
 import pydantic
 import pytest
 import uvloop
-from teardown.harness import BOUND, registrations, saw_leave, ticks
+from teardown.harness import BOUND, in_thread, registrations, saw_leave, ticks
 
 import ollama_async._exchange
 import ollama_async._http
@@ -282,6 +282,54 @@ async def test_no_chunk_is_delivered_when_a_signal_handler_aborts_while_it_is_me
 
 def _lines(reply: Reply) -> list[bytes]:
     return [encode(step) for step in reply.steps if isinstance(step, (dict, bytes))]
+
+
+@pytest.mark.parametrize("until", [False, True])
+@pytest.mark.parametrize("inside", ["_make_ready", "_parse", "_feed"])
+@pytest.mark.parametrize("who", ["a signal handler", "a thread"])
+async def test_whoever_aborts_and_looks_while_chunks_are_made_sees_a_beginning_and_loses_nothing(
+    fake_ollama: FakeOllama,
+    client: AsyncClient,
+    monkeypatch: pytest.MonkeyPatch,
+    inside: str,
+    who: str,
+    until: bool,
+) -> None:
+    words = [f"{number} " for number in range(200)]
+    lines = _lines(Reply.chat(*words))
+    fake_ollama.script("/api/chat", Reply([b"".join(lines[:90]), b"".join(lines[90:])]), always=True)
+    original = getattr(Stream, inside)
+    for nth in range(1, 5):
+        options: dict[str, Any] = {"until": lambda _: False} if until else {}
+        stream = client.chat("fake", PROMPT, stream=True, **options)
+        calls, looked = 0, []
+
+        def stop(stream: Stream[ChatResponse] = stream, looked: list[str] = looked) -> bool:
+            stream.abort("stop")
+            looked.append(stream.text)
+            return True
+
+        def watched(self: Any, *args: Any, nth: int = nth, stop: Callable[[], bool] = stop) -> Any:
+            nonlocal calls
+            calls += 1
+            for when in ("before", "after"):
+                if calls == nth and when == ("before" if nth % 2 else "after"):
+                    assert stop() if who == "a signal handler" else in_thread(stop)
+                if when == "before":
+                    result = original(self, *args)
+            return result
+
+        monkeypatch.setattr(Stream, inside, watched)
+        seen: list[str] = []
+        with contextlib.suppress(AbortError):
+            async for chunk in stream:
+                seen.append(chunk.message.content or "")
+        monkeypatch.setattr(Stream, inside, original)
+        whole = "".join(words)
+        assert all(whole.startswith(text) for text in (*looked, "".join(seen), stream.text))
+        assert stream.text.startswith("".join(seen))
+        if stream.outcome == "aborted":
+            assert len(stream.text) >= len("".join(words[:88]))
 
 
 @pytest.mark.parametrize("where", ["before", "after"])
