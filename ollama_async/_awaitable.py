@@ -24,11 +24,14 @@ class Guarded(Coroutine[Any, Any, ResultT]):
         coroutine: What does the work.
         cancelled: Called when an exception is thrown in before the first step. Not when the coroutine is closed or
             dropped before that: then nobody has begun anything.
+        name: The qualified name of the method that this is the coroutine of.
     """
 
     __slots__ = ("__weakref__", "_begun", "_cancelled", "_coroutine")
 
-    def __init__(self, coroutine: Coroutine[Any, Any, ResultT], cancelled: Callable[[], object]) -> None:
+    def __init__(self, coroutine: Coroutine[Any, Any, ResultT], cancelled: Callable[[], object], name: str) -> None:
+        # What tasks and warnings show: the method that the user has called.
+        coroutine.__qualname__ = name
         self._coroutine = coroutine
         self._cancelled = cancelled
         self._begun = False

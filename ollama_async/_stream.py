@@ -153,7 +153,7 @@ class Stream(LiveObject, Generic[ChunkT]):
 
         Cancellation: closes the stream at once, also before the first step; the partial answer stays in ``response``.
         """
-        return Guarded(self._read_chunk(), self._reader_cancelled)
+        return Guarded(self._read_chunk(), self._reader_cancelled, "Stream.__anext__")
 
     async def _read_chunk(self) -> ChunkT:
         place = self._next
@@ -230,7 +230,7 @@ class Stream(LiveObject, Generic[ChunkT]):
 
         Cancellation: closes the stream at once, also before the first step.
         """
-        return Guarded(self._collect(), self._reader_cancelled)
+        return Guarded(self._collect(), self._reader_cancelled, "Stream.collect")
 
     async def _collect(self) -> ChunkT:
         async for _ in self:
@@ -704,7 +704,7 @@ class _Iterator(Generic[ChunkT]):
 
     def __anext__(self) -> Coroutine[Any, Any, ChunkT]:
         # The step holds this iterator: `anext(aiter(stream))` gets its chunk before the stream is closed.
-        return Guarded(self._stream._read_chunk(), self._reader_cancelled)  # noqa: SLF001
+        return Guarded(self._stream._read_chunk(), self._reader_cancelled, "Stream.__anext__")  # noqa: SLF001
 
     def _reader_cancelled(self) -> None:
         self._stream._reader_cancelled()  # noqa: SLF001

@@ -200,15 +200,17 @@ async def test_a_call_that_is_cancelled_before_its_first_step_sends_nothing(
 
 async def test_what_closes_is_a_coroutine_function_for_frameworks_that_ask(client: AsyncClient) -> None:
     # They take what is none for a plain function, and never await what it returns.
-    for function in (client.close, client.aclose, (await opened(client)).aclose, DirectTransport().aclose):
+    stream = await opened(client)
+    for function in (client.close, client.aclose, stream.aclose, DirectTransport().aclose):
         assert inspect.iscoroutinefunction(function)
+    await stream.aclose()
 
 
 async def test_a_task_shows_the_coroutine_that_it_runs(client: AsyncClient) -> None:
     stream = await opened(client)
     task = asyncio.create_task(anext(stream))  # type: ignore[arg-type]
     await ticks(2)
-    assert "_read_chunk" in repr(task)
+    assert "Stream.__anext__()" in repr(task)
     assert task.get_stack()
     task.cancel()
     await asyncio.wait([task])
