@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -31,7 +31,7 @@ class Guarded(Coroutine[Any, Any, ResultT]):
 
     def __init__(self, coroutine: Coroutine[Any, Any, ResultT], cancelled: Callable[[], object], name: str) -> None:
         # What tasks and warnings show: the method that the user has called.
-        coroutine.__qualname__ = name
+        cast("Any", coroutine).__qualname__ = name
         self._coroutine = coroutine
         self._cancelled = cancelled
         self._begun = False
