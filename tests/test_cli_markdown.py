@@ -22,6 +22,10 @@ from ollama_async.cli._markdown import Growing, _Drawing, _Limit
 from ollama_async.cli._output import SafeConsole
 from ollama_async.testing import FakeOllama, Reply
 
+# The signal may come while a finaliser runs, or hypothesis's hook into the garbage collector: Python prints and drops
+# what it raises there, and the signal comes again.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 LENGTH = 60_000
 LIMIT = 0.2
 
