@@ -223,7 +223,8 @@ async def test_a_closed_registry(registry: AbortRegistry) -> None:
         ("redis://:secret@x?no_such_option=1", {}, "no_such_option"),
         ("redis://x?max_connections=secret", {}, "max_connections"),
         ("rediss://x?ssl_cert_reqs=secret", {}, "one of its options"),
-        ("redis://x?protocol=secret&password=secret", {}, "protocol"),
+        # Not every redis-py names the option.
+        ("redis://x?protocol=secret&password=secret", {}, "protocol|one of its options"),
         # What was not escaped, so that a password ends where it should not, or stands where it should not.
         ("redis://:secret/word@x:6379/0", {}, "%2F"),
         ("redis://ann:secret#word@x:6379", {}, "%23"),
