@@ -135,7 +135,7 @@ class Registration(LiveObject):
         try:
             for each in tokens:
                 each._registrations[self] = True
-            if self._timers or any(each._deadline is not None for each in tokens):
+            if any(each._deadline is not None for each in tokens):
                 self._timers = [_Timer(each) for each in tokens if each._expires_later()]
                 for timer in self._timers:
                     timer.start()
