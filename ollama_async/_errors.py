@@ -54,6 +54,7 @@ __all__ = [
     "StreamError",
     "StreamTruncated",
     "response_error",
+    "shown",
 ]
 
 # Word for word what ollama-python says: programs compare it.
@@ -61,6 +62,19 @@ CONNECTION_ERROR_MESSAGE = (
     "Failed to connect to Ollama. Please check that Ollama is downloaded, running and accessible. "
     "https://ollama.com/download"
 )
+
+
+def shown(value: object) -> str:
+    """Return a wrong parameter as the text of an error shows it."""
+    try:
+        text = repr(value)
+    except Exception:
+        # Of an int with more than 4,300 digits there is none.
+        return f"({type(value).__name__})"
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."
+
+
+_MAX_SHOWN = 100
 
 
 class OllamaError(Exception):

@@ -25,11 +25,13 @@ from ._errors import (
 from ._http import PeerClosed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+
+    from pydantic import ValidationError
 
     from ._timeouts import Timeouts
 
-__all__ = ["json_object", "status_error", "stream_error", "translate"]
+__all__ = ["json_object", "misfit", "status_error", "stream_error", "translate"]
 
 
 def _connection_broken(exc: BaseException, limits: Timeouts) -> OllamaError:
@@ -172,3 +174,39 @@ def stream_error(frame: dict[str, Any], channel: Channel) -> StreamError:
     _sign_in(error, frame)
     error.headers = httpx.Headers(list(channel.headers))
     return error
+
+
+# How much of a path, of a value and of an answer the text of an error shows.
+_PATH, _VALUE, _ANSWER = 80, 40, 80
+
+
+def misfit(exc: ValidationError, answer: bytes) -> str:
+    """Say which field of an answer is wrong, what was expected there, and what came."""
+    first = exc.errors(include_url=False)[0]
+    begins = _cut(repr(answer[:_ANSWER].decode("utf-8", "replace")), 2 * _ANSWER)
+    if first["type"] == "json_invalid":
+        return f"it is not JSON: {begins}"
+    place, expected = _path(first["loc"]), first["msg"]
+    if first["type"] == "missing":
+        return f"{place} is missing; it begins with {begins}"
+    expected = expected.removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"{place}: expected {expected}, came {_came(first['input'])}; it begins with {begins}"
+
+
+def _path(place: Sequence[int | str]) -> str:
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in place]
+    return _cut("".join(parts).removeprefix(".") or "the whole", _PATH)
+
+
+def _came(value: object) -> str:
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list):
+        return "an array"
+    if isinstance(value, str):
+        return f"the text {_cut(repr(value[:_VALUE]), _VALUE)}"
+    return _cut(json.dumps(value), _VALUE)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[:length] + "..."

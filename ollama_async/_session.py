@@ -15,6 +15,7 @@ from ._cancel import CancelToken, LiveObject
 from ._channel import End, Ended
 from ._errors import AbortError, ProtocolError, RequestError, ResponseError, StreamClosed
 from ._exchange import Exchange
+from ._failures import misfit
 from ._guard import HttpClient, guarded
 from ._host import env_api_key, env_proxy, is_loopback, is_ollama_com, parse_host
 from ._http import header_flaw
@@ -148,8 +149,9 @@ class Session(LiveObject):
                 # Where somebody's code runs within the request, the request needs a task of its own.
                 if not any(map(others.value.get, ("auth", "event_hooks", "mounts"))):
                     self._direct = transport
+            # Each request names its URL; programs written for ollama-python look here for where it goes.
             self._client = HttpClient(
-                transport=transport, follow_redirects=follow_redirects, timeout=None, trust_env=False, **others.value
+                base_url=self._host.url, transport=transport, follow_redirects=follow_redirects, timeout=None, trust_env=False, **others.value
             )
         elif transport is not None or via.value is not None or uds is not None or others.value:
             raise RequestError("with http_client= the options of the connection are that client's; give no others")
@@ -311,8 +313,7 @@ class Session(LiveObject):
         try:
             reply: ModelT = model.__pydantic_validator__.validate_json(answer)
         except ValidationError as exc:
-            shown = answer[:80].decode("utf-8", "replace")
-            raise ProtocolError(f"the answer to {method} {path} is not what Ollama sends: {shown!r}") from exc
+            raise ProtocolError(f"the answer to {method} {path} is not what Ollama sends: {misfit(exc, answer)}") from exc
         reply.set_origin(exchange.origin(form))
         return reply
 

@@ -20,7 +20,7 @@ from ._awaitable import Guarded
 from ._cancel import CancelToken, LiveObject, Once, raise_in_loop
 from ._channel import End, Ended, Kind
 from ._errors import ProtocolError, StreamBusy, StreamError, StreamTruncated
-from ._failures import json_object, stream_error
+from ._failures import json_object, misfit, stream_error
 from ._merge import Chunk, ChunkT, Merge, validators
 from ._ndjson import LineSplitter
 from ._secret import showable
@@ -548,7 +548,7 @@ class Stream(LiveObject, Generic[ChunkT]):
         try:
             return self._validate(line)
         except ValidationError as exc:
-            raise ProtocolError(_explain_line(line, last=self._body_read)) from exc
+            raise ProtocolError(_explain_line(self._merge.model, line, last=self._body_read)) from exc
 
     def _stop_if_enough(self, exchange: Exchange, until: Callable[[ChunkT], object]) -> None:
         merged = self.response
@@ -788,7 +788,7 @@ def _raise_error_frame(line: bytes, exchange: Exchange) -> None:
         raise stream_error(frame, exchange)
 
 
-def _explain_line(line: bytes, *, last: bool) -> str:
+def _explain_line(model: type[BaseModel], line: bytes, *, last: bool) -> str:
     shown = line[:80].decode("utf-8", "replace")
     more = "..." if len(line) > 80 else ""
     try:
@@ -797,4 +797,9 @@ def _explain_line(line: bytes, *, last: bool) -> str:
         if last:
             return f"the server's answer ends in the middle of a line: {shown!r}{more}"
         return f"the server's answer is not NDJSON, it has the line {shown!r}{more}"
+    try:
+        # What chunks are made by has two descriptions of one, and says what is wrong by both.
+        model.model_validate_json(line)
+    except ValidationError as exc:
+        return f"the server's answer has a line that is no chunk of an answer: {misfit(exc, line)}"
     return f"the server's answer has a line that is no chunk of an answer: {shown!r}{more}"

@@ -7,7 +7,7 @@ from typing import Final
 
 import httpx
 
-from ._errors import RequestError
+from ._errors import RequestError, shown
 from ._secret import showable
 
 # Thirty years; who means "for ever" says None.
@@ -46,7 +46,7 @@ class Timeouts:
                 continue
             if not _is_time(value):
                 raise RequestError(
-                    f"timeout {field.name}={value!r}: give a number of seconds above 0, or None for no limit"
+                    f"timeout {field.name}={shown(value)}: give a number of seconds above 0, or None for no limit"
                 )
 
     @classmethod
@@ -68,7 +68,7 @@ class Timeouts:
         if value is None:
             return cls(connect=None, first_chunk=None, idle=None, total=None)
         if not _is_time(value):
-            raise RequestError(f"timeout={value!r}: give Timeouts(...), a number of seconds above 0, or None")
+            raise RequestError(f"timeout={shown(value)}: give Timeouts(...), a number of seconds above 0, or None")
         return cls(connect=min(10.0, value), idle=None, total=value)
 
 

@@ -12,7 +12,7 @@ import urllib.parse
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import cache
 from types import GetSetDescriptorType
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Self, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Protocol, Self, TypeAlias, TypeVar, cast
 
 import httpx
 from pydantic import (
@@ -32,6 +32,7 @@ from ._errors import ParseError, RequestError
 __all__ = [
     "ChatResponse",
     "DebugInfo",
+    "Dumpable",
     "EmbedResponse",
     "EmbeddingsResponse",
     "GenerateResponse",
@@ -53,6 +54,14 @@ T = TypeVar("T")
 
 
 # -- what others give --
+
+
+class Dumpable(Protocol):
+    """An object of a pydantic model, such as one of ollama-python's, or of anything else that can be dumped."""
+
+    def model_dump(self) -> Any:
+        """Return what it consists of."""
+        ...
 
 
 def has_dump(value: object) -> bool:
