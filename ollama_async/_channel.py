@@ -14,9 +14,12 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ._cancel import Once, in_loop, resolve
+from ._errors import ProtocolError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from ._unpack import Unpacker
 
 __all__ = ["HIGH_WATER", "Channel", "End", "Ended", "Link", "cancel_once", "settled"]
 
@@ -92,6 +95,7 @@ class Channel:
         "status",
         "tidied",
         "touched",
+        "unpacker",
     )
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -100,6 +104,8 @@ class Channel:
         # whether it is made of lines.
         self.settles_on_arrival = True
         self.by_line = False
+        # Unpacks the body, where it is packed.
+        self.unpacker: Unpacker | None = None
         self.status = 0
         self.headers: Sequence[tuple[bytes, bytes]] = ()
         self.reason_phrase = b""
@@ -127,6 +133,7 @@ class Channel:
         """Begin anew: the answer that has come was a redirect, or asked for credentials, and another one follows."""
         self.status = 0
         self.headers = ()
+        self.unpacker = None
         self.arrived = False
         self.paused = False
         self.sent = self.first = 0.0
@@ -167,6 +174,10 @@ class Channel:
         Returns:
             Whether there is room for more; if not, the link's ``resume()`` is called when there is.
         """
+        if self.unpacker is not None:
+            block = self._unpacked(self.unpacker, block)
+            if not block:
+                return not self.paused
         # A byte now and then is not an answer: what counts is whole lines where the answer is made of lines.
         if not self.by_line or b"\n" in block:
             if not self.first:
@@ -186,8 +197,22 @@ class Channel:
                 return not self.paused
         return not self.paused
 
+    def _unpacked(self, unpacker: Unpacker, block: bytes) -> bytes:
+        if self._end.slot:
+            return b""
+        try:
+            return unpacker.feed(block)
+        except ProtocolError as exc:
+            # Given back in the next round: the writer is in the middle of a read.
+            self.finish(End("error", exc))
+            return b""
+
     def complete(self) -> None:
         """The whole answer has arrived."""
+        if self.unpacker is not None and not self.unpacker.whole:
+            self.detach()
+            self.fail(ProtocolError("the answer ends in the middle of what is packed in it"))
+            return
         self.arrived = True
         if self.settles_on_arrival:
             self._decide(End("complete"))

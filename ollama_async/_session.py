@@ -30,6 +30,7 @@ from ._timeouts import DEFAULT_TIMEOUTS, Timeouts
 from ._tls import TlsOptions
 from ._transport import DirectTransport
 from ._types import StatusResponse
+from ._unpack import encodings_asked_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -136,6 +137,7 @@ class Session(LiveObject):
         self._closed = False
         own = self._own_headers(trust_env=trust_env)
         self._headers = (_headers(own, given) if given.value else own).value
+        self._unpackable = encodings_asked_for(self._headers.get("Accept-Encoding", ""))
         if http_client is None:
             if via.value is None and trust_env and transport is None and uds is None:
                 via = Secret(env_proxy(self._host, even_local=compat))
@@ -256,8 +258,15 @@ class Session(LiveObject):
         timeouts = Timeouts.of(call["timeout"]) if "timeout" in call else self._timeouts
         retries = call.get("retries")
         attempts = Attempts.of(self._retries if retries is None else retries, resume=resume)
+        asked = _accept_encoding(given_headers(call))
         exchange = Exchange(
-            self._client, request, transport=self._direct, streaming=streaming, timeouts=timeouts, attempts=attempts
+            self._client,
+            request,
+            transport=self._direct,
+            streaming=streaming,
+            timeouts=timeouts,
+            attempts=attempts,
+            unpackable=self._unpackable if asked is None else encodings_asked_for(asked),
         )
         try:
             if early is not None:
@@ -385,7 +394,8 @@ def _plain_headers() -> Secret[httpx.Headers]:
         httpx.Headers(
             {
                 "Accept": "application/json",
-                # Answers are cut into lines as they come; Ollama does not compress, and proxies shall not.
+                # Answers are cut into lines as they come; Ollama does not compress, and proxies shall not unless that is
+                # asked for.
                 "Accept-Encoding": "identity",
                 "Content-Type": "application/json",
                 "User-Agent": _USER_AGENT,
@@ -426,6 +436,10 @@ def given_headers(call: CallOptions) -> Secret[Mapping[str, str]] | None:
     hide(call)
     given = cast("Secret[Mapping[str, str]] | None", call.get("headers"))
     return given if given is not None and given.value else None
+
+
+def _accept_encoding(given: Secret[Mapping[str, str]] | None) -> str | None:
+    return None if given is None else httpx.Headers(given.value).get("Accept-Encoding")
 
 
 def check_call(call: CallOptions) -> None:

@@ -15,7 +15,7 @@ PACKAGE = Path(ollama_async.__file__).parent
 
 LAYERS = [
     ["_errors", "_secret"],
-    ["_awaitable", "_retry", "_regular", "_timeouts", "_tls", "_types", "_ndjson", "_host", "_cancel"],
+    ["_awaitable", "_retry", "_regular", "_timeouts", "_tls", "_types", "_ndjson", "_unpack", "_host", "_cancel"],
     ["_channel", "_manage_types", "_options", "_progress", "_systemone"],
     ["_merge", "_input"],
     ["_tools"],

@@ -21,8 +21,6 @@ import httpx
 from fuzz import targets
 from fuzz.tool_language import Unreadable, read_function, without_others
 from pydantic import ValidationError
-from pydantic.errors import PydanticUserError
-from pydantic_core import SchemaError
 
 __all__ = ["ORACLES", "cuts", "pieces_at"]
 
@@ -427,17 +425,7 @@ def legacy_tools(data: bytes) -> None:
             # As with ollama-python, pydantic warns of a parameter that is called as one of its methods.
             warnings.simplefilter("ignore", UserWarning)
             [schema] = targets.encode_tools([function], legacy=True)
-    except (
-        targets.RequestError,
-        PydanticUserError,
-        TypeError,
-        ValueError,
-        NameError,
-        SyntaxError,
-        SchemaError,
-        RuntimeError,
-    ):
-        # As with ollama-python, what Python and pydantic say of the annotations is raised as it is.
+    except targets.RequestError:
         return
     json.dumps(schema, allow_nan=False)
 
