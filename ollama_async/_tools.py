@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import pydantic_core
 from pydantic import BaseModel, Field, TypeAdapter
@@ -139,7 +140,9 @@ def _model_schema(model: type[BaseModel]) -> dict[str, Any]:
     # Of a model that contains itself the schema is but a reference.
     parameters = resolved(definitions[schema["$ref"].removeprefix(_DEFINITIONS)] if "$ref" in schema else schema)
     description = parameters.pop("description", "")
-    return _tool(model.__name__, description, {"type": "object", "properties": {}, **parameters, **resolved.kept()})
+    kept = resolved.kept()
+    common = {"$defs": kept} if kept else {}
+    return _tool(model.__name__, description, {"type": "object", "properties": {}, **parameters, **common})
 
 
 def _said(exc: Exception) -> str:
@@ -150,31 +153,19 @@ def _said(exc: Exception) -> str:
 # -- functions --
 
 
-class _Parameter(NamedTuple):
-    """A parameter that the model gives."""
-
-    name: str
-    default: Any
-    hint: Any
-    adapter: TypeAdapter[Any]
-
-
 def _function_schema(function: Callable[..., Any]) -> dict[str, Any]:
     inner, filled = _unfilled(function)
     name, code = _name(inner), _code_of(inner)
     description, described = _read_docstring(inspect.getdoc(code) or "")
-    given = [
-        _parameter(parameter, code, name)
-        for parameter in _signature(function, inner, name)
-        if parameter.name not in filled
-    ]
-    schemas, resolver = _schemas_of(given, name)
     properties: dict[str, Any] = {}
+    definitions: dict[str, Any] = {}
     required: list[str] = []
-    for parameter in given:
-        schema = schemas[parameter.name]
-        _add_default(schema, parameter.default)
-        said = _description(parameter.hint) or described.get(parameter.name)
+    for parameter in _signature(function, inner, name):
+        if parameter.name in filled:
+            continue
+        hint = _hint(parameter, code, name)
+        schema = _parameter_schema(parameter, hint, name, definitions)
+        said = _description(hint) or described.get(parameter.name)
         if said:
             schema["description"] = said
         properties[parameter.name] = schema
@@ -183,7 +174,9 @@ def _function_schema(function: Callable[..., Any]) -> dict[str, Any]:
     parameters: dict[str, Any] = {"type": "object", "properties": properties}
     if required:
         parameters["required"] = required
-    return _tool(name, description, {**parameters, **resolver.kept()})
+    if definitions:
+        parameters["$defs"] = definitions
+    return _tool(name, description, parameters)
 
 
 def _unfilled(function: Any) -> tuple[Any, set[str]]:
@@ -232,55 +225,45 @@ def _owner(function: Any, first: str | None) -> str | None:
     return outer.rpartition(".")[2] if first in ("self", "cls") and outer and not outer.endswith("<locals>") else None
 
 
-def _parameter(parameter: inspect.Parameter, code: Any, name: str) -> _Parameter:
-    hints = getattr(code, "__annotations__", {})
-    hint = hints.get(parameter.name, parameter.annotation)
-    hint = Any if hint is inspect.Parameter.empty else _evaluated(hint, parameter.name, code, name)
-    try:
-        adapter: TypeAdapter[Any] = TypeAdapter(hint)
-    except Exception as exc:
-        raise _no_schema(parameter.name, name, exc) from exc
-    return _Parameter(parameter.name, parameter.default, hint, adapter)
-
-
-def _evaluated(hint: Any, parameter: str, code: Any, name: str) -> Any:
-    """Return an annotation as a type, also if it is a text.
+def _hint(parameter: inspect.Parameter, code: Any, name: str) -> Any:
+    """Return the annotation of a parameter as a type, also if it is a text.
 
     One by one, since those of the return value and of what no model gives may be of types that exist for type checkers
     only.
     """
+    hint = getattr(code, "__annotations__", {}).get(parameter.name, parameter.annotation)
+    if hint is inspect.Parameter.empty:
+        return Any
     function = inspect.unwrap(code)
     outside = getattr(function, "__globals__", {})
     own = {kind.__name__: kind for kind in getattr(function, "__type_params__", ())}
+    holder = SimpleNamespace(__annotations__={parameter.name: hint})
     try:
-        hints = typing.get_type_hints(SimpleNamespace(__annotations__={parameter: hint}), outside, own, True)
+        return typing.get_type_hints(holder, outside, own, include_extras=True)[parameter.name]
     except Exception as exc:
         # It is an expression, which may fail in any way.
-        raise RequestError(f"the parameters of {name}() cannot be read: {parameter}: {_said(exc)}") from exc
-    return hints[parameter]
+        raise RequestError(f"the parameters of {name}() cannot be read: {parameter.name}: {_said(exc)}") from exc
 
 
-def _no_schema(parameter: str, name: str, exc: Exception) -> RequestError:
-    return RequestError(f"the parameter {parameter!r} of {name}() is of a type that has no JSON schema: {_said(exc)}")
-
-
-def _schemas_of(parameters: Sequence[_Parameter], name: str) -> tuple[dict[str, dict[str, Any]], _Resolver]:
-    """Return the schemas of parameters by name, and what has resolved their references.
-
-    All are made together, so that two classes of one name get different ones.
-    """
+def _parameter_schema(
+    parameter: inspect.Parameter, hint: Any, name: str, definitions: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the schema of a parameter, and add the schemas that it still refers to."""
     try:
-        inputs = [(parameter.name, "validation", parameter.adapter) for parameter in parameters]
-        made, common = TypeAdapter.json_schemas(cast("Any", inputs), schema_generator=_Schemas)
-    except Exception:
-        for parameter in parameters:
-            try:
-                parameter.adapter.json_schema(schema_generator=_Schemas)
-            except Exception as exc:
-                raise _no_schema(parameter.name, name, exc) from exc
-        raise
-    resolver = _Resolver(common.get("$defs", {}))
-    return {key: resolver(schema) for (key, _), schema in made.items()}, resolver
+        schema = TypeAdapter(hint).json_schema(schema_generator=_Schemas)
+    except Exception as exc:
+        raise RequestError(
+            f"the parameter {parameter.name!r} of {name}() is of a type that has no JSON schema: {_said(exc)}"
+        ) from exc
+    # Until its names are free, or taken by the very same: another parameter may have another class of that name.
+    for number in itertools.count(1):
+        resolver = _Resolver(schema.get("$defs", {}), f"_{number}" if number > 1 else "")
+        resolved, kept = resolver(schema), resolver.kept()
+        if all(definitions.get(key, value) == value for key, value in kept.items()):
+            break
+    definitions |= kept
+    _add_default(resolved, parameter.default)
+    return resolved
 
 
 def _add_default(schema: dict[str, Any], default: Any) -> None:
@@ -329,8 +312,10 @@ _OF_NO_USE = {"title", "$defs", "discriminator"}
 class _Resolver:
     """Puts what a schema refers to in place of the references, and leaves out what is of no use to a model."""
 
-    def __init__(self, definitions: Mapping[str, Any]) -> None:
+    def __init__(self, definitions: Mapping[str, Any], suffix: str = "") -> None:
         self._definitions = definitions
+        # What the names of the definitions get that are kept.
+        self._suffix = suffix
         self._recursive = {name for name in definitions if name in self._reached(definitions[name], set())}
         self._used: set[str] = set()
 
@@ -360,21 +345,20 @@ class _Resolver:
         return self(cast("Mapping[str, Any]", part)) if isinstance(part, Mapping) else part
 
     def kept(self) -> dict[str, Any]:
-        """Return the ``$defs`` of the references that are left."""
+        """Return the definitions that references are left to."""
         definitions: dict[str, Any] = {}
         while self._used - set(definitions):
             name = min(self._used - set(definitions))
             definitions[name] = self(self._definitions[name])
-        return {"$defs": definitions} if definitions else {}
+        return {name + self._suffix: schema for name, schema in definitions.items()}
 
     def _refer(self, reference: str) -> dict[str, Any]:
         name = reference.removeprefix(_DEFINITIONS)
         if name in self._recursive:
             self._used.add(name)
-        elif name in self._definitions:
-            return self(self._definitions[name])
-        # What is left leads to a type that contains itself, or to where somebody's own schema has it lead.
-        return {"$ref": reference}
+            return {"$ref": reference + self._suffix}
+        # What somebody's own schema refers to leads to where only they know.
+        return self(self._definitions[name]) if name in self._definitions else {"$ref": reference}
 
     def _reached(self, node: Any, seen: set[str]) -> set[str]:
         """Return the names of all definitions that a part of a schema refers to, directly or not."""

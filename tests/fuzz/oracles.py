@@ -402,16 +402,18 @@ def _references(node: Any) -> Iterator[str]:
             yield from _references(value)
 
 
-def _expanded(node: Any, definitions: dict[str, Any], depth: int = 4) -> Any:
+def _expanded(node: Any, definitions: dict[str, Any], depth: int = 14) -> Any:
+    """Return a schema with its references followed, so deep, whether or not the package has followed them."""
+    if not depth:
+        return "..."
     if isinstance(node, list):
-        return [_expanded(value, definitions, depth) for value in node]
+        return [_expanded(value, definitions, depth - 1) for value in node]
     if not isinstance(node, dict):
         return node
     if isinstance(node.get("$ref"), str):
-        if not depth:
-            return "..."
-        return _expanded(definitions[node["$ref"].removeprefix("#/$defs/")], definitions, depth - 1)
-    return {key: _expanded(value, definitions, depth) for key, value in node.items()}
+        referred = definitions[node["$ref"].removeprefix("#/$defs/")]
+        return _expanded({**referred, **{key: node[key] for key in node if key != "$ref"}}, definitions, depth)
+    return {key: _expanded(value, definitions, depth - 1) for key, value in node.items()}
 
 
 def legacy_tools(data: bytes) -> None:
