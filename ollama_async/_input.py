@@ -78,7 +78,7 @@ def _to_json(body: Mapping[str, Any]) -> bytes:
 def _flaws(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
     """Find what JSON does not have, and where it is."""
     if isinstance(value, Mapping):
-        for name, field in cast("Mapping[Any, Any]", value).items():
+        for name, field in cast("Mapping[object, object]", value).items():
             yield from _flaws(field, f"{place}.{name}" if place else str(name))
     elif isinstance(value, (list, tuple)):
         for at, item in enumerate(cast("Sequence[Any]", value)):
@@ -142,6 +142,8 @@ def checked(kind: str, **given: Any) -> dict[str, Any]:
         The parameters.
     """
     types, wanted = _KINDS[kind]
+    if kind == "mapping":
+        given = {name: plain(value) for name, value in given.items()}
     for name, value in given.items():
         # True is an int for Python, not for the server.
         if value is not None and (not isinstance(value, types) or (kind == "number" and isinstance(value, bool))):
@@ -298,8 +300,11 @@ def _plain_message(message: Any) -> Any:
     fields = plain(message, without="images")
     if not isinstance(fields, dict):
         return fields
-    images = message.get("images") if isinstance(message, Mapping) else getattr(message, "images", None)
-    return {**fields, "images": images}
+    if isinstance(message, Mapping):
+        images = cast("Mapping[str, Any]", message).get("images")
+    else:
+        images = getattr(message, "images", None)
+    return {**cast("dict[str, Any]", fields), "images": images}
 
 
 def _is_plain(message: Any) -> bool:

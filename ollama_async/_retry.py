@@ -70,7 +70,8 @@ class Attempts:
         asked = _asked_for(error)
         if asked is None:
             # Spread out, so that many clients of a server that was away do not come back all at once.
-            return min(_LONGEST_DELAY, _FIRST_DELAY * 2 ** min(self._failures, _DOUBLINGS)) * random.uniform(0.75, 1.0)  # noqa: S311
+            pause = min(_LONGEST_DELAY, _FIRST_DELAY * 2.0 ** min(self._failures, _DOUBLINGS))
+            return pause * random.uniform(0.75, 1.0)  # noqa: S311
         return asked if asked <= _LONGEST_ASKED else None
 
     def failed(self) -> None:

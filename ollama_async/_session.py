@@ -153,7 +153,12 @@ class Session(LiveObject):
                     self._direct = transport
             # Each request names its URL; programs written for ollama-python look here for where it goes.
             self._client = HttpClient(
-                base_url=self._host.url, transport=transport, follow_redirects=follow_redirects, timeout=None, trust_env=False, **others.value
+                base_url=self._host.url,
+                transport=transport,
+                follow_redirects=follow_redirects,
+                timeout=None,
+                trust_env=False,
+                **others.value,
             )
         elif transport is not None or via.value is not None or uds is not None or others.value:
             raise RequestError("with http_client= the options of the connection are that client's; give no others")
@@ -322,7 +327,9 @@ class Session(LiveObject):
         try:
             reply: ModelT = model.__pydantic_validator__.validate_json(answer)
         except ValidationError as exc:
-            raise ProtocolError(f"the answer to {method} {path} is not what Ollama sends: {misfit(exc, answer)}") from exc
+            raise ProtocolError(
+                f"the answer to {method} {path} is not what Ollama sends: {misfit(exc, answer)}"
+            ) from exc
         reply.set_origin(exchange.origin(form))
         return reply
 
@@ -394,8 +401,8 @@ def _plain_headers() -> Secret[httpx.Headers]:
         httpx.Headers(
             {
                 "Accept": "application/json",
-                # Answers are cut into lines as they come; Ollama does not compress, and proxies shall not unless that is
-                # asked for.
+                # Answers are cut into lines as they come; Ollama does not compress, and proxies shall not, unless a
+                # caller asks for it.
                 "Accept-Encoding": "identity",
                 "Content-Type": "application/json",
                 "User-Agent": _USER_AGENT,

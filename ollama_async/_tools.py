@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import pydantic_core
 from pydantic import BaseModel, Field, TypeAdapter
@@ -127,7 +126,7 @@ def _tool(name: str, description: str, parameters: dict[str, Any]) -> dict[str, 
 class _Schemas(GenerateJsonSchema):
     """pydantic's generator of JSON schemas, which leaves out in silence what JSON cannot say."""
 
-    ignored_warning_kinds: ClassVar[set[JsonSchemaWarningKind]] = {"skipped-choice", "non-serializable-default"}
+    ignored_warning_kinds: set[JsonSchemaWarningKind] = {"skipped-choice", "non-serializable-default"}  # noqa: RUF012  (pydantic has it so)
 
 
 def _model_schema(model: type[BaseModel]) -> dict[str, Any]:
@@ -255,14 +254,19 @@ def _parameter_schema(
         raise RequestError(
             f"the parameter {parameter.name!r} of {name}() is of a type that has no JSON schema: {_said(exc)}"
         ) from exc
-    # Until its names are free, or taken by the very same: another parameter may have another class of that name.
-    for number in itertools.count(1):
-        resolver = _Resolver(schema.get("$defs", {}), f"_{number}" if number > 1 else "")
-        resolved, kept = resolver(schema), resolver.kept()
-        if all(definitions.get(key, value) == value for key, value in kept.items()):
-            break
-    definitions |= kept
+    resolved = _resolved(schema, definitions)
     _add_default(resolved, parameter.default)
+    return resolved
+
+
+def _resolved(schema: dict[str, Any], definitions: dict[str, Any], number: int = 1) -> dict[str, Any]:
+    """Return a schema without references, and add the definitions of those that are left."""
+    resolver = _Resolver(schema.get("$defs", {}), f"_{number}" if number > 1 else "")
+    resolved, kept = resolver(schema), resolver.kept()
+    # Another parameter may have another class of that name.
+    if any(definitions.get(name, same) != same for name, same in kept.items()):
+        return _resolved(schema, definitions, number + 1)
+    definitions |= kept
     return resolved
 
 
@@ -302,8 +306,10 @@ _DEFINITIONS = "#/$defs/"
 
 
 # Keys whose value is a schema, a list of schemas, or schemas by name.
-_ONE = {"items", "additionalProperties", "propertyNames", "contains", "not", "if", "then", "else", "additionalItems"}
-_ONE |= {"unevaluatedItems", "unevaluatedProperties"}
+_ONE = {
+    *("items", "additionalProperties", "propertyNames", "contains", "not", "if", "then", "else"),
+    *("additionalItems", "unevaluatedItems", "unevaluatedProperties"),
+}
 _SEVERAL = {"oneOf", "anyOf", "allOf", "prefixItems"}
 _NAMED = {"properties", "patternProperties", "dependentSchemas"}
 _OF_NO_USE = {"title", "$defs", "discriminator"}
@@ -326,7 +332,7 @@ class _Resolver:
             if key == "$ref" and isinstance(value, str):
                 resolved = {**self._refer(value), **resolved}
             elif key in _SEVERAL and isinstance(value, list):
-                resolved["anyOf" if key == "oneOf" else key] = [self._part(part) for part in cast("list[Any]", value)]
+                resolved["anyOf" if key == "oneOf" else key] = [self._part(part) for part in value]  # pyright: ignore[reportUnknownVariableType]
             elif key in _NAMED and isinstance(value, Mapping):
                 parts = cast("Mapping[str, Any]", value)
                 resolved[key] = {name: self._part(part) for name, part in parts.items()}

@@ -87,7 +87,7 @@ def plain(value: Any, *, without: str | None = None) -> Any:
 
 def _plain(value: Any, without: str | None = None) -> Any:
     if isinstance(value, Mapping):
-        fields = cast("Mapping[Any, Any]", value)
+        fields = cast("Mapping[object, object]", value)
         return {name: _plain(field) for name, field in fields.items() if name != without}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in cast("Sequence[Any]", value)]
@@ -107,7 +107,7 @@ def _dumped(value: Any, without: str | None) -> Any:
         raise RequestError(f"{type(value).__name__}.model_dump() failed: {exc}") from exc
     if not isinstance(dumped, Mapping):
         return dumped
-    return {name: field for name, field in cast("Mapping[Any, Any]", dumped).items() if field is not None}
+    return {name: field for name, field in cast("Mapping[object, object]", dumped).items() if field is not None}
 
 
 def base64_text(text: str) -> str | None:

@@ -56,7 +56,7 @@ class Unpacker:
         self._encoding = encoding
         self._inner = zlib.decompressobj(_GZIP) if encoding == "gzip" else None
         # Of deflate: the first byte, if it has come by itself; two tell whether there is a header.
-        self._first = b""
+        self._first: bytes = b""
         self._begun = False
 
     @property
