@@ -297,14 +297,14 @@ def _encode_message(message: Any, place: int) -> dict[str, Any]:
 
 def _plain_message(message: Any) -> Any:
     """Return a message as a dict, its images as they are."""
-    fields = plain(message, without="images")
-    if not isinstance(fields, dict):
-        return fields
     if isinstance(message, Mapping):
         images = cast("Mapping[str, Any]", message).get("images")
+    elif hasattr(message, "images"):
+        images = message.images
     else:
-        images = getattr(message, "images", None)
-    return {**cast("dict[str, Any]", fields), "images": images}
+        return plain(message)
+    fields = plain(message, without="images")
+    return {**fields, "images": images} if isinstance(fields, dict) else fields  # pyright: ignore[reportUnknownVariableType]
 
 
 def _is_plain(message: Any) -> bool:
