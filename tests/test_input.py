@@ -193,11 +193,8 @@ async def test_base64_may_be_written_in_many_ways(
     assert sent(router)["messages"][0]["images"] == [PLAIN]
 
 
-@pytest.mark.parametrize("text", ["data:image/png;base64,???", "data:nothing", "YWJj YWJj", "YWJ", "\n"])
+@pytest.mark.parametrize("text", ["data:image/png;base64,???", "data:nothing", "YWJj YWJj", "YWJ"])
 async def test_what_looks_like_base64_and_is_not(client: AsyncClient, text: str) -> None:
-    if text == "\n":
-        assert Image(value=text).value == ""
-        return
     with pytest.raises(RequestError, match="neither base64 nor a file that exists, nor a data: URL"):
         await client.generate("m", "p", images=[text])
     with pytest.raises(ValueError, match="an image in JSON is base64"):
