@@ -16,10 +16,10 @@ import httptools
 from load_server import token
 
 from ollama_async import ChatResponse
-from ollama_async._channel import Channel
+from ollama_async._channel import ResponseReader
 from ollama_async._merge import ChatMerge, validators
 from ollama_async._ndjson import LineSplitter
-from ollama_async._stream import _parse_together
+from ollama_async._stream import _parse_batch
 
 TOGETHER = 64
 LINE = token("ollama").split(b"\r\n")[1].rstrip(b"\n")
@@ -82,16 +82,16 @@ def parsing(tokens: int) -> float:
 
 
 def passing_on(tokens: int) -> float:
-    channel = Channel(asyncio.new_event_loop())
-    channel.by_line = True
+    reader = ResponseReader(asyncio.new_event_loop())
+    reader.by_line = True
     body = (LINE + b"\n") * tokens
 
     def go() -> None:
-        channel.push(body)
-        channel.at_hand()
+        reader.feed_data(body)
+        reader.read_nowait()
 
     took = timed(go, tokens)
-    channel.loop.close()
+    reader.loop.close()
     return took
 
 
@@ -117,8 +117,8 @@ def validating(tokens: int) -> float:
         one = validators(ChatResponse).one
         return timed(lambda: one(LINE))
     merge, lines = ChatMerge(), [LINE] * tokens
-    assert len(_parse_together(merge, lines)) == tokens
-    return timed(lambda: _parse_together(merge, lines), tokens)
+    assert len(_parse_batch(merge, lines)) == tokens
+    return timed(lambda: _parse_batch(merge, lines), tokens)
 
 
 def merging() -> float:
@@ -134,7 +134,7 @@ def main() -> None:
         "kernel: two looks for events": (2 * looking(), 2 * looking() / TOGETHER),
         "asyncio: the reader's task is woken": ((woken := asyncio.run(waking())), woken / TOGETHER),
         "httptools: HTTP chunks": (parsing(1), parsing(TOGETHER)),
-        "channel: put in, taken out": (passing_on(1), passing_on(TOGETHER)),
+        "reader: put in, taken out": (passing_on(1), passing_on(TOGETHER)),
         "NDJSON: lines": (splitting(1), splitting(TOGETHER)),
         "pydantic: JSON to a typed chunk": (validating(1), validating(TOGETHER)),
         "stream: merged into the answer": (merging(), merging()),

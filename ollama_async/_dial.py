@@ -33,32 +33,32 @@ _STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-9][0-9]{2})(?: ([^\r\n]*))?\r\n")
 class Sockets:
     """The sockets of a connection in the making, which can all be severed: those that there are, and those to come."""
 
-    __slots__ = ("_open", "_severed")
+    __slots__ = ("_open", "_shut_down")
 
     def __init__(self) -> None:
         self._open: set[GuardedSocket] = set()
-        self._severed = False
+        self._shut_down = False
 
     def add(self, sock: GuardedSocket) -> None:
         """Take in a socket, before it connects."""
         self._open.add(sock)
         # sever() sets the mark first and then looks at the set; this does it the other way round. One of both sees it.
-        if self._severed:
-            sock.sever()
+        if self._shut_down:
+            sock.shutdown()
 
     def discard(self, sock: GuardedSocket) -> None:
         """Let go of a socket."""
         self._open.discard(sock)
 
-    def sever(self) -> None:
+    def shutdown(self) -> None:
         """Put a FIN on its way on each; from any thread or signal handler."""
-        self._severed = True
+        self._shut_down = True
         for sock in list(self._open):
-            sock.sever()
+            sock.shutdown()
 
     def close(self) -> None:
         """Close them; when their loop is closed."""
-        self.sever()
+        self.shutdown()
         for sock in list(self._open):
             sock.close()
 
@@ -128,7 +128,7 @@ async def open_tunnel(loop: asyncio.AbstractEventLoop, sock: GuardedSocket, orig
     where = str(origin).encode("ascii")
     host = (b"Host", where)
     try:
-        headers = Secret(encode_headers(Secret([host, *proxy.besides([host])])))
+        headers = Secret(encode_headers(Secret([host, *proxy.extra_headers([host])])))
         await loop.sock_sendall(sock, b"CONNECT %b HTTP/1.1\r\n%b\r\n" % (where, headers.value))
         status, rest = await _answer_to_connect(loop, sock)
         if not status[1].startswith(b"2"):

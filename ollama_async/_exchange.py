@@ -1,6 +1,6 @@
 """``Exchange``: one request and its answer, under tokens and timeouts, over any transport.
 
-It has two forms. Over ``DirectTransport`` the caller's task sends the request and waits on the channel, and ``abort()``
+It has two forms. Over ``DirectTransport`` the caller's task sends the request and waits on the reader, and ``abort()``
 shuts the socket down. Over anything else (a proxy that speaks TLS, somebody's own httpx client, a mock) and where
 somebody's code runs on the way (an auth flow, event hooks), the request runs in a task that the library owns, which is
 cancelled once.
@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from ._cancel import EmptyContext, Watch, in_loop
-from ._channel import Channel, End, Ended, Kind, cancel_once, settled
+from ._channel import ExchangeEnded, ExchangeOutcome, Kind, ResponseReader, cancel_once, join_cancelled
 from ._errors import AbortError, PhaseTimeout, ProtocolError, StreamClosed
 from ._failures import json_object, status_error, stream_error, translate
 from ._guard import MAX_BODY_BYTES
-from ._transport import ANSWERED, CHANNEL
-from ._types import Origin
+from ._transport import ANSWERED, READER
+from ._types import ResponseInfo
 from ._unpack import Unpacker, encoding_of
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from ._cancel import CancelToken
     from ._request import Request
-    from ._retry import Attempts
+    from ._retry import RetryBudget
     from ._timeouts import Timeouts
     from ._transport import DirectTransport
 
@@ -43,10 +43,10 @@ _MAX_ERROR_BODY = 64 * 1024
 _FOR_HTTPX = {b"location", b"set-cookie"}
 
 # How long the end of the body may take after the last chunk said that it is the last (it is one packet away).
-DRAIN_SECONDS = 0.1
+DISCARD_SECONDS = 0.1
 
 
-class Exchange(Channel):
+class Exchange(ResponseReader):
     """One request and its answer.
 
     Args:
@@ -60,20 +60,20 @@ class Exchange(Channel):
     """
 
     __slots__ = (
-        "_attempts",
+        "_budget",
         "_client",
-        "_due_at",
+        "_not_before",
         "_registrations",
         "_request",
         "_streaming",
         "_task",
         "_timeouts",
         "_timer",
+        "_tokens",
         "_transport",
         "_unpackable",
-        "_watched",
         "ended_at",
-        "started",
+        "started_at",
     )
 
     def __init__(
@@ -84,38 +84,38 @@ class Exchange(Channel):
         transport: DirectTransport | None,
         streaming: bool,
         timeouts: Timeouts,
-        attempts: Attempts,
+        attempts: RetryBudget,
         unpackable: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__(asyncio.get_running_loop())
         self._streaming = streaming
-        self.settles_on_arrival = not streaming
+        self.complete_at_eof = not streaming
         self.by_line = streaming
-        self.started = self.loop.time()
+        self.started_at = self.loop.time()
         self.ended_at = 0.0
         self._client = client
         self._request = request
         self._transport = transport
         self._timeouts = timeouts
-        self._attempts = attempts
+        self._budget = attempts
         self._unpackable = unpackable
         # Not before this time of the loop's clock is it sent.
-        self._due_at = 0.0
+        self._not_before = 0.0
         # What a successor is put under, if there may be one.
-        self._watched: list[tuple[CancelToken, Kind]] | None = [] if attempts.allowed else None
+        self._tokens: list[tuple[CancelToken, Kind]] | None = [] if attempts.limit else None
         # The task that runs the request where somebody else's transport or code is on the way.
         self._task: asyncio.Task[None] | None = None
         self._registrations: list[Watch] = []
         self._timer: asyncio.TimerHandle | None = None
 
-    def watch(self, token: CancelToken, kind: Kind = "aborted") -> None:
+    def register(self, token: CancelToken, kind: Kind = "aborted") -> None:
         """End with the token."""
-        if self._watched is not None:
-            self._watched.append((token, kind))
+        if self._tokens is not None:
+            self._tokens.append((token, kind))
         watch = _EndByToken(token, self, kind)
         self._registrations.append(watch)
         watch.arm()
-        if self._end.slot:
+        if self._outcome.slot:
             # Whoever decided may have looked at the list before this one was in it.
             watch.remove()
 
@@ -128,40 +128,40 @@ class Exchange(Channel):
         Cancellation: the socket is closed at once.
         """
         self.check()
-        if self._due_at:
+        if self._not_before:
             self._arm()
-            await self._wait_until_due()
+            await self._wait_for_backoff()
         try:
             at_once = self._send_at_once()
-            if not self._due_at:
+            if not self._not_before:
                 # After that, since the server is at work meanwhile.
                 self._arm()
             if self._transport is None:
-                errand = _Errand(self, self._client, self._httpx_request())
+                errand = _ForeignRequest(self, self._client, self._httpx_request())
                 self.attach(errand)
                 self._task = errand.start()
                 await self.wait_for_head()
-            elif self._request.outgoing is None:
+            elif self._request.encoded is None:
                 await self._send_by_httpx()
             else:
                 if not at_once:
-                    await self._transport.send(self, self._request.outgoing, self._timeouts.connect)
+                    await self._transport.send(self, self._request.encoded, self._timeouts.connect)
                 await self.wait_for_head()
                 if self._concerns_httpx():
                     await self._send_by_httpx(answered=True)
             self.check()
         except BaseException as exc:
-            self.teardown(End("error" if isinstance(exc, Exception) else "cancelled", exc))
+            self.close(ExchangeOutcome("error" if isinstance(exc, Exception) else "cancelled", exc))
             if isinstance(exc, Exception):
-                assert self.end is not None
-                raise Ended(self.end) from exc
+                assert self.outcome is not None
+                raise ExchangeEnded(self.outcome) from exc
             raise
         finally:
             # It holds this exchange, which holds it.
-            self._request.forget(for_good=self._attempts.spent)
+            self._request.discard(for_good=self._budget.exhausted)
 
     def _send_at_once(self) -> bool:
-        outgoing = self._request.outgoing
+        outgoing = self._request.encoded
         return outgoing is not None and self._transport is not None and self._transport.send_at_once(self, outgoing)
 
     def _httpx_request(self) -> httpx.Request:
@@ -177,26 +177,26 @@ class Exchange(Channel):
 
     async def _send_by_httpx(self, *, answered: bool = False) -> None:
         request = self._httpx_request()
-        request.extensions.update({CHANNEL: self, ANSWERED: answered})
+        request.extensions.update({READER: self, ANSWERED: answered})
         response = await self._client.send(request, stream=True)
-        # The response and its stream hold each other; nothing of it is needed but what the channel has.
+        # The response and its stream hold each other; nothing of it is needed but what the reader has.
         response.stream = httpx.ByteStream(b"")
 
-    async def _wait_until_due(self) -> None:
-        while self.loop.time() < self._due_at:
-            timer = self.loop.call_at(self._due_at, self.wake, context=EmptyContext())
+    async def _wait_for_backoff(self) -> None:
+        while self.loop.time() < self._not_before:
+            timer = self.loop.call_at(self._not_before, self.wake, context=EmptyContext())
             try:
-                await self.pause()
+                await self.wait()
             finally:
                 timer.cancel()
 
     def retry_delay(self, error: BaseException | None = None) -> float | None:
         """Return after how many seconds the request is sent again, now that it has failed; ``None`` for not at all."""
-        if not self._attempts.left or (error is None and self.ended_early is None):
+        if not self._budget.remaining or (error is None and self.failure_outcome is None):
             return None
-        return self._attempts.delay(error or self.error(), answered=self.status != 0)
+        return self._budget.backoff(error or self.error(), answered=self.status != 0)
 
-    def successor(self, error: BaseException | None = None) -> Exchange | None:
+    def next_attempt(self, error: BaseException | None = None) -> Exchange | None:
         """Return the exchange that tries again what this one has failed to do, if that is allowed.
 
         It is under the same tokens and the same limit for the whole call.
@@ -207,31 +207,31 @@ class Exchange(Channel):
         delay = self.retry_delay(error)
         if delay is None:
             return None
-        self._attempts.failed()
+        self._budget.record_failure()
         successor = Exchange(
             self._client,
             self._request,
             transport=self._transport,
             streaming=self._streaming,
             timeouts=self._timeouts,
-            attempts=self._attempts,
+            attempts=self._budget,
             unpackable=self._unpackable,
         )
         try:
-            successor.started = self.started
-            successor._due_at = self.loop.time() + delay
-            for token, kind in self._watched or ():
-                successor.watch(token, kind)
+            successor.started_at = self.started_at
+            successor._not_before = self.loop.time() + delay
+            for token, kind in self._tokens or ():
+                successor.register(token, kind)
             return successor  # noqa: TRY300  (Ctrl-C at this line leaves nothing either)
         except BaseException as exc:
-            successor.teardown(End("cancelled", exc))
+            successor.close(ExchangeOutcome("cancelled", exc))
             raise
 
-    def got_on(self) -> None:
+    def note_progress(self) -> None:
         """What is being done has got on: earlier failures do not count any more."""
-        self._attempts.got_on()
+        self._budget.note_progress()
 
-    async def read(self) -> bytes:
+    async def read_body(self) -> bytes:
         """Wait for the whole body.
 
         Raises:
@@ -241,11 +241,13 @@ class Exchange(Channel):
         """
         blocks: list[bytes] = []
         size = 0
-        while block := await self.receive():
+        while block := await self.read():
             blocks.append(block)
             size += len(block)
             if size > MAX_BODY_BYTES:
-                self.teardown(End("error", ProtocolError(f"the server's answer is over {MAX_BODY_BYTES:,} bytes")))
+                self.close(
+                    ExchangeOutcome("error", ProtocolError(f"the server's answer is over {MAX_BODY_BYTES:,} bytes"))
+                )
                 self.check()
         return blocks[0] if len(blocks) == 1 else b"".join(blocks)
 
@@ -257,10 +259,10 @@ class Exchange(Channel):
         if self.status < 300:
             return
         error = status_error(self, await self._error_body())
-        self.teardown(End("error", error))
-        if self.end is not None and self.end.kind == "error":
+        self.close(ExchangeOutcome("error", error))
+        if self.outcome is not None and self.outcome.kind == "error":
             # Also where the connection broke after the status had come: the status says more.
-            self.end.cause = error
+            self.outcome.cause = error
         try:
             # Says so itself, unless something else came first; an answer that settled on arrival was complete by then.
             self.check()
@@ -272,9 +274,9 @@ class Exchange(Channel):
     async def _error_body(self) -> bytes:
         body = b""
         try:
-            while len(body) < _MAX_ERROR_BODY and (block := await self.receive()):
+            while len(body) < _MAX_ERROR_BODY and (block := await self.read()):
                 body += block
-        except Ended as ended:
+        except ExchangeEnded as ended:
             if ended.end.kind != "error":
                 raise
         return body[:_MAX_ERROR_BODY]
@@ -287,51 +289,53 @@ class Exchange(Channel):
                 raise stream_error(frame, self)
         return body
 
-    def origin(self, form: type[BaseModel] | None = None) -> Origin:
+    def response_info(self, form: type[BaseModel] | None = None) -> ResponseInfo:
         """Return what an answer made of this shall know of where it comes from."""
-        return Origin(self.status, self.headers, form)
+        return ResponseInfo(self.status, self.headers, form)
 
-    def settle(self) -> bool:
+    def commit(self) -> bool:
         """The reader has all it wanted: from now on nothing can end this any more.
 
         Returns:
             Whether it is so; False if something had ended it before.
         """
-        decided = self.end
-        settled = self._decide(End("complete")) or (decided is not None and decided.kind == "complete")
-        self._release()
+        decided = self.outcome
+        settled = self._decide(ExchangeOutcome("complete")) or (decided is not None and decided.kind == "complete")
+        self._stop_watching()
         self.tidied = settled
         return settled
 
-    async def drain(self) -> None:
+    async def discard_body(self) -> None:
         """Wait a moment for the rest of a settled answer, so that its connection can be used again.
 
         Cancellation: the socket is closed at once.
         """
-        if not self.linked or self._waiter is not None:
+        if not self.is_attached or self._waiter is not None:
             # It is all there, or another task waits for it already.
             return
-        self._drain_behind()
-        while self.linked:
-            self.take()
-            await self.pause()
+        self._discard_body_soon()
+        while self.is_attached:
+            self.read_buffered()
+            await self.wait()
 
-    def drain_behind(self) -> None:
+    def discard_body_soon(self) -> None:
         """As ``drain()``, when nobody waits for it; from any thread."""
         # To tell the loop is a syscall or two, and mostly the whole answer has arrived.
-        if self.linked:
-            in_loop(self.loop, self._drain_behind)
+        if self.is_attached:
+            in_loop(self.loop, self._discard_body_soon)
 
-    def _drain_behind(self) -> None:
-        if self.linked and self._timer is None:
+    def _discard_body_soon(self) -> None:
+        if self.is_attached and self._timer is None:
             if self.paused:
-                self.take()
-                self.go_on()
-            self._timer = self.loop.call_later(DRAIN_SECONDS, self.teardown, End("complete"), context=EmptyContext())
+                self.read_buffered()
+                self.resume_reading()
+            self._timer = self.loop.call_later(
+                DISCARD_SECONDS, self.close, ExchangeOutcome("complete"), context=EmptyContext()
+            )
 
     def error(self, partial: Any = None) -> BaseException:
         """Return what to raise for how this ended, to a reader that has got ``partial``; an own instance each time."""
-        end = self.end
+        end = self.outcome
         assert end is not None
         cause = end.cause
         if end.kind == "aborted":
@@ -342,24 +346,24 @@ class Exchange(Channel):
             return translate(cause, self._timeouts, partial)
         return StreamClosed(cause if isinstance(cause, str) else _CLOSED[end.kind], partial)
 
-    async def gone(self) -> None:
+    async def wait_closed(self) -> None:
         """Wait until nothing is left of an exchange that has ended.
 
         Cancellation: safe, it ends all the same.
         """
         if self._task is not None:
-            await settled(self._task)
+            await join_cancelled(self._task)
 
     # -- the end --
 
-    def take_head(self, status: int, reason: bytes, headers: Sequence[tuple[bytes, bytes]], version: bytes) -> None:
+    def feed_head(self, status: int, reason: bytes, headers: Sequence[tuple[bytes, bytes]], version: bytes) -> None:
         """Take the head of the answer."""
         # What httpx follows is not the answer yet, and an error is no stream.
         self.by_line = self._streaming and status < 300
-        self.settles_on_arrival = not self._streaming and not 300 <= status < 400
+        self.complete_at_eof = not self._streaming and not 300 <= status < 400
         # From here on the server may not fall silent for longer than the idle limit.
-        self.touched = self.loop.time()
-        super().take_head(status, reason, headers, version)
+        self.last_activity_at = self.loop.time()
+        super().feed_head(status, reason, headers, version)
         # Decided here, because an answer that comes all at once is at its end before its reader has seen the head.
         encoding = encoding_of(headers)
         if encoding is None or 300 <= status < 400:
@@ -367,43 +371,43 @@ class Exchange(Channel):
         if encoding in self._unpackable:
             self.unpacker = Unpacker(encoding)
         elif self._transport is not None:
-            self._decide(End("error", _strange_encoding(encoding)))
+            self._decide(ExchangeOutcome("error", _strange_encoding(encoding)))
 
     def detach(self) -> None:
         """Let go of the link; if the answer is settled, nothing can come any more."""
         super().detach()
-        if self.end is not None:
-            self._release()
-            self.tidied = self.ended_early is None
+        if self.outcome is not None:
+            self._stop_watching()
+            self.tidied = self.failure_outcome is None
 
     def _on_decided(self) -> None:
         self.ended_at = self.ended_at or self.loop.time()
         # In whatever thread this is: a token that outlives many calls must not collect what is left of them.
-        self._unwatch()
+        self._leave_tokens()
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         """Let go of everything and wake the reader."""
-        self._release()
-        super().give_back()
+        self._stop_watching()
+        super().release()
 
-    def _unwatch(self) -> None:
+    def _leave_tokens(self) -> None:
         if self._registrations:
             for watch in tuple(self._registrations):
                 watch.remove()
             self._registrations.clear()
 
     def _tidy_up(self) -> None:
-        self._unwatch()
-        in_loop(self.loop, self._give_back_if_not_tidied)
+        self._leave_tokens()
+        in_loop(self.loop, self._release_if_not_tidied)
 
-    def _give_back_if_not_tidied(self) -> None:
+    def _release_if_not_tidied(self) -> None:
         # Mostly it is by now: the end was being dealt with in another thread.
         if not self.tidied:
-            self.give_back()
+            self.release()
             self.tidied = True
 
-    def _release(self) -> None:
-        self._unwatch()
+    def _stop_watching(self) -> None:
+        self._leave_tokens()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -420,17 +424,17 @@ class Exchange(Channel):
         limits, now = self._timeouts, self.loop.time()
         due: list[tuple[float, str]] = []
         if limits.total is not None:
-            due.append((self.started + limits.total, "total"))
-        if self.arrived or self._failure is not None:
+            due.append((self.started_at + limits.total, "total"))
+        if self.eof or self._failure is not None:
             # What the reader has not read yet is not the server's silence.
             return min(due, default=None)
-        if not self.first and limits.first_chunk is not None:
+        if not self.first_line_at and limits.first_chunk is not None:
             # Before the request is out there is nothing to wait for yet: look again after that time at the latest.
-            due.append(((self.sent or now) + limits.first_chunk, "first_chunk"))
+            due.append(((self.sent_at or now) + limits.first_chunk, "first_chunk"))
         if limits.idle is not None:
             # Not while the server is at work on the first token, nor while it is the reader who keeps it from sending.
-            counts = (self.status or not self.sent) and not self.paused
-            due.append((((counts and self.touched) or now) + limits.idle, "idle"))
+            counts = (self.status or not self.sent_at) and not self.paused
+            due.append((((counts and self.last_activity_at) or now) + limits.idle, "idle"))
         return min(due, default=None)
 
     def _check_time(self) -> None:
@@ -438,10 +442,10 @@ class Exchange(Channel):
         # sets itself anew: one timer a stream, not one a chunk.
         self._timer = None
         due = self._due()
-        if due is None or self.end is not None:
+        if due is None or self.outcome is not None:
             return
         if due[0] <= self.loop.time():
-            self.teardown(End("timeout", due[1]))
+            self.close(ExchangeOutcome("timeout", due[1]))
         else:
             self._timer = self.loop.call_at(due[0], self._check_time, context=EmptyContext())
 
@@ -457,10 +461,10 @@ class _EndByToken(Watch):
         self._kind: Kind = kind
 
     def end(self, reason: object) -> None:
-        self._exchange.finish(End(self._kind, reason))
+        self._exchange.close_threadsafe(ExchangeOutcome(self._kind, reason))
 
 
-class _Errand:
+class _ForeignRequest:
     """A request that runs in a task of ours, over a transport that is not; the link of its exchange."""
 
     def __init__(self, exchange: Exchange, client: httpx.AsyncClient, request: httpx.Request) -> None:
@@ -469,9 +473,9 @@ class _Errand:
         self._request = request
         self._socket: Any = None
         # If the foreign client has one of our transports under it, its connection hangs on this.
-        self._inner = Channel(exchange.loop)
+        self._inner = ResponseReader(exchange.loop)
         # It may be used for several requests in turn, if credentials are asked for or a redirect is followed.
-        self._inner.settles_on_arrival = False
+        self._inner.complete_at_eof = False
         self._room = asyncio.Event()
         self._stopped = False
         self._task: asyncio.Task[None] | None = None
@@ -485,11 +489,11 @@ class _Errand:
             self._task = self._exchange.loop.create_task(self._run())
         return self._task
 
-    def sever(self, channel: Channel) -> None:
-        self._inner.finish(End("closed"))
+    def shutdown_for(self, reader: ResponseReader) -> None:
+        self._inner.close_threadsafe(ExchangeOutcome("closed"))
         # Only in the loop's own thread: elsewhere the foreign pool may be closing this very descriptor, and its number
         # may belong to somebody else before it is duplicated.
-        if self._socket is None or asyncio._get_running_loop() is not channel.loop:  # noqa: SLF001
+        if self._socket is None or asyncio._get_running_loop() is not reader.loop:  # noqa: SLF001
             return
         try:
             duplicate = socket.socket(fileno=os.dup(self._socket.fileno()))
@@ -501,34 +505,34 @@ class _Errand:
             except OSError:
                 return
 
-    def dispose(self, channel: Channel) -> None:
+    def close_for(self, reader: ResponseReader) -> None:
         self._stopped = True
         if self._task is not None:
             cancel_once(self._task)
 
-    def pause(self) -> None:
+    def pause_reading(self) -> None:
         return
 
-    def resume(self) -> None:
+    def resume_reading(self) -> None:
         self._room.set()
 
     async def _run(self) -> None:
         exchange = self._exchange
         try:
-            exchange.touched = exchange.sent = exchange.loop.time()
-            self._request.extensions[CHANNEL] = self._inner
+            exchange.last_activity_at = exchange.sent_at = exchange.loop.time()
+            self._request.extensions[READER] = self._inner
             response = await self._client.send(self._request, stream=True)
             try:
                 await self._pass_on(response)
             finally:
                 await response.aclose()
         except Exception as exc:
-            exchange.fail(exc)
+            exchange.set_exception(exc)
         except BaseException:
-            exchange.teardown(End("closed", "the event loop is shutting down"))
+            exchange.close(ExchangeOutcome("closed", "the event loop is shutting down"))
             raise
         else:
-            exchange.complete()
+            exchange.feed_eof()
 
     async def _pass_on(self, response: httpx.Response) -> None:
         exchange = self._exchange
@@ -536,7 +540,7 @@ class _Errand:
         # A connection of HTTP/2 carries other requests as well.
         if network is not None and response.http_version != "HTTP/2":
             self._socket = network.get_extra_info("socket")
-        exchange.take_head(
+        exchange.feed_head(
             response.status_code,
             response.extensions.get("reason_phrase", b""),
             response.headers.raw,
@@ -550,8 +554,8 @@ class _Errand:
             exchange.unpacker = None
         # Not even httpx shall unpack it: a block of it may become a thousand times as much.
         async for block in response.aiter_bytes() if exchange.unpacker is None else response.aiter_raw():
-            exchange.now = exchange.loop.time()
-            room = exchange.push(block)
+            exchange.received_at = exchange.loop.time()
+            room = exchange.feed_data(block)
             if not room:
                 self._room.clear()
                 await self._room.wait()

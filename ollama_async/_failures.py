@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 
-from ._channel import Channel, Ended
+from ._channel import ExchangeEnded, ResponseReader
 from ._errors import (
     ConnectError,
     ConnectionBroken,
@@ -86,9 +86,9 @@ def _strip(exc: BaseException | None) -> None:
     """
     while exc is not None:
         exc.__traceback__ = None
-        if isinstance(exc.__cause__, Ended):
+        if isinstance(exc.__cause__, ExchangeEnded):
             exc.__cause__ = None
-        if isinstance(exc.__context__, Ended):
+        if isinstance(exc.__context__, ExchangeEnded):
             exc.__context__ = None
         exc = exc.__cause__ or exc.__context__
 
@@ -111,16 +111,16 @@ _TITLE_BEGINS = re.compile("<title", re.IGNORECASE)
 _TITLE_ENDS = re.compile("</title>", re.IGNORECASE)
 
 
-def status_error(channel: Channel, body: bytes) -> ResponseError:
+def status_error(reader: ResponseReader, body: bytes) -> ResponseError:
     """Make the error that an answer with an error status stands for, out of JSON, HTML, text or nothing."""
     text = body.decode("utf-8", "replace").strip()
     frame = json_object(text)
     if frame.get("error"):
-        error = response_error(_error_text(frame["error"]), channel.status)
+        error = response_error(_error_text(frame["error"]), reader.status)
         _sign_in(error, frame)
     else:
-        error = response_error(_plain(text) or channel.reason_phrase.decode("latin-1") or "no text", channel.status)
-    error.headers = httpx.Headers(list(channel.headers))
+        error = response_error(_plain(text) or reader.reason_phrase.decode("latin-1") or "no text", reader.status)
+    error.headers = httpx.Headers(list(reader.headers))
     return error
 
 
@@ -167,12 +167,12 @@ def _showable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def stream_error(frame: dict[str, Any], channel: Channel) -> StreamError:
+def stream_error(frame: dict[str, Any], reader: ResponseReader) -> StreamError:
     """Make the error for an error frame inside a stream."""
     code = frame.get("StatusCode")
-    error = StreamError(_error_text(frame["error"]), code if isinstance(code, int) else channel.status)
+    error = StreamError(_error_text(frame["error"]), code if isinstance(code, int) else reader.status)
     _sign_in(error, frame)
-    error.headers = httpx.Headers(list(channel.headers))
+    error.headers = httpx.Headers(list(reader.headers))
     return error
 
 

@@ -15,7 +15,7 @@ import httptools
 import httpx
 
 from ._cancel import raise_in_loop, resolve
-from ._channel import Channel, End
+from ._channel import ExchangeOutcome, ResponseReader
 from ._secret import Secret
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class HttpProxy(NamedTuple):
     origin: Origin
     headers: tuple[tuple[bytes, bytes], ...]
 
-    def besides(self, headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    def extra_headers(self, headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
         """Return the headers that are not among others, which go before them: a second ``Host`` is a bad request."""
         names = {name.lower() for name, _ in headers}
         return [pair for pair in self.headers if pair[0].lower() not in names]
@@ -104,13 +104,13 @@ class GuardedSocket(socket.socket):
     So no duplicate of the descriptor is needed. The guard is reentrant: a signal handler may come at any time.
     """
 
-    __slots__ = ("_pid", "_severed", "guard")
+    __slots__ = ("_pid", "_shut_down", "guard")
 
     def __init__(self, family: int = -1, kind: int = -1, proto: int = -1) -> None:
         self.guard = threading.RLock()
         self._pid = os.getpid()
         # A socket that is not connected yet cannot be shut down: what connects it looks at this.
-        self._severed = False
+        self._shut_down = False
         super().__init__(family, kind, proto)
         self.setblocking(False)
 
@@ -121,7 +121,7 @@ class GuardedSocket(socket.socket):
             ConnectionAbortedError: It has been.
         """
         with self.guard:
-            if self._severed:
+            if self._shut_down:
                 raise ConnectionAbortedError(errno.ECONNABORTED, "the connection was aborted before it was made")
             super().connect(address)
 
@@ -135,15 +135,15 @@ class GuardedSocket(socket.socket):
         with self.guard:
             return super().detach()
 
-    def sever(self) -> None:
+    def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
         """Hand the FIN to the kernel, and never connect any more; from any thread or signal handler."""
         if self._pid != os.getpid():
             # In a fork: the connection is still the parent's, which a shutdown would end there too.
             return
         with self.guard:
-            self._severed = True
+            self._shut_down = True
             try:
-                self.shutdown(socket.SHUT_RDWR)
+                super().shutdown(how)
             except OSError:
                 # Not connected (yet, or any more), or closed: nothing to end.
                 return
@@ -178,7 +178,7 @@ def encode_head(request: httpx.Request, proxy: HttpProxy | None = None) -> bytes
     headers = Secret(request.headers.raw)
     if proxy is not None and request.url.scheme == "http":
         target = b"http://%b%b" % (request.url.netloc, target)
-        headers = Secret([*headers.value, *proxy.besides(headers.value)])
+        headers = Secret([*headers.value, *proxy.extra_headers(headers.value)])
     return b"%b %b HTTP/1.1\r\n%b\r\n" % (method, target, encode_headers(headers))
 
 
@@ -200,29 +200,29 @@ def header_flaw(name: bytes, value: bytes) -> str | None:
     return None
 
 
-class _Answer:
+class ResponseParser:
     """The answer that is being read from a connection: the target of one httptools parser."""
 
     __slots__ = (
         "bodies",
-        "channel",
         "done",
-        "extra",
-        "fed",
+        "head_size",
         "headers",
         "keep_alive",
         "length",
         "method",
         "on_body",
         "parser",
+        "reader",
         "reason",
         "room",
-        "size",
         "status",
+        "trailing_data",
+        "unparsed",
     )
 
-    def __init__(self, channel: Channel, method: str) -> None:
-        self.channel = channel
+    def __init__(self, reader: ResponseReader, method: str) -> None:
+        self.reader = reader
         self.method = method
         # What the parser has found of the body in what it is being fed, a part an HTTP chunk. A server that sends a
         # token a chunk sends many at once to a reader that is behind: a list takes them at a twentieth of the cost of
@@ -235,17 +235,17 @@ class _Answer:
         self.headers: list[tuple[bytes, bytes]] = []
         self.reason = b""
         self.status = 0
-        self.size = 0
-        self.fed = 0
+        self.head_size = 0
+        self.unparsed = 0
         self.keep_alive = False
         self.done = False
-        self.extra = False
+        self.trailing_data = False
         self.room = True
 
     # -- called by the parser --
 
     def on_message_begin(self) -> None:
-        self.extra = self.extra or self.done
+        self.trailing_data = self.trailing_data or self.done
 
     def on_status(self, reason: bytes) -> None:
         if not self.done:
@@ -258,8 +258,8 @@ class _Answer:
             self.headers.append((name, value.strip(b" \t")))
 
     def _count(self, size: int) -> None:
-        self.size += size
-        if self.size > MAX_HEAD_BYTES:
+        self.head_size += size
+        if self.head_size > MAX_HEAD_BYTES:
             raise _Refused(_TOO_LARGE)
 
     def on_headers_complete(self) -> None:
@@ -279,7 +279,7 @@ class _Answer:
             return
         self.status = status
         version = b"HTTP/" + self.parser.get_http_version().encode("ascii")
-        self.channel.take_head(status, self.reason, self.headers, version)
+        self.reader.feed_head(status, self.reason, self.headers, version)
         if self.method == "HEAD":
             # The parser cannot be told that no body follows, whatever the headers say.
             self._complete()
@@ -298,7 +298,7 @@ class _Answer:
     def feed(self, data: bytes | memoryview) -> None:
         """Parse what arrived; raises ``httpx.RemoteProtocolError``."""
         # A head, a trailer or the head of a chunk that has no end is kept by the parser: body resets the count.
-        self.fed += len(data)
+        self.unparsed += len(data)
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -310,7 +310,7 @@ class _Answer:
                 raise cause from None
             if self.done:
                 # The answer is whole; whatever followed it only spoils the connection.
-                self.extra = True
+                self.trailing_data = True
                 return
             raise httpx.RemoteProtocolError(self._explain(exc, data)) from exc
         finally:
@@ -319,18 +319,18 @@ class _Answer:
                 if not self.status:
                     # Of an interim answer, which has none: it would become a part of the answer's.
                     raise httpx.RemoteProtocolError(_BODY_FIRST)
-                self.fed = 0
+                self.unparsed = 0
                 if self.done:
                     self._only_the_answers()
                 if bodies:
-                    self.room = self.channel.push(bodies[0] if len(bodies) == 1 else b"".join(bodies))
+                    self.room = self.reader.feed_data(bodies[0] if len(bodies) == 1 else b"".join(bodies))
                     bodies.clear()
-        if self.fed > MAX_HEAD_BYTES and not self.done:
+        if self.unparsed > MAX_HEAD_BYTES and not self.done:
             raise httpx.RemoteProtocolError(_TOO_LARGE)
 
     def _only_the_answers(self) -> None:
         if len(self.bodies) > self.length:
-            self.extra = True
+            self.trailing_data = True
             del self.bodies[self.length :]
 
     def _explain(self, exc: httptools.HttpParserError, received: bytes | memoryview) -> str:
@@ -357,7 +357,7 @@ _BODY_FIRST = "the server's answer has a body before its head"
 _TOO_LARGE = f"the head of the server's answer is over {MAX_HEAD_BYTES:,} bytes"
 
 
-class Home(Protocol):
+class ConnectionOwner(Protocol):
     """Where a connection belongs.
 
     Attributes:
@@ -368,10 +368,10 @@ class Home(Protocol):
     buffer: memoryview
     context: contextvars.Context
 
-    def put_back(self, connection: Connection) -> None:
+    def release(self, connection: Connection) -> None:
         """Its answer has come; it can take another request."""
 
-    def lost(self, connection: Connection) -> None:
+    def connection_lost(self, connection: Connection) -> None:
         """It is gone."""
 
 
@@ -379,12 +379,12 @@ class Connection(asyncio.BaseProtocol):
     """One connection, used for one exchange at a time; what it reads is given to ``received()``."""
 
     __slots__ = (
-        "_answer",
-        "_channel",
         "_full",
-        "_home",
+        "_owner",
+        "_parser",
+        "_reader",
         "_sending",
-        "_severed",
+        "_shut_down",
         "_source",
         "_transport",
         "_writable",
@@ -393,37 +393,37 @@ class Connection(asyncio.BaseProtocol):
         "sock",
     )
 
-    def __init__(self, sock: GuardedSocket, origin: Origin, home: Home) -> None:
+    def __init__(self, sock: GuardedSocket, origin: Origin, home: ConnectionOwner) -> None:
         self.origin = origin
         self.idle_since = 0.0
         self.sock = sock
-        self._home = home
+        self._owner = home
         self._transport: asyncio.Transport | None = None
         # What is paused.
         self._source: asyncio.Transport | None = None
-        self._channel: Channel | None = None
-        self._answer: _Answer | None = None
+        self._reader: ResponseReader | None = None
+        self._parser: ResponseParser | None = None
         self._sending = False
-        self._severed = False
+        self._shut_down = False
         self._writable: asyncio.Future[None] | None = None
         self._full = False
 
     # -- use, in the loop's thread --
 
-    def begin(self, channel: Channel, method: str, data: bytes, *, more: bool) -> None:
+    def begin(self, reader: ResponseReader, method: str, data: bytes, *, more: bool) -> None:
         """Send the head of a request (and its body, if it is all in ``data``), and await its answer.
 
         Args:
-            channel: Where the answer goes.
+            reader: Where the answer goes.
             method: The request's.
             data: The first bytes.
             more: Whether the body is still to be written with ``write()``, up to ``end()``.
         """
-        self._answer = _Answer(channel, method)
-        self._channel = channel
+        self._parser = ResponseParser(reader, method)
+        self._reader = reader
         self._sending = more
-        # First: once it is on the channel, an abort shuts the socket down, and nothing goes out any more.
-        channel.attach(self)
+        # First: once it is on the reader, an abort shuts the socket down, and nothing goes out any more.
+        reader.attach(self)
         self.write(data)
 
     def write(self, data: bytes) -> None:
@@ -444,67 +444,67 @@ class Connection(asyncio.BaseProtocol):
                 self._writable = None
 
     @property
-    def gone(self) -> bool:
+    def is_closing(self) -> bool:
         """Whether nothing can be sent any more."""
         return self._transport is None or self._transport.is_closing()
 
-    def end(self) -> None:
+    def request_sent(self) -> None:
         """The request's body has been written."""
         self._sending = False
 
     def usable(self) -> bool:
         """Whether an idle connection can take another request."""
         transport = self._transport
-        return transport is not None and not transport.is_closing() and not self._severed and not self.sock.stale()
+        return transport is not None and not transport.is_closing() and not self._shut_down and not self.sock.stale()
 
-    def shut(self, why: str) -> None:
+    def close_exchange(self, why: str) -> None:
         """Close the connection at once, whatever it is doing."""
-        channel = self._channel
-        if channel is not None:
-            channel.teardown(End("closed", why))
+        reader = self._reader
+        if reader is not None:
+            reader.close(ExchangeOutcome("closed", why))
         self.close()
 
     def close(self) -> None:
         """Close an idle connection at once."""
-        if not self._severed:
-            self.sock.sever()
+        if not self._shut_down:
+            self.sock.shutdown()
         if self._transport is not None:
             self._transport.abort()
         else:
             self.sock.close()
 
-    # -- as the link of a channel --
+    # -- as the link of a reader --
 
-    def sever(self, channel: Channel) -> None:
-        """Put the FIN on its way, unless the connection serves another channel by now; from any thread."""
+    def shutdown_for(self, reader: ResponseReader) -> None:
+        """Put the FIN on its way, unless the connection serves another reader by now; from any thread."""
         with self.sock.guard:
-            if self._channel is channel:
-                self._severed = True
-                self.sock.sever()
+            if self._reader is reader:
+                self._shut_down = True
+                self.sock.shutdown()
 
-    def dispose(self, channel: Channel) -> None:
-        """Close the connection, unless it serves another channel by now."""
-        if self._channel is channel:
+    def close_for(self, reader: ResponseReader) -> None:
+        """Close the connection, unless it serves another reader by now."""
+        if self._reader is reader:
             self.close()
             self._let_go()
 
-    def sever_now(self) -> None:
+    def shutdown(self) -> None:
         """Put the FIN on its way, whatever the connection is doing; from any thread."""
         with self.sock.guard:
             if self._transport is not None:
-                self._severed = True
-                self.sock.sever()
+                self._shut_down = True
+                self.sock.shutdown()
 
-    def pause(self) -> None:
+    def pause_reading(self) -> None:
         """Read no more for now."""
-        if self._source is not None and not self.gone:
+        if self._source is not None and not self.is_closing:
             self._source.pause_reading()
 
-    def resume(self) -> None:
+    def resume_reading(self) -> None:
         """Read on."""
-        if self._source is not None and not self.gone:
+        if self._source is not None and not self.is_closing:
             # The loop keeps the context in which it was told to read as long as it reads.
-            self._home.context.run(self._source.resume_reading)
+            self._owner.context.run(self._source.resume_reading)
 
     # -- called by the event loop --
 
@@ -514,45 +514,45 @@ class Connection(asyncio.BaseProtocol):
 
     def received(self, data: bytes | memoryview) -> None:
         """Parse what has been read, and hand over all that came at once, so that the reader is woken once."""
-        answer, channel = self._answer, self._channel
-        if answer is None or channel is None:
+        answer, reader = self._parser, self._reader
+        if answer is None or reader is None:
             # Nothing was asked.
             self.close()
             return
         try:
-            channel.now = channel.loop.time()
+            reader.received_at = reader.loop.time()
             try:
                 answer.feed(data)
             except httpx.RemoteProtocolError as exc:
                 self._broken(exc)
                 return
             if answer.done:
-                self._finished(answer, channel)
+                self._finished(answer, reader)
             elif not answer.room:
                 answer.room = True
-                self.pause()
+                self.pause_reading()
         except BaseException as exc:
-            self._interrupted(answer, channel, exc)
+            self._interrupted(answer, reader, exc)
 
     def eof_received(self) -> bool:
         """The peer will send nothing more: that ends a body without framing, and breaks any other."""
-        if self._severed:
+        if self._shut_down:
             # Our own doing. Whoever did it gives the connection back in its turn; uvloop sees the ends of all that were
             # severed together before that. (Over TLS, asyncio does not let it wait.)
             return self.origin.scheme == "http"
-        answer, channel = self._answer, self._channel
-        if answer is not None and channel is not None:
+        answer, reader = self._parser, self._reader
+        if answer is not None and reader is not None:
             try:
-                self._ended_by_peer(answer, channel)
+                self._ended_by_peer(answer, reader)
             except BaseException as exc:
-                self._interrupted(answer, channel, exc)
+                self._interrupted(answer, reader, exc)
         return False
 
-    def _ended_by_peer(self, answer: _Answer, channel: Channel) -> None:
+    def _ended_by_peer(self, answer: ResponseParser, reader: ResponseReader) -> None:
         if answer.until_close():
             answer.done = True
             self._let_go()
-            channel.complete()
+            reader.feed_eof()
             return
         where = "in the middle of its answer" if answer.status else "before it answered"
         # What a TLS server does with a request in the clear.
@@ -568,7 +568,7 @@ class Connection(asyncio.BaseProtocol):
             self._broken(httpx.ReadError(f"the connection was lost{detail}"))
             self.resume_writing()
         finally:
-            self._home.lost(self)
+            self._owner.connection_lost(self)
 
     def pause_writing(self) -> None:
         """The peer reads too slowly."""
@@ -580,43 +580,43 @@ class Connection(asyncio.BaseProtocol):
         if self._writable is not None:
             resolve(self._writable)
 
-    def _finished(self, answer: _Answer, channel: Channel) -> None:
+    def _finished(self, answer: ResponseParser, reader: ResponseReader) -> None:
         # An answer that came before the whole request was sent leaves the connection in the middle of that request.
-        reusable = answer.keep_alive and not answer.extra and not self._sending
+        reusable = answer.keep_alive and not answer.trailing_data and not self._sending
         self._let_go()
-        if reusable and not self._severed:
-            self._home.put_back(self)
+        if reusable and not self._shut_down:
+            self._owner.release(self)
         else:
             self.close()
-        channel.complete()
+        reader.feed_eof()
 
-    def _interrupted(self, answer: _Answer, channel: Channel, exc: BaseException) -> None:
+    def _interrupted(self, answer: ResponseParser, reader: ResponseReader, exc: BaseException) -> None:
         """Close the connection after Ctrl-C or the like: where the parser was in the answer, nobody knows any more."""
         # By itself: uvloop takes what its callbacks raise for an error of the connection.
-        raise_in_loop(channel.loop, exc)
+        raise_in_loop(reader.loop, exc)
         if answer.done:
-            channel.complete()
+            reader.feed_eof()
         else:
-            channel.fail(httpx.ReadError(f"reading the answer was interrupted by {type(exc).__name__}"))
-            channel.cut()
+            reader.set_exception(httpx.ReadError(f"reading the answer was interrupted by {type(exc).__name__}"))
+            reader.drop_link()
         self.close()
 
     def _broken(self, error: Exception) -> None:
-        channel = self._channel
-        if channel is not None:
+        reader = self._reader
+        if reader is not None:
             self._let_go()
-            channel.detach()
-            channel.fail(error)
+            reader.detach()
+            reader.set_exception(error)
         self.close()
 
     def _let_go(self) -> None:
-        # Under the guard: a thread that is about to sever on behalf of this channel does it before, or not at all.
+        # Under the guard: a thread that is about to sever on behalf of this reader does it before, or not at all.
         with self.sock.guard:
-            self._channel = None
+            self._reader = None
         # The parser holds bound methods of the answer, which holds the parser.
-        if self._answer is not None:
-            self._answer.parser = None
-        self._answer = None
+        if self._parser is not None:
+            self._parser.parser = None
+        self._parser = None
 
 
 class PlainConnection(Connection, asyncio.BufferedProtocol):
@@ -630,11 +630,11 @@ class PlainConnection(Connection, asyncio.BufferedProtocol):
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Where to read into; what is there has been parsed when the next one asks."""
-        return self._home.buffer
+        return self._owner.buffer
 
     def buffer_updated(self, nbytes: int) -> None:
         """Take what has been read."""
-        self.received(self._home.buffer[:nbytes])
+        self.received(self._owner.buffer[:nbytes])
 
 
 class TlsConnection(Connection, asyncio.Protocol):

@@ -35,10 +35,10 @@ class Merge(Protocol[ChunkT]):
 
     model: type[ChunkT]
 
-    together: int
+    batch_size: int
     """How many chunks may be made at once, before the first of them is delivered."""
 
-    completed: int
+    bytes_done: int
     """Bytes that are done, if it is about bytes; else 0."""
 
     def add(self, chunk: ChunkT) -> None:
@@ -107,7 +107,7 @@ def _joined(parts: dict[int, Sequence[Any]]) -> list[Any]:
 
 
 # Enough that what a call costs is shared by many; few enough that what a reader has not read yet stays small.
-_TOGETHER = 64
+_BATCH_SIZE = 64
 
 
 class Validators(Generic[ChunkT]):
@@ -192,8 +192,8 @@ class ChatMerge(_Lists):
     __slots__ = ("_last",)
 
     model = ChatResponse
-    together = _TOGETHER
-    completed = 0
+    batch_size = _BATCH_SIZE
+    bytes_done = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -230,8 +230,8 @@ class GenerateMerge(_Lists):
     __slots__ = ("_last",)
 
     model = GenerateResponse
-    together = _TOGETHER
-    completed = 0
+    batch_size = _BATCH_SIZE
+    bytes_done = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -261,10 +261,10 @@ class ProgressMerge:
 
     model = ProgressResponse
     # How far the whole is, is noted on each when it is merged.
-    together = 1
+    batch_size = 1
 
     def __init__(self) -> None:
-        self.completed = 0
+        self.bytes_done = 0
         self._count = 0
         self._last: ProgressResponse | None = None
         self._meter = Meter()
@@ -272,7 +272,7 @@ class ProgressMerge:
     def add(self, chunk: ProgressResponse) -> None:
         """Add the next step, and note on it how far the whole is."""
         self._meter.add(chunk)
-        self.completed = chunk.overall.completed
+        self.bytes_done = chunk.overall.completed
         self._last = chunk
         self._count += 1
 

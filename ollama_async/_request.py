@@ -10,7 +10,7 @@ import httpx
 from ._guard import ABROAD
 from ._http import Origin, encode_head
 from ._secret import Secret
-from ._upload import Outgoing
+from ._upload import EncodedRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,14 +30,17 @@ class Request:
         outgoing: Its bytes, if it needs nothing of httpx; else None.
     """
 
-    __slots__ = ("_http", "_make", "outgoing")
+    __slots__ = ("_http", "_make", "encoded")
 
     def __init__(
-        self, make: Callable[[], httpx.Request], outgoing: Outgoing | None = None, http: httpx.Request | None = None
+        self,
+        make: Callable[[], httpx.Request],
+        outgoing: EncodedRequest | None = None,
+        http: httpx.Request | None = None,
     ) -> None:
         self._make = make
         self._http = http
-        self.outgoing = outgoing
+        self.encoded = outgoing
 
     @property
     def http(self) -> httpx.Request:
@@ -46,7 +49,7 @@ class Request:
             self._http = self._make()
         return self._http
 
-    def forget(self, *, for_good: bool) -> None:
+    def discard(self, *, for_good: bool) -> None:
         """Drop what was put into the extensions of the request of httpx; ``for_good``, all of the request.
 
         A stream that is open for minutes does not keep what it has sent, unless that may be sent again.
@@ -56,7 +59,7 @@ class Request:
             self._http.extensions = {} if kept is None else {ABROAD: kept}
         if for_good:
             self._make = _gone
-            self._http = self.outgoing = None
+            self._http = self.encoded = None
 
 
 def _gone() -> httpx.Request:
@@ -130,4 +133,4 @@ class RequestWriter:
         if head is None:
             return Request(make, http=make())
         end = b"\r\n" if content is None else b"Content-Length: %d\r\n\r\n%b" % (len(content), content)
-        return Request(make, Outgoing(method, head[0], head[1].value + end))
+        return Request(make, EncodedRequest(method, head[0], head[1].value + end))

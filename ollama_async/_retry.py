@@ -8,7 +8,7 @@ from email.utils import parsedate_to_datetime
 
 from ._errors import ConnectError, ConnectionBroken, PhaseTimeout, ResponseError, StreamError
 
-__all__ = ["Attempts"]
+__all__ = ["RetryBudget"]
 
 # Too many requests; and what a gateway or a busy server says before anything has been done.
 _PASSING = {429, 502, 503, 504}
@@ -24,7 +24,7 @@ _LONGEST_ASKED = 120.0
 _RESUMES = 8
 
 
-class Attempts:
+class RetryBudget:
     """How often a request may still be sent, shared by all the exchanges that do so.
 
     Args:
@@ -32,40 +32,40 @@ class Attempts:
         resume: Whether it is sent again when its answer breaks off, too: for operations that go on where they were.
     """
 
-    __slots__ = ("_failures", "_resume", "allowed")
+    __slots__ = ("_failures", "_resume", "limit")
 
     def __init__(self, retries: int, *, resume: bool = False) -> None:
-        self.allowed = max(retries, _RESUMES) if resume else retries
+        self.limit = max(retries, _RESUMES) if resume else retries
         self._resume = resume
         self._failures = 0
 
     @classmethod
-    def of(cls, retries: int, *, resume: bool) -> Attempts:
+    def of(cls, retries: int, *, resume: bool) -> RetryBudget:
         """As ``Attempts()``; where there can be none, all calls share them."""
         return cls(retries, resume=resume) if retries or resume else _NONE
 
     @property
-    def left(self) -> bool:
+    def remaining(self) -> bool:
         """Whether there is one left."""
-        return self._failures < self.allowed
+        return self._failures < self.limit
 
     @property
-    def spent(self) -> bool:
+    def exhausted(self) -> bool:
         """Whether there will not be one left any more, whatever happens."""
-        return not self.left and not self._resume
+        return not self.remaining and not self._resume
 
-    def got_on(self) -> None:
+    def note_progress(self) -> None:
         """The operation has got on: what failed before is forgotten."""
         self._failures = 0
 
-    def delay(self, error: BaseException, *, answered: bool) -> float | None:
+    def backoff(self, error: BaseException, *, answered: bool) -> float | None:
         """Return after how many seconds to try again, ``None`` for not at all.
 
         Args:
             error: How it failed.
             answered: Whether an answer had begun to come.
         """
-        if not self.left or not self._passing(error, answered=answered):
+        if not self.remaining or not self._passing(error, answered=answered):
             return None
         asked = _asked_for(error)
         if asked is None:
@@ -74,7 +74,7 @@ class Attempts:
             return pause * random.uniform(0.75, 1.0)  # noqa: S311
         return asked if asked <= _LONGEST_ASKED else None
 
-    def failed(self) -> None:
+    def record_failure(self) -> None:
         """One more has failed and is followed by another one."""
         self._failures += 1
 
@@ -91,7 +91,7 @@ class Attempts:
         return isinstance(error, ConnectError) and not _refused_by_proxy(error)
 
 
-_NONE = Attempts(0)
+_NONE = RetryBudget(0)
 
 
 def _refused_by_proxy(error: ConnectError) -> bool:

@@ -12,7 +12,7 @@ import httpx
 from pydantic import ValidationError
 
 from ._cancel import CancelToken, LiveObject
-from ._channel import End, Ended
+from ._channel import ExchangeEnded, ExchangeOutcome
 from ._errors import AbortError, ProtocolError, RequestError, ResponseError, StreamClosed
 from ._exchange import Exchange
 from ._failures import misfit
@@ -23,7 +23,7 @@ from ._input import encode_json
 from ._ndjson import MAX_LINE_BYTES
 from ._proxy import ProxyTransport, http_proxy
 from ._request import RequestWriter
-from ._retry import Attempts
+from ._retry import RetryBudget
 from ._secret import Secret, showable
 from ._stream import Stream
 from ._timeouts import DEFAULT_TIMEOUTS, Timeouts
@@ -256,13 +256,13 @@ class Session(LiveObject):
         *,
         streaming: bool,
         resume: bool = False,
-        early: End | None = None,
+        early: ExchangeOutcome | None = None,
     ) -> Exchange:
         if self._closed:
             raise StreamClosed("the client is closed")
         timeouts = Timeouts.of(call["timeout"]) if "timeout" in call else self._timeouts
         retries = call.get("retries")
-        attempts = Attempts.of(self._retries if retries is None else retries, resume=resume)
+        attempts = RetryBudget.of(self._retries if retries is None else retries, resume=resume)
         asked = _accept_encoding(given_headers(call))
         exchange = Exchange(
             self._client,
@@ -276,14 +276,14 @@ class Session(LiveObject):
         try:
             if early is not None:
                 # It came before what the tokens have to say.
-                exchange.teardown(early)
-            exchange.watch(self._closing, "closed")
+                exchange.close(early)
+            exchange.register(self._closing, "closed")
             for watched in (self._current(), self._token, token):
                 if watched is not None:
-                    exchange.watch(watched)
+                    exchange.register(watched)
             return exchange  # noqa: TRY300  (Ctrl-C at this line leaves nothing either)
         except BaseException as exc:
-            exchange.teardown(End("cancelled", exc))
+            exchange.close(ExchangeOutcome("cancelled", exc))
             raise
 
     def _stream(
@@ -330,7 +330,7 @@ class Session(LiveObject):
             raise ProtocolError(
                 f"the answer to {method} {path} is not what Ollama sends: {misfit(exc, answer)}"
             ) from exc
-        reply.set_origin(exchange.origin(form))
+        reply.set_response_info(exchange.response_info(form))
         return reply
 
     async def _command(self, method: str, path: str, body: dict[str, Any] | None, call: CallOptions) -> StatusResponse:
@@ -338,7 +338,7 @@ class Session(LiveObject):
         content = None if body is None else encode_json(body)
         _, exchange = await self._send(self._build(method, path, content, given_headers(call)), call)
         reply = StatusResponse(status="success")
-        reply.set_origin(exchange.origin())
+        reply.set_response_info(exchange.response_info())
         return reply
 
     async def _send(self, request: Request, call: CallOptions) -> tuple[bytes, Exchange]:
@@ -350,7 +350,7 @@ class Session(LiveObject):
             answer, error = await self._attempt(exchange)
             while answer is None:
                 # In one statement, so that Ctrl-C finds either one or the other.
-                failed, exchange = exchange, exchange.successor(error)
+                failed, exchange = exchange, exchange.next_attempt(error)
                 if exchange is None:
                     raise error or failed.error()
                 answer, error = await self._attempt(exchange)
@@ -360,7 +360,7 @@ class Session(LiveObject):
             error = None
             # Also after Ctrl-C at any line, nothing is left open.
             if exchange is not None and not isinstance(exc, Exception):
-                exchange.teardown(End("cancelled", exc))
+                exchange.close(ExchangeOutcome("cancelled", exc))
             raise
 
     async def _attempt(self, exchange: Exchange) -> tuple[bytes | None, ResponseError | None]:
@@ -368,8 +368,8 @@ class Session(LiveObject):
         try:
             await exchange.open()
             await exchange.raise_for_status()
-            return exchange.no_error(await exchange.read()), None
-        except Ended:
+            return exchange.no_error(await exchange.read_body()), None
+        except ExchangeEnded:
             return None, None
         except ResponseError as exc:
             return None, exc

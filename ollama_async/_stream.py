@@ -17,8 +17,8 @@ import httpx
 from pydantic import ValidationError
 
 from ._awaitable import Guarded
-from ._cancel import CancelToken, LiveObject, Once, raise_in_loop
-from ._channel import End, Ended, Kind
+from ._cancel import CancelToken, LiveObject, SetOnce, raise_in_loop
+from ._channel import ExchangeEnded, ExchangeOutcome, Kind
 from ._errors import ProtocolError, StreamBusy, StreamError, StreamTruncated
 from ._failures import json_object, misfit, stream_error
 from ._merge import Chunk, ChunkT, Merge, validators
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from ._exchange import Exchange
-    from ._types import Origin
+    from ._types import ResponseInfo
 
 __all__ = ["Outcome", "Stream", "Timing"]
 
@@ -78,7 +78,7 @@ class Stream(LiveObject, Generic[ChunkT]):
 
     def __init__(
         self,
-        start: Callable[[End | None], Exchange],
+        start: Callable[[ExchangeOutcome | None], Exchange],
         merge: Merge[ChunkT],
         *,
         token: CancelToken | None = None,
@@ -93,13 +93,13 @@ class Stream(LiveObject, Generic[ChunkT]):
         self._validate = validators(merge.model).one
         self._token = token
         self._until = until
-        self._form = form
-        self._origin: Origin | None = None
+        self._response_model = form
+        self._info: ResponseInfo | None = None
         self._strict = strict
         self._splitter = LineSplitter(max_line_bytes)
         self._exchange: Exchange | None = None
         # How it was ended before it was opened.
-        self._early = Once()
+        self._outcome_before_start = SetOnce()
         self._opened = False
         # Lines that have arrived and are no chunks yet, the next one last.
         self._lines: list[bytes] = []
@@ -107,10 +107,10 @@ class Stream(LiveObject, Generic[ChunkT]):
         # but its delivery, and how many chunks were delivered before them. They are merged one by one, by the reader
         # alone: whoever looks at the answer, from a thread or a signal handler, then finds a beginning of it.
         self._chunks: list[ChunkT] = []
-        self._next = self._plain = 0
-        self._before = 0
+        self._index = self._fast_until = 0
+        self._delivered_before = 0
         # Not empty once the end is decided.
-        self._decided: Mapping[int, object] = self._early.slot
+        self._ended: Mapping[int, object] = self._outcome_before_start.slot
         self._reading = False
         self._outcome: Outcome | None = None
         self._body_read = False
@@ -120,7 +120,7 @@ class Stream(LiveObject, Generic[ChunkT]):
         # Reentrant: a signal handler that looks at the answer may interrupt another look.
         self._absorbing = threading.RLock()
         # Bytes that were done when it was last resumed.
-        self._completed = 0
+        self._bytes_done = 0
         self._last_at = 0.0
 
     # -- async for chunk in stream --
@@ -133,8 +133,8 @@ class Stream(LiveObject, Generic[ChunkT]):
         """
         # An `async for` awaits each step at once. Whoever calls aiter() may make a task of one, and cancel it.
         if _called_by_async_for():
-            return _Loop(self)  # pyright: ignore[reportReturnType]  (it takes the slot for a method without self)
-        return _Iterator(self)
+            return _LoopIterator(self)  # pyright: ignore[reportReturnType]  (it takes the slot for a method without self)
+        return _ClosingIterator(self)
 
     # -- chunk = await anext(stream) --
 
@@ -156,12 +156,12 @@ class Stream(LiveObject, Generic[ChunkT]):
         return Guarded(self._read_chunk(), self._reader_cancelled, "Stream.__anext__")
 
     async def _read_chunk(self) -> ChunkT:
-        place = self._next
+        place = self._index
         # First: from here on a signal handler that looks at the answer leaves this chunk to us, as _absorb() says.
-        self._next = place + 1
+        self._index = place + 1
         # The usual case by itself, since this runs for every token. A second reader finds nothing that is ready while
         # the first one waits, and so is turned away below.
-        if place < self._plain and not self._decided:
+        if place < self._fast_until and not self._ended:
             chunk = self._chunks[place]
             try:
                 self._add(chunk)
@@ -169,27 +169,27 @@ class Stream(LiveObject, Generic[ChunkT]):
                 self._interrupted()
                 raise
             # A signal handler may have come meanwhile, and no chunk is delivered after an abort.
-            if not self._decided:
+            if not self._ended:
                 return chunk
         else:
-            self._next = place
+            self._index = place
         while True:
-            if self._reading or not (self._lines or self._next < len(self._chunks)):
+            if self._reading or not (self._lines or self._index < len(self._chunks)):
                 await self._fill()
             exchange = self._exchange
             assert exchange is not None
-            if self._decided and exchange.ended_early is not None:
+            if self._ended and exchange.failure_outcome is not None:
                 raise self._broken_off()
-            if not self._lines and self._next == len(self._chunks):
+            if not self._lines and self._index == len(self._chunks):
                 raise StopAsyncIteration
             try:
                 chunk = self._deliver(exchange)
             except StreamError:
-                if self._follow(exchange) is None:
+                if self._retry(exchange) is None:
                     raise
             else:
                 # As above: this is the last look before it is delivered.
-                if not self._decided or exchange.ended_early is None:
+                if not self._ended or exchange.failure_outcome is None:
                     return chunk
 
     # -- await stream --
@@ -253,7 +253,7 @@ class Stream(LiveObject, Generic[ChunkT]):
         Returns:
             True if this call ended it, False if it was at its end already.
         """
-        return self._finish(End("aborted", reason))
+        return self._close_threadsafe(ExchangeOutcome("aborted", reason))
 
     async def aclose(self) -> None:
         """Close the stream, from any task; idempotent. A task that is reading it gets ``StreamClosed``.
@@ -262,16 +262,16 @@ class Stream(LiveObject, Generic[ChunkT]):
         """
         exchange = self._exchange
         if exchange is None:
-            self._early.decide(End("closed"))
+            self._outcome_before_start.try_set(ExchangeOutcome("closed"))
             return
         if exchange.loop is not asyncio.get_running_loop():
-            exchange.finish(End("closed"))
+            exchange.close_threadsafe(ExchangeOutcome("closed"))
             return
         if self._outcome == "done":
-            await exchange.drain()
+            await exchange.discard_body()
         else:
-            exchange.teardown(End("closed"))
-        await exchange.gone()
+            exchange.close(ExchangeOutcome("closed"))
+        await exchange.wait_closed()
 
     # -- what has come --
 
@@ -284,9 +284,9 @@ class Stream(LiveObject, Generic[ChunkT]):
         self._absorb()
         response = self._merge.result()
         if response is not None and self._exchange is not None:
-            if self._origin is None:
-                self._origin = self._exchange.origin(self._form)
-            response.set_origin(self._origin)
+            if self._info is None:
+                self._info = self._exchange.response_info(self._response_model)
+            response.set_response_info(self._info)
         return response
 
     @property
@@ -305,13 +305,13 @@ class Stream(LiveObject, Generic[ChunkT]):
         """
         if self._outcome is not None:
             return self._outcome
-        end = self._end()
+        end = self._exchange_outcome()
         return None if end is None or end.kind == "complete" else end.kind
 
     @property
     def reason(self) -> Any:
         """Why it ended: the reason given to ``abort()``, the phase that timed out, or the error; else ``None``."""
-        end = self._end()
+        end = self._exchange_outcome()
         if end is None:
             return None
         if end.kind == "error" and self._exchange is not None:
@@ -324,12 +324,12 @@ class Stream(LiveObject, Generic[ChunkT]):
         exchange = self._exchange
         if exchange is None:
             return Timing(None, 0.0, 0, None)
-        chunks = self._before + self._next
-        first = exchange.first - exchange.started if exchange.first else None
+        chunks = self._delivered_before + self._index
+        first = exchange.first_line_at - exchange.started_at if exchange.first_line_at else None
         now = exchange.ended_at or exchange.loop.time()
-        span = (self._last_at or now) - exchange.first
+        span = (self._last_at or now) - exchange.first_line_at
         rate = (chunks - 1) / span if chunks > 1 and span > 0 else None
-        return Timing(first, now - exchange.started, chunks, rate)
+        return Timing(first, now - exchange.started_at, chunks, rate)
 
     @property
     def token(self) -> CancelToken:
@@ -337,7 +337,7 @@ class Stream(LiveObject, Generic[ChunkT]):
         if self._token is None:
             self._token = CancelToken()
             if self._exchange is not None:
-                self._exchange.watch(self._token)
+                self._exchange.register(self._token)
         return self._token
 
     @property
@@ -352,12 +352,13 @@ class Stream(LiveObject, Generic[ChunkT]):
 
     def __repr__(self) -> str:
         state = self.outcome or ("open" if self._opened else "not started" if self._exchange is None else "opening")
-        return f"<Stream of {self._merge.model.__name__}: {state}, {self._before + self._next} chunks>"
+        return f"<Stream of {self._merge.model.__name__}: {state}, {self._delivered_before + self._index} chunks>"
 
     def __del__(self) -> None:
         # Its last attribute is missing if Ctrl-C came before it was made.
         if hasattr(self, "_last_at") and self._dropped():
-            text = f"unclosed <Stream of {self._merge.model.__name__}: open, {self._before + self._next} chunks>"
+            chunks = self._delivered_before + self._index
+            text = f"unclosed <Stream of {self._merge.model.__name__}: open, {chunks} chunks>"
             warnings.warn(text, ResourceWarning, source=self, stacklevel=1)
 
     # -- inside --
@@ -381,46 +382,46 @@ class Stream(LiveObject, Generic[ChunkT]):
     async def _open(self) -> Exchange:
         exchange = self._exchange
         if exchange is None:
-            exchange = self._exchange = self._start(self._early.value)
+            exchange = self._exchange = self._start(self._outcome_before_start.value)
             # It holds the call and its body, which an answer of minutes does not need.
             self._start = _started
             if self._token is not None:
-                exchange.watch(self._token)
-            early = self._early.value
+                exchange.register(self._token)
+            early = self._outcome_before_start.value
             if early is not None:
                 # Ended by another thread in this very moment.
-                exchange.teardown(early)
+                exchange.close(early)
         while True:
-            with suppress(Ended):
+            with suppress(ExchangeEnded):
                 await exchange.open()
                 await exchange.raise_for_status()
                 self._opened = True
-                self._decided = exchange.decided
+                self._ended = exchange.outcome_slot
                 return exchange
-            successor = self._follow(exchange)
+            successor = self._retry(exchange)
             if successor is None:
                 raise self._broken_off()
             exchange = successor
 
-    def _follow(self, failed: Exchange) -> Exchange | None:
+    def _retry(self, failed: Exchange) -> Exchange | None:
         """Put the exchange that tries again in the place of one that has failed, if that is allowed."""
         self._clear()
-        if self._merge.completed > self._completed:
-            self._completed = self._merge.completed
-            failed.got_on()
+        if self._merge.bytes_done > self._bytes_done:
+            self._bytes_done = self._merge.bytes_done
+            failed.note_progress()
         # In one statement, so that Ctrl-C finds either one or the other.
-        self._exchange = failed.successor() or failed
+        self._exchange = failed.next_attempt() or failed
         successor = self._exchange
         if successor is failed:
             return None
         self._opened = self._body_read = self._absorbed = False
-        self._origin = None
+        self._info = None
         self._lines = []
         self._splitter.flush()
         # Ended by somebody who found the one that had failed.
-        early = self._early.value
+        early = self._outcome_before_start.value
         if early is not None:
-            successor.teardown(early)
+            successor.close(early)
         return successor
 
     async def _fill(self) -> None:
@@ -442,26 +443,26 @@ class Stream(LiveObject, Generic[ChunkT]):
                             self._taking = True
                             if self._splitter.too_long:
                                 self._too_long(exchange)
-                            block = exchange.at_hand()
+                            block = exchange.read_nowait()
                             if block is not None:
                                 self._feed(exchange, block)
                         finally:
                             self._taking = False
                         if block is None:
-                            await exchange.pause()
-                except Ended:
+                            await exchange.wait()
+                except ExchangeEnded:
                     pass
-                if not self._decided or exchange.ended_early is None or self._follow(exchange) is None:
+                if not self._ended or exchange.failure_outcome is None or self._retry(exchange) is None:
                     break
                 exchange = await self._open()
         finally:
             self._reading = False
-        if not self._lines and exchange.ended_early is None:
+        if not self._lines and exchange.failure_outcome is None:
             self._truncated(exchange)
 
     async def _rest(self, exchange: Exchange) -> None:
         if self._outcome == "done":
-            await exchange.drain()
+            await exchange.discard_body()
         elif self._strict:
             raise self._truncation()
 
@@ -490,11 +491,11 @@ class Stream(LiveObject, Generic[ChunkT]):
             self._taking = True
             # Looked at after the mark was set: whoever ends it and then looks at the answer does it the other way
             # round. So one of both leaves the chunk to the other.
-            if not self._decided or exchange.ended_early is None:
-                if self._next == len(self._chunks):
-                    self._make_ready(exchange)
-                chunk = self._chunks[self._next]
-                self._next += 1
+            if not self._ended or exchange.failure_outcome is None:
+                if self._index == len(self._chunks):
+                    self._next_batch(exchange)
+                chunk = self._chunks[self._index]
+                self._index += 1
                 self._add(chunk)
         except BaseException:
             self._interrupted()
@@ -504,25 +505,25 @@ class Stream(LiveObject, Generic[ChunkT]):
         if chunk is None:
             raise self._broken_off()
         if chunk.done:
-            self._settle(exchange, "done")
+            self._commit(exchange, "done")
         elif self._until is not None:
             self._stop_if_enough(exchange, self._until)
         return chunk
 
     def _interrupted(self) -> None:
         """After Ctrl-C or the like: a chunk that it kept from being merged waits again."""
-        if self._merge.count() < self._before + self._next:
-            self._next -= 1
+        if self._merge.count() < self._delivered_before + self._index:
+            self._index -= 1
 
-    def _make_ready(self, exchange: Exchange) -> None:
+    def _next_batch(self, exchange: Exchange) -> None:
         """Make chunks of the next lines, together if they allow it: that is cheaper than one by one."""
-        if self._next:
+        if self._index:
             self._clear()
-        self._last_at = exchange.now
+        self._last_at = exchange.received_at
         lines, chunks = self._lines, []
         # The first one by itself: it is what is waited for, and does not wait for those that came with it.
-        if len(lines) > 1 and self._merge.together > 1 and self._before:
-            chunks = _parse_together(self._merge, lines[: -self._merge.together - 1 : -1])
+        if len(lines) > 1 and self._merge.batch_size > 1 and self._delivered_before:
+            chunks = _parse_batch(self._merge, lines[: -self._merge.batch_size - 1 : -1])
         if not chunks:
             try:
                 chunks = [self._parse(exchange, lines[-1])]
@@ -535,11 +536,16 @@ class Stream(LiveObject, Generic[ChunkT]):
             del chunks[plain + 1 :]
             lines = []
         # In one statement, within which no signal handler runs: none finds a line twice, or not at all.
-        self._chunks, self._lines, self._plain = chunks, lines, 0 if self._until is not None else plain
+        self._chunks, self._lines, self._fast_until = chunks, lines, 0 if self._until is not None else plain
 
     def _clear(self) -> None:
         """Let go of chunks that are delivered."""
-        self._before, self._chunks, self._next, self._plain = self._before + self._next, [], 0, 0
+        self._delivered_before, self._chunks, self._index, self._fast_until = (
+            self._delivered_before + self._index,
+            [],
+            0,
+            0,
+        )
 
     def _parse(self, exchange: Exchange, line: bytes) -> ChunkT:
         # A key "error" can only be here if these bytes are (inside a string the quotes would be escaped).
@@ -556,17 +562,17 @@ class Stream(LiveObject, Generic[ChunkT]):
         try:
             enough = until(merged)
         except BaseException:
-            exchange.teardown(End("closed", "the stream is closed: its until= raised an error"))
+            exchange.close(ExchangeOutcome("closed", "the stream is closed: its until= raised an error"))
             raise
-        if exchange.ended_early is not None:
+        if exchange.failure_outcome is not None:
             # Aborted in there.
             raise self._broken_off()
         if enough:
-            exchange.teardown(End("complete"))
-            self._settle(exchange, "until")
+            exchange.close(ExchangeOutcome("complete"))
+            self._commit(exchange, "until")
 
     def _truncated(self, exchange: Exchange) -> None:
-        self._settle(exchange, "truncated")
+        self._commit(exchange, "truncated")
         if self._strict:
             raise self._truncation()
 
@@ -574,19 +580,19 @@ class Stream(LiveObject, Generic[ChunkT]):
         text = "the stream ended without a last chunk that says that the answer is done"
         return StreamTruncated(text, self.response)
 
-    def _settle(self, exchange: Exchange, outcome: Outcome) -> None:
+    def _commit(self, exchange: Exchange, outcome: Outcome) -> None:
         # From here on no abort can end it any more; one that came first (from another thread) has ended it.
-        if not exchange.settle():
+        if not exchange.commit():
             raise self._broken_off()
         self._lines = []
-        del self._chunks[self._next :]
+        del self._chunks[self._index :]
         self._outcome = outcome
 
     def _fail(self, exchange: Exchange, error: Exception) -> NoReturn:
         # What follows what cannot be read is no part of the answer: with a hole in it, it would be another one.
         self._lines = []
         self._absorbed = True
-        exchange.teardown(End("error", error))
+        exchange.close(ExchangeOutcome("error", error))
         raise self._broken_off() from error.__cause__
 
     def _broken_off(self) -> BaseException:
@@ -597,9 +603,9 @@ class Stream(LiveObject, Generic[ChunkT]):
     def _absorb(self) -> None:
         """After an early end, merge what had arrived and was not delivered, as far as it can be read."""
         exchange = self._exchange
-        if exchange is None or exchange.ended_early is None or self._absorbed:
+        if exchange is None or exchange.failure_outcome is None or self._absorbed:
             return
-        if self._taking or self._merge.count() < self._before + self._next:
+        if self._taking or self._merge.count() < self._delivered_before + self._index:
             # The reader is at it: a signal handler has interrupted it, or this is another thread. It finds the end
             # right after, and merges the rest in order.
             return
@@ -619,7 +625,7 @@ class Stream(LiveObject, Generic[ChunkT]):
 
     def _merge_rest(self, exchange: Exchange) -> None:
         """Merge what has arrived and was not delivered, as far as it can be read."""
-        while (place := self._merge.count() - self._before) < len(self._chunks):
+        while (place := self._merge.count() - self._delivered_before) < len(self._chunks):
             self._add(self._chunks[place])
             if self._chunks[place].done:
                 return
@@ -631,43 +637,45 @@ class Stream(LiveObject, Generic[ChunkT]):
                     self._lines.pop()
                     if chunk.done:
                         return
-                data = exchange.take()
+                data = exchange.read_buffered()
                 if not data:
                     return
                 self._lines = self._splitter.feed(data)[::-1]
 
-    def _end(self) -> End | None:
-        end: End | None = self._exchange.end if self._exchange is not None else self._early.value
+    def _exchange_outcome(self) -> ExchangeOutcome | None:
+        end: ExchangeOutcome | None = (
+            self._exchange.outcome if self._exchange is not None else self._outcome_before_start.value
+        )
         return end
 
-    def _finish(self, end: End) -> bool:
+    def _close_threadsafe(self, end: ExchangeOutcome) -> bool:
         failed = self._exchange
         if failed is not None:
-            if failed.finish(end):
+            if failed.close_threadsafe(end):
                 return True
             if self._outcome is not None or failed.retry_delay() is None:
                 return False
-        decided = self._early.decide(end)
+        decided = self._outcome_before_start.try_set(end)
         # Opened by its own loop in this very moment, while this is another thread.
         exchange = self._exchange
         if decided and exchange is not None and exchange is not failed:
-            exchange.finish(end)
+            exchange.close_threadsafe(end)
         return decided
 
-    def _left(self, kind: Kind = "closed") -> None:
+    def _abandon(self, kind: Kind = "closed") -> None:
         """Nobody will read on; from any thread, and repeatable."""
         exchange = self._exchange
         if exchange is None:
-            self._early.decide(End(kind))
+            self._outcome_before_start.try_set(ExchangeOutcome(kind))
         elif self._outcome == "done":
-            exchange.drain_behind()
+            exchange.discard_body_soon()
         else:
-            exchange.finish(End(kind))
+            exchange.close_threadsafe(ExchangeOutcome(kind))
 
     def _reader_cancelled(self) -> None:
         # Before its first step. If another task is reading, that one goes on: this one would have been turned away.
         if not self._reading:
-            self._left("cancelled")
+            self._abandon("cancelled")
 
     def _dropped(self) -> bool:
         """Nobody will read on: called from ``__del__``, that is from anywhere.
@@ -680,18 +688,18 @@ class Stream(LiveObject, Generic[ChunkT]):
             return False
         unclosed = False
         try:
-            unclosed = self._opened and exchange.end is None and exchange.linked
-            self._left()
+            unclosed = self._opened and exchange.outcome is None and exchange.is_attached
+            self._abandon()
         except BaseException as exc:
             # The second time for what Ctrl-C kept it from.
-            self._left()
+            self._abandon()
             if isinstance(exc, Exception):
                 raise
             raise_in_loop(exchange.loop, exc)
         return unclosed
 
 
-class _Iterator(Generic[ChunkT]):
+class _ClosingIterator(Generic[ChunkT]):
     """An iterator over a stream. When it is dropped, that closes the stream."""
 
     __slots__ = ("_stream",)
@@ -717,7 +725,7 @@ class _Iterator(Generic[ChunkT]):
             stream._dropped()  # noqa: SLF001
 
 
-class _Loop(_Iterator[ChunkT]):
+class _LoopIterator(_ClosingIterator[ChunkT]):
     """What an ``async for`` holds of a stream; it is dropped when the loop is left."""
 
     # Its __anext__ is a method of the stream. Python looks it up in the class, where a slot stands for what the object
@@ -746,14 +754,14 @@ def _called_by_async_for() -> bool:
     return frame.f_code.co_code[frame.f_lasti] == _GET_AITER
 
 
-def _started(_: End | None) -> NoReturn:
+def _started(_: ExchangeOutcome | None) -> NoReturn:
     raise RuntimeError("the stream has been started")
 
 
 _is_done: Callable[[Chunk], bool] = attrgetter("done")
 
 
-def _parse_together(merge: Merge[ChunkT], lines: list[bytes]) -> list[ChunkT]:
+def _parse_batch(merge: Merge[ChunkT], lines: list[bytes]) -> list[ChunkT]:
     """Make chunks of the first of some lines, as if they were one JSON array.
 
     Returns:

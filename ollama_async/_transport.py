@@ -1,6 +1,6 @@
 """``DirectTransport``: an ``httpx.AsyncBaseTransport`` whose every connection can be cut off at once, from anywhere.
 
-Everything it owns (sockets, the tasks that dial and upload, the timer of idle connections) hangs on the channel of a
+Everything it owns (sockets, the tasks that dial and upload, the timer of idle connections) hangs on the reader of a
 request or in the pool of an event loop, and both are given back synchronously.
 """
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 import httpx
 
 from ._cancel import EmptyContext, LiveObject, in_loop
-from ._channel import HIGH_WATER, Channel, End, Ended, cancel_once, settled
+from ._channel import HIGH_WATER, ExchangeEnded, ExchangeOutcome, ResponseReader, cancel_once, join_cancelled
 from ._dial import Sockets, explain_error, explain_tls_error, open_socket, open_tunnel, start_tls
 from ._errors import RequestError
 from ._guard import LEADS_ON, limited
@@ -23,19 +23,19 @@ from ._http import Connection, GuardedSocket, Origin, PlainConnection, TlsConnec
 from ._proxy import http_proxy
 from ._secret import Secret
 from ._tls import TlsOptions
-from ._upload import Outgoing, Upload
+from ._upload import EncodedRequest, Upload
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
     from datetime import timedelta
 
-__all__ = ["ANSWERED", "CHANNEL", "DirectTransport"]
+__all__ = ["ANSWERED", "READER", "DirectTransport"]
 
 Part = TypeVar("Part")
 T = TypeVar("T")
 
-# Under this name in ``request.extensions`` the library hands its channel through an httpx client to the transport.
-CHANNEL = "ollama_async.channel"
+# Under this name in ``request.extensions`` the library hands its reader through an httpx client to the transport.
+READER = "ollama_async.reader"
 
 # Under this name it says that the answer is there already, and httpx is to see to what concerns it alone: redirects
 # and cookies.
@@ -57,13 +57,13 @@ class _Pool:
         self._idle: dict[Origin, list[Connection]] = {}
         self._all: set[Connection] = set()
         self._timer: asyncio.TimerHandle | None = None
-        self._retired = False
+        self._closed = False
         # As much as may wait to be read before reading stops.
         self.buffer = memoryview(bytearray(HIGH_WATER))
         # A connection serves many calls, and must not keep what the first of them has in its context variables.
         self.context = EmptyContext()
         # Channels whose connection is in the making.
-        self.dialling: dict[Channel, _Dialling] = {}
+        self.dialling: dict[ResponseReader, _Dialling] = {}
         self._guard = _close_with_loop(self)
         # asyncio.run() finishes the loop's async generators before it closes the loop: one generator that waits at a
         # yield is a hook into that moment which costs no task. Stepped by hand it neither awaits nor suspends.
@@ -72,14 +72,14 @@ class _Pool:
     def add(self, connection: Connection) -> None:
         self._all.add(connection)
 
-    def lost(self, connection: Connection) -> None:
+    def connection_lost(self, connection: Connection) -> None:
         self._all.discard(connection)
         idle = self._idle.get(connection.origin)
         if idle and connection in idle:
             idle.remove(connection)
 
-    def put_back(self, connection: Connection) -> None:
-        if self._retired:
+    def release(self, connection: Connection) -> None:
+        if self._closed:
             connection.close()
             return
         connection.idle_since = self.loop.time()
@@ -109,10 +109,10 @@ class _Pool:
         if idle and idle[-1] is connection:
             idle.pop()
 
-    def dialled(self, channel: Channel, _: asyncio.Task[Connection]) -> None:
+    def dialled(self, reader: ResponseReader, _: asyncio.Task[Connection]) -> None:
         """A connection has been made, or not."""
-        self.dialling.pop(channel, None)
-        channel.wake()
+        self.dialling.pop(reader, None)
+        reader.wake()
 
     def _sweep(self) -> None:
         self._timer = None
@@ -124,28 +124,28 @@ class _Pool:
         if left:
             self._timer = self.loop.call_at(min(left) + self._expiry, self._sweep, context=self.context)
 
-    def abort_all(self) -> None:
+    def close_connections(self) -> None:
         """Close every connection now; in the loop's thread."""
-        self._retired = True
-        for channel in list(self.dialling):
-            channel.teardown(End("closed", _CLOSED))
+        self._closed = True
+        for reader in list(self.dialling):
+            reader.close(ExchangeOutcome("closed", _CLOSED))
         self._idle.clear()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         for connection in list(self._all):
-            connection.shut(_CLOSED)
+            connection.close_exchange(_CLOSED)
         self._all.clear()
 
-    def retire(self) -> None:
+    def close(self) -> None:
         """Close every connection and the hook into the loop's end; in the loop's thread, or when it is closed."""
-        self.abort_all()
+        self.close_connections()
         _step(self._guard.aclose())
 
-    def release(self) -> None:
+    def close_threadsafe(self) -> None:
         """As ``retire()``, from anywhere."""
         for connection in list(self._all):
-            connection.sever_now()
+            connection.shutdown()
         if self.loop.is_closed():
             # Neither tasks nor futures of it can be told anything any more.
             for connection in list(self._all):
@@ -154,18 +154,18 @@ class _Pool:
                 dialling.sockets.close()
             self._all.clear()
             self.dialling.clear()
-            self.retire()
+            self.close()
         elif asyncio._get_running_loop() is self.loop:  # noqa: SLF001
-            self.retire()
+            self.close()
         else:
-            in_loop(self.loop, self.retire)
+            in_loop(self.loop, self.close)
 
 
 async def _close_with_loop(pool: _Pool) -> AsyncGenerator[None, None]:
     try:
         yield
     finally:
-        pool.abort_all()
+        pool.close_connections()
 
 
 def _step(awaitable: Any) -> None:
@@ -183,10 +183,10 @@ class _Dialling:
         self.sockets = sockets
         self._task = task
 
-    def sever(self, channel: Channel) -> None:
-        self.sockets.sever()
+    def shutdown_for(self, reader: ResponseReader) -> None:
+        self.sockets.shutdown()
 
-    def dispose(self, channel: Channel) -> None:
+    def close_for(self, reader: ResponseReader) -> None:
         task = self._task
         if not task.done():
             cancel_once(task)
@@ -194,10 +194,10 @@ class _Dialling:
             # Connected in the very moment in which nobody wanted it any more.
             task.result().close()
 
-    def pause(self) -> None:
+    def pause_reading(self) -> None:
         return
 
-    def resume(self) -> None:
+    def resume_reading(self) -> None:
         return
 
 
@@ -257,31 +257,31 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
 
         Cancellation: the connection is closed at once.
         """
-        channel = request.extensions.get(CHANNEL) or Channel(asyncio.get_running_loop())
+        reader = request.extensions.get(READER) or ResponseReader(asyncio.get_running_loop())
         timeouts: dict[str, float | None] = request.extensions.get("timeout") or {}
-        body = _Body(channel, timeouts.get("read"), ours=CHANNEL not in request.extensions)
+        body = _Body(reader, timeouts.get("read"), ours=READER not in request.extensions)
         try:
             # Taken out: httpx hands the extensions on to the request that follows a redirect.
             if not request.extensions.pop(ANSWERED, False):
-                await self._exchange(channel, body, request, timeouts)
-        except Ended as ended:
+                await self._exchange(reader, body, request, timeouts)
+        except ExchangeEnded as ended:
             raise _as_httpx(ended.end) from ended
         except BaseException as exc:
-            channel.teardown(End("error", exc))
+            reader.close(ExchangeOutcome("error", exc))
             raise
-        ours = CHANNEL not in request.extensions
+        ours = READER not in request.extensions
         stream: Any = body
-        if ours and channel.status in LEADS_ON:
-            stream = limited(body, channel.status, httpx.Headers(list(channel.headers)).get("content-encoding"))
-        return _Response(channel, body, stream)
+        if ours and reader.status in LEADS_ON:
+            stream = limited(body, reader.status, httpx.Headers(list(reader.headers)).get("content-encoding"))
+        return _Response(reader, body, stream)
 
     async def _exchange(
-        self, channel: Channel, body: _Body, request: httpx.Request, timeouts: dict[str, float | None]
+        self, reader: ResponseReader, body: _Body, request: httpx.Request, timeouts: dict[str, float | None]
     ) -> None:
-        if channel.status:
-            channel.restart()
-        await self.send(channel, Outgoing.of(request, self.proxy), timeouts.get("connect"))
-        await body.in_time(channel.wait_for_head())
+        if reader.status:
+            reader.restart()
+        await self.send(reader, EncodedRequest.of(request, self.proxy), timeouts.get("connect"))
+        await body.in_time(reader.wait_for_head())
 
     async def aclose(self) -> None:
         """Close all connections, of every event loop, at once.
@@ -299,7 +299,7 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
         pool = self._pools.pop(loop, None)
         if pool is not None:
             try:
-                pool.release()
+                pool.close_threadsafe()
             except BaseException:
                 # Ctrl-C: the next one who closes does the rest.
                 self._pools.setdefault(loop, pool)
@@ -321,30 +321,32 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
 
     # -- connecting --
 
-    async def _new_connection(self, pool: _Pool, channel: Channel, origin: Origin, timeout: float | None) -> Connection:
+    async def _new_connection(
+        self, pool: _Pool, reader: ResponseReader, origin: Origin, timeout: float | None
+    ) -> Connection:
         sockets = Sockets()
         task: asyncio.Task[Connection] | None = None
         try:
             dial = self._dial(pool, origin, sockets, timeout)
             # The task, and all that it makes, gets a copy of the pool's context in place of the caller's.
-            task = pool.context.run(channel.loop.create_task, dial)
-            dialling = pool.dialling[channel] = _Dialling(sockets, task)
-            task.add_done_callback(partial(pool.dialled, channel))
-            channel.attach(dialling)
+            task = pool.context.run(reader.loop.create_task, dial)
+            dialling = pool.dialling[reader] = _Dialling(sockets, task)
+            task.add_done_callback(partial(pool.dialled, reader))
+            reader.attach(dialling)
             while not task.done():
-                await channel.pause()
+                await reader.wait()
             return task.result()
         except BaseException:
             if task is not None and not task.done():
-                # Mostly the channel has told it so already.
-                sockets.sever()
+                # Mostly the reader has told it so already.
+                sockets.shutdown()
                 cancel_once(task)
             raise
         finally:
             # As dialled() does, if Ctrl-C came there.
-            pool.dialling.pop(channel, None)
+            pool.dialling.pop(reader, None)
             if task is not None:
-                await settled(task)
+                await join_cancelled(task)
 
     async def _dial(self, pool: _Pool, origin: Origin, sockets: Sockets, timeout: float | None) -> Connection:
         via = f" through the proxy {self.proxy.origin}" if self.proxy else ""
@@ -401,11 +403,11 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
 
     # -- sending --
 
-    def send_at_once(self, channel: Channel, outgoing: Outgoing) -> bool:
+    def send_at_once(self, reader: ResponseReader, outgoing: EncodedRequest) -> bool:
         """Send a request whose body is bytes, if there is a connection to its server already.
 
         Args:
-            channel: Where the answer goes.
+            reader: Where the answer goes.
             outgoing: The request.
 
         Returns:
@@ -416,56 +418,56 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
         """
         if outgoing.blocks:
             return False
-        pool = self._pool(channel.loop)
+        pool = self._pool(reader.loop)
         connection = pool.find(outgoing.origin)
         if connection is None:
             return False
-        _begin(connection, channel, outgoing)
+        _begin(connection, reader, outgoing)
         pool.taken(connection)
         return True
 
-    async def send(self, channel: Channel, outgoing: Outgoing, connect_timeout: float | None) -> None:
-        """Send a request over a connection, on which the channel then hangs.
+    async def send(self, reader: ResponseReader, outgoing: EncodedRequest, connect_timeout: float | None) -> None:
+        """Send a request over a connection, on which the reader then hangs.
 
         Args:
-            channel: Where the answer goes.
+            reader: Where the answer goes.
             outgoing: The request.
             connect_timeout: Seconds until a new connection must stand.
 
         Raises:
-            Ended: The channel was ended meanwhile.
+            Ended: The reader was ended meanwhile.
             httpx.TransportError: No connection, or a body that cannot go.
 
-        Cancellation: the connection is closed at once; so is it when the channel is torn down after an error.
+        Cancellation: the connection is closed at once; so is it when the reader is torn down after an error.
         """
-        channel.check()
-        pool, origin = self._pool(channel.loop), outgoing.origin
+        reader.check()
+        pool, origin = self._pool(reader.loop), outgoing.origin
         found = pool.find(origin)
-        connection = found or await self._new_connection(pool, channel, origin, connect_timeout)
-        _begin(connection, channel, outgoing)
+        connection = found or await self._new_connection(pool, reader, origin, connect_timeout)
+        _begin(connection, reader, outgoing)
         if found is not None:
             pool.taken(found)
         blocks = outgoing.blocks
         if blocks is None:
             return
-        channel.sent = 0.0
-        upload = Upload(channel, connection, blocks, outgoing.length)
-        channel.attach(upload)
-        await upload.finished(channel)
+        reader.sent_at = 0.0
+        upload = Upload(reader, connection, blocks, outgoing.length)
+        reader.attach(upload)
+        await upload.finished(reader)
 
 
-def _begin(connection: Connection, channel: Channel, outgoing: Outgoing) -> None:
+def _begin(connection: Connection, reader: ResponseReader, outgoing: EncodedRequest) -> None:
     try:
-        if connection.gone:
+        if connection.is_closing:
             raise httpx.ReadError("the connection was lost as soon as it was made")
-        channel.touched = channel.sent = channel.loop.time()
-        connection.begin(channel, outgoing.method, outgoing.data, more=outgoing.blocks is not None)
+        reader.last_activity_at = reader.sent_at = reader.loop.time()
+        connection.begin(reader, outgoing.method, outgoing.data, more=outgoing.blocks is not None)
     except BaseException:
         connection.close()
         raise
 
 
-def _as_httpx(end: End) -> BaseException:
+def _as_httpx(end: ExchangeOutcome) -> BaseException:
     if isinstance(end.cause, BaseException):
         return end.cause
     return httpx.ReadError(f"the exchange was ended: {end.kind}")
@@ -474,11 +476,11 @@ def _as_httpx(end: End) -> BaseException:
 class _Body(httpx.AsyncByteStream):
     """The body of an answer, for whoever reads it through httpx."""
 
-    def __init__(self, channel: Channel, read_timeout: float | None, *, ours: bool) -> None:
-        self._channel = channel
+    def __init__(self, reader: ResponseReader, read_timeout: float | None, *, ours: bool) -> None:
+        self._reader = reader
         self._read_timeout = read_timeout
         self._timer: asyncio.TimerHandle | None = None
-        # Whether nobody but the reader of this body says how the channel ends.
+        # Whether nobody but the reader of this body says how the reader ends.
         self._ours = ours
 
     def __aiter__(self) -> AsyncIterator[bytes]:
@@ -487,8 +489,8 @@ class _Body(httpx.AsyncByteStream):
     async def _blocks(self) -> AsyncGenerator[bytes, None]:
         while True:
             try:
-                block = await self.in_time(self._channel.receive())
-            except Ended as ended:
+                block = await self.in_time(self._reader.read())
+            except ExchangeEnded as ended:
                 raise _as_httpx(ended.end) from ended
             if not block:
                 return
@@ -496,23 +498,23 @@ class _Body(httpx.AsyncByteStream):
 
     async def in_time(self, awaitable: Awaitable[T]) -> T:
         """Wait for something, for as long as httpx lets a read wait."""
-        seconds, loop = self._read_timeout, self._channel.loop
+        seconds, loop = self._read_timeout, self._reader.loop
         try:
             if seconds is not None:
-                late = End("error", httpx.ReadTimeout(f"the server sent nothing for {seconds:g} s"))
-                self._timer = loop.call_later(seconds, self._channel.teardown, late, context=EmptyContext())
+                late = ExchangeOutcome("error", httpx.ReadTimeout(f"the server sent nothing for {seconds:g} s"))
+                self._timer = loop.call_later(seconds, self._reader.close, late, context=EmptyContext())
             return await awaitable
         finally:
             self._stop_timer()
 
     async def aclose(self) -> None:
-        if self._channel.arrived:
+        if self._reader.eof:
             return
         if self._ours:
-            self._channel.teardown(End("closed"))
+            self._reader.close(ExchangeOutcome("closed"))
         else:
             # httpx closes a redirect that it does not follow before it says why: the end is what it says then.
-            self._channel.cut()
+            self._reader.drop_link()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -522,10 +524,10 @@ class _Body(httpx.AsyncByteStream):
     def leave(self) -> None:
         """Nobody reads on: close the connection, unless the whole answer has arrived; from any thread."""
         if self._ours:
-            self._channel.finish(End("closed"))
+            self._reader.close_threadsafe(ExchangeOutcome("closed"))
         if self._timer is not None:
             # A Ctrl-C came before it was stopped.
-            in_loop(self._channel.loop, self._stop_timer)
+            in_loop(self._reader.loop, self._stop_timer)
 
     def __del__(self) -> None:
         if hasattr(self, "_ours"):
@@ -577,10 +579,10 @@ class _Response(httpx.Response):
     # Not in its __dict__, which is what is pickled of a response.
     __slots__ = ("_body",)
 
-    def __init__(self, channel: Channel, body: _Body, stream: httpx.AsyncByteStream) -> None:
+    def __init__(self, reader: ResponseReader, body: _Body, stream: httpx.AsyncByteStream) -> None:
         self._body = body
-        extensions = {"http_version": channel.http_version, "reason_phrase": channel.reason_phrase}
-        super().__init__(channel.status, headers=list(channel.headers), stream=stream, extensions=extensions)
+        extensions = {"http_version": reader.http_version, "reason_phrase": reader.reason_phrase}
+        super().__init__(reader.status, headers=list(reader.headers), stream=stream, extensions=extensions)
 
     # httpx's client puts a stream around the body that notes how long the answer took. It holds the response, which
     # holds it: only the garbage collector would free the two.

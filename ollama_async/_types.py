@@ -40,7 +40,7 @@ __all__ = [
     "Logprob",
     "Message",
     "Model",
-    "Origin",
+    "ResponseInfo",
     "Sparse",
     "StatusResponse",
     "TokenLogprob",
@@ -159,17 +159,17 @@ def _only_if_sent(model: type[BaseModel]) -> Mapping[str, str]:
     }
 
 
-class Origin:
+class ResponseInfo:
     """Where an answer comes from: what is known of it besides its body."""
 
-    __slots__ = ("form", "raw_headers", "status_code")
+    __slots__ = ("raw_headers", "response_model", "status_code")
 
     def __init__(
         self, status_code: int, raw_headers: Sequence[tuple[bytes, bytes]], form: type[BaseModel] | None = None
     ) -> None:
         self.status_code = status_code
         self.raw_headers = raw_headers
-        self.form = form
+        self.response_model = form
 
 
 class Model(BaseModel):
@@ -192,23 +192,23 @@ class Model(BaseModel):
     @property
     def status_code(self) -> int | None:
         """The HTTP status of the answer; ``None`` for a part of one."""
-        origin = self._answer_origin()
+        origin = self._response_info()
         return None if origin is None else origin.status_code
 
     @property
     def headers(self) -> httpx.Headers:
         """The headers of the answer; empty for a part of one."""
-        origin = self._answer_origin()
+        origin = self._response_info()
         return httpx.Headers() if origin is None else httpx.Headers(list(origin.raw_headers))
 
-    def set_origin(self, origin: Origin) -> None:
+    def set_response_info(self, origin: ResponseInfo) -> None:
         """Note where the answer comes from."""
         object.__setattr__(self, "_origin", origin)
 
-    def _answer_origin(self) -> Origin | None:
+    def _response_info(self) -> ResponseInfo | None:
         # Past __getattr__, by which pydantic answers for what is not set: the merged answer is asked at every chunk.
         try:
-            origin: Origin = object.__getattribute__(self, "_origin")
+            origin: ResponseInfo = object.__getattribute__(self, "_origin")
         except AttributeError:
             return None
         return origin
@@ -216,24 +216,24 @@ class Model(BaseModel):
     # A copy, by model_copy() as well, and what comes out of a pickle, come from where the original does.
 
     def __copy__(self) -> Self:
-        return self._of_same_origin(super().__copy__())
+        return self._with_same_info(super().__copy__())
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        return self._of_same_origin(super().__deepcopy__(memo))
+        return self._with_same_info(super().__deepcopy__(memo))
 
     def __getstate__(self) -> dict[Any, Any]:
-        return {**super().__getstate__(), "origin": self._answer_origin()}
+        return {**super().__getstate__(), "origin": self._response_info()}
 
     def __setstate__(self, state: dict[Any, Any]) -> None:
         origin = state.pop("origin", None)
         super().__setstate__(state)
         if origin is not None:
-            self.set_origin(origin)
+            self.set_response_info(origin)
 
-    def _of_same_origin(self, copied: Self) -> Self:
-        origin = self._answer_origin()
+    def _with_same_info(self, copied: Self) -> Self:
+        origin = self._response_info()
         if origin is not None:
-            copied.set_origin(origin)
+            copied.set_response_info(origin)
         return copied
 
     if not TYPE_CHECKING:
@@ -491,13 +491,13 @@ class _Answer(Sparse):
         Raises:
             ParseError: The text is no such thing; it may have been cut short (see ``done_reason``).
         """
-        origin = self._answer_origin()
-        if origin is None or origin.form is None:
+        origin = self._response_info()
+        if origin is None or origin.response_model is None:
             return None
         try:
-            return origin.form.model_validate_json(self._text())
+            return origin.response_model.model_validate_json(self._text())
         except ValidationError as exc:
-            raise ParseError(origin.form.__name__, self._text(), self) from exc
+            raise ParseError(origin.response_model.__name__, self._text(), self) from exc
 
 
 class ChatResponse(_Answer):

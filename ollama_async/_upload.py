@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 
 import httpx
 
-from ._channel import Channel, End, cancel_once, settled
+from ._channel import ExchangeOutcome, ResponseReader, cancel_once, join_cancelled
 from ._http import Connection, HttpProxy, Origin, encode_head
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import AsyncGenerator, AsyncIterable
 
-__all__ = ["Outgoing", "Upload"]
+__all__ = ["EncodedRequest", "Upload"]
 
 
-class Outgoing:
+class EncodedRequest:
     """A request as it goes over the wire; what cannot go is refused here, before there is a connection.
 
     Attributes:
@@ -38,7 +38,7 @@ class Outgoing:
         self.length: int | None = None
 
     @classmethod
-    def of(cls, request: httpx.Request, proxy: HttpProxy | None) -> Outgoing:
+    def of(cls, request: httpx.Request, proxy: HttpProxy | None) -> EncodedRequest:
         """Make it of a request of httpx; raises ``httpx.LocalProtocolError`` or ``httpx.UnsupportedProtocol``."""
         made = cls(request.method, Origin.of(request.url), encode_head(request, proxy))
         made.length = _body_length(request)
@@ -74,7 +74,9 @@ async def _as_async(stream: httpx.SyncByteStream) -> AsyncGenerator[bytes, None]
 _WRONG_LENGTH = "the request's body is not as long as its Content-Length says"
 
 
-async def _upload(channel: Channel, connection: Connection, blocks: AsyncIterable[bytes], length: int | None) -> None:
+async def _upload(
+    reader: ResponseReader, connection: Connection, blocks: AsyncIterable[bytes], length: int | None
+) -> None:
     """Write a request's body, no faster than the server takes it."""
     left = length
     iterator = aiter(blocks)
@@ -88,10 +90,10 @@ async def _upload(channel: Channel, connection: Connection, blocks: AsyncIterabl
                 left -= len(block)
                 if left < 0:
                     raise httpx.LocalProtocolError(_WRONG_LENGTH)
-            if connection.gone:
+            if connection.is_closing:
                 return
             connection.write(block)
-            channel.touched = channel.loop.time()
+            reader.last_activity_at = reader.loop.time()
             await connection.writable()
     finally:
         # The caller's generator holds files: it is closed here, in the task that ran it. httpx puts an iterator of its
@@ -104,59 +106,59 @@ async def _upload(channel: Channel, connection: Connection, blocks: AsyncIterabl
         raise httpx.LocalProtocolError(_WRONG_LENGTH)
     if left is None:
         connection.write(b"0\r\n\r\n")
-    connection.end()
-    channel.touched = channel.sent = channel.loop.time()
+    connection.request_sent()
+    reader.last_activity_at = reader.sent_at = reader.loop.time()
 
 
 class Upload:
     """A request's body on its way: the task that reads the caller's iterator, over the connection that it writes to."""
 
     def __init__(
-        self, channel: Channel, connection: Connection, blocks: AsyncIterable[bytes], length: int | None
+        self, reader: ResponseReader, connection: Connection, blocks: AsyncIterable[bytes], length: int | None
     ) -> None:
         self._connection = connection
         self._stopped = False
-        self._task = channel.loop.create_task(_upload(channel, connection, blocks, length))
-        self._task.add_done_callback(partial(self._ended, channel))
+        self._task = reader.loop.create_task(_upload(reader, connection, blocks, length))
+        self._task.add_done_callback(partial(self._ended, reader))
 
-    async def finished(self, channel: Channel) -> None:
+    async def finished(self, reader: ResponseReader) -> None:
         """Wait until the body is out, or until an answer comes, which ends it.
 
         Cancellation: the connection is closed at once.
         """
         try:
-            while not self._task.done() and not channel.status:
-                await channel.pause()
+            while not self._task.done() and not reader.status:
+                await reader.wait()
         finally:
             self.stop()
-            await settled(self._task)
+            await join_cancelled(self._task)
 
-    def _ended(self, channel: Channel, task: asyncio.Task[None]) -> None:
+    def _ended(self, reader: ResponseReader, task: asyncio.Task[None]) -> None:
         if task.cancelled():
             if not self._stopped:
-                channel.teardown(End("error", httpx.LocalProtocolError("the request's body was cancelled")))
+                reader.close(ExchangeOutcome("error", httpx.LocalProtocolError("the request's body was cancelled")))
         elif task.exception() is not None:
-            channel.teardown(End("error", task.exception()))
-        channel.wake()
+            reader.close(ExchangeOutcome("error", task.exception()))
+        reader.wake()
 
     def stop(self) -> None:
         """Tell the task to stop."""
         self._stopped = True
         cancel_once(self._task)
 
-    def sever(self, channel: Channel) -> None:
+    def shutdown_for(self, reader: ResponseReader) -> None:
         """Put the FIN on its way."""
-        self._connection.sever(channel)
+        self._connection.shutdown_for(reader)
 
-    def dispose(self, channel: Channel) -> None:
+    def close_for(self, reader: ResponseReader) -> None:
         """Give everything back."""
         self.stop()
-        self._connection.dispose(channel)
+        self._connection.close_for(reader)
 
-    def pause(self) -> None:
+    def pause_reading(self) -> None:
         """Read no more for now."""
-        self._connection.pause()
+        self._connection.pause_reading()
 
-    def resume(self) -> None:
+    def resume_reading(self) -> None:
         """Read on."""
-        self._connection.resume()
+        self._connection.resume_reading()

@@ -495,7 +495,7 @@ def client_has_read(client: AsyncClient) -> bool:
     """Whether a block of a body has arrived at the client's only connection."""
     [pool] = client._client._transport._pools.values()
     [connection] = pool._all
-    return bool(connection._channel.touched > connection._channel.sent)
+    return bool(connection._reader.touched > connection._reader.sent)
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["call", "stream"])

@@ -27,7 +27,7 @@ from ollama_async import (
     StreamError,
 )
 from ollama_async._merge import ChatMerge, GenerateMerge, Merge
-from ollama_async._stream import _parse_together
+from ollama_async._stream import _parse_batch
 from ollama_async.testing import Block, FakeOllama, Reply, Stall
 
 
@@ -86,7 +86,7 @@ def _cut(text: bytes, cuts: list[int]) -> list[bytes]:
 @example(lines=[b'{"a":[{"c":1}', b'{"d":2}]}', PIECES[0] + b"," + PIECES[0]])
 @example(lines=[PIECES[0], b" " + PIECES[0], PIECES[0] + b"\r"])
 def test_made_together_they_are_what_they_are_alone(merge: Merge[Any], lines: list[bytes]) -> None:
-    together = _parse_together(merge, lines)
+    together = _parse_batch(merge, lines)
     assert 0 <= len(together) <= len(lines)
     validate = merge.model.__pydantic_validator__.validate_json
     for line, chunk in zip(lines, together, strict=False):
@@ -97,11 +97,11 @@ def test_made_together_they_are_what_they_are_alone(merge: Merge[Any], lines: li
 
 def test_usual_lines_are_made_together() -> None:
     lines = [json.dumps(frame).encode() for frame in [*TEN, DONE]]
-    assert len(_parse_together(ChatMerge(), lines)) == 11
+    assert len(_parse_batch(ChatMerge(), lines)) == 11
     # Up to one with a list in it, of which the bytes do not tell whether it is whole.
     lines[5] = json.dumps(part("a [b]")).encode()
-    assert len(_parse_together(ChatMerge(), lines)) == 5
-    assert len(_parse_together(ChatMerge(), lines[6:])) == 5
+    assert len(_parse_batch(ChatMerge(), lines)) == 5
+    assert len(_parse_batch(ChatMerge(), lines[6:])) == 5
 
 
 HOSTILE: dict[str, list[bytes]] = {
@@ -128,7 +128,7 @@ async def test_what_is_whole_only_together_is_broken(fake_ollama: FakeOllama, li
 def together(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """The same has to come out when no lines are made together."""
     if request.param == "alone":
-        monkeypatch.setattr(ChatMerge, "together", 1)
+        monkeypatch.setattr(ChatMerge, "batch_size", 1)
     return bool(request.param == "together")
 
 

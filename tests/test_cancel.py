@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from ollama_async import AbortError, CancelToken, OllamaError, Timeouts, _cancel, _exchange
-from ollama_async._channel import End
+from ollama_async._channel import ExchangeOutcome
 from ollama_async._errors import RequestError
-from ollama_async._retry import Attempts
+from ollama_async._retry import RetryBudget
 
 BOUND = 20.0
 
@@ -1095,23 +1095,27 @@ async def test_a_thread_that_aborts_may_meet_the_reader_anywhere(
             transport=None,
             streaming=True,
             timeouts=Timeouts(),
-            attempts=Attempts(0),
+            attempts=RetryBudget(0),
         )
         for _ in range(3):
-            exchange.watch(token)
+            exchange.register(token)
         reader = {
-            "settle": exchange.settle,
-            "teardown": lambda exchange=exchange: exchange.teardown(End("closed")),
-            "unwatch": exchange._release,
+            "settle": exchange.commit,
+            "teardown": lambda exchange=exchange: exchange.close(ExchangeOutcome("closed")),
+            "unwatch": exchange._stop_watching,
         }[meanwhile]
         failures: list[BaseException] = []
         stepper = Stepper(at, lambda reader=reader: _attempt(reader, failures), _exchange)  # noqa: B023
-        stop = token.abort if by == "token" else lambda exchange=exchange: exchange.finish(End("aborted"))
+        stop = (
+            token.abort
+            if by == "token"
+            else lambda exchange=exchange: exchange.close_threadsafe(ExchangeOutcome("aborted"))
+        )
         in_thread(lambda stepper=stepper, stop=stop: stepper.run(stop))
         await rounds()
         where = f"{meanwhile} in the middle of an abort by {by}, before bytecode {at}"
         assert [*failures, *(report.exc_value for report in unraisable)] == [], where
-        assert exchange.end is not None, where
+        assert exchange.outcome is not None, where
         assert registered(token) == 0, where
         if stepper.left > 0:
             return

@@ -28,7 +28,7 @@ from ollama_async import (
     ResponseError,
     StreamError,
 )
-from ollama_async._channel import Channel
+from ollama_async._channel import ResponseReader
 from ollama_async._http import MAX_HEAD_BYTES
 from ollama_async._ndjson import LineSplitter
 from ollama_async.testing import Cut, Endless, FakeOllama, Reply, Stall
@@ -142,8 +142,8 @@ async def fed(*received: bytes) -> tuple[Any, ...]:
     """All that comes of an answer which arrives like this, up to its end."""
     wire = Wire()
     connection = wire.connection
-    channel = Channel(asyncio.get_running_loop())
-    connection.begin(channel, "GET", b"", more=False)
+    reader = ResponseReader(asyncio.get_running_loop())
+    connection.begin(reader, "GET", b"", more=False)
     for block in received:
         # As asyncio: nothing is read from what has been closed.
         if not wire.closed:
@@ -152,10 +152,10 @@ async def fed(*received: bytes) -> tuple[Any, ...]:
     if not wire.closed:
         connection.eof_received()
     wire.sock.close()
-    assert channel.arrived != (channel._failure is not None)
-    assert channel._failure is None or isinstance(channel._failure, httpx.RemoteProtocolError)
-    assert channel._size <= sum(map(len, received))
-    return channel.status, list(channel.headers), channel.arrived, channel.take(), kept
+    assert reader.eof != (reader._failure is not None)
+    assert reader._failure is None or isinstance(reader._failure, httpx.RemoteProtocolError)
+    assert reader._buffered_bytes <= sum(map(len, received))
+    return reader.status, list(reader.headers), reader.eof, reader.read_buffered(), kept
 
 
 @given(sent=mangled(), cuts=st.lists(st.integers(0, 300), max_size=6))

@@ -45,7 +45,7 @@ class Wire:
     def resume_reading(self) -> None:
         self.paused = False
 
-    def put_back(self, connection: Connection) -> None:
+    def release(self, connection: Connection) -> None:
         self.kept = True
 
-    def lost(self, connection: Connection) -> None: ...
+    def connection_lost(self, connection: Connection) -> None: ...

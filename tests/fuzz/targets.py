@@ -14,12 +14,12 @@ import httpx
 from ollama_async import AsyncClient, HostError, ProtocolError, RequestError, StreamError
 from ollama_async._dial import _answer_to_connect
 from ollama_async._host import Host, env_proxy, parse_host
-from ollama_async._http import MAX_HEAD_BYTES, HttpProxy, Origin, _Answer, encode_head, encode_headers
+from ollama_async._http import MAX_HEAD_BYTES, HttpProxy, Origin, ResponseParser, encode_head, encode_headers
 from ollama_async._merge import ChatMerge, GenerateMerge, Merge, validators
 from ollama_async._ndjson import MAX_LINE_BYTES, LineSplitter
 from ollama_async._proxy import ProxyTransport, http_proxy
 from ollama_async._secret import Secret
-from ollama_async._stream import _parse_together
+from ollama_async._stream import _parse_batch
 from ollama_async._tls import TlsOptions
 from ollama_async._tools import convert_function_to_tool, encode_tools, tool_schema
 
@@ -65,16 +65,16 @@ class Answer(NamedTuple):
 
 
 class _Sink:
-    """Stands for the channel of an answer."""
+    """Stands for the reader of an answer."""
 
     def __init__(self) -> None:
         self.heads: list[tuple[int, bytes, tuple[tuple[bytes, bytes], ...], bytes]] = []
         self.body: list[bytes] = []
 
-    def take_head(self, status: int, reason: bytes, headers: Iterable[tuple[bytes, bytes]], version: bytes) -> None:
+    def feed_head(self, status: int, reason: bytes, headers: Iterable[tuple[bytes, bytes]], version: bytes) -> None:
         self.heads.append((status, reason, tuple(headers), version))
 
-    def push(self, block: bytes) -> bool:
+    def feed_data(self, block: bytes) -> bool:
         assert block, "an empty block would be taken for the end"
         self.body.append(block)
         return True
@@ -83,13 +83,13 @@ class _Sink:
 def parse_answer(method: str, pieces: Iterable[bytes], *, closed: bool) -> Answer:
     """Feed an answer in pieces; ``closed``: the server closes the connection after them."""
     sink = _Sink()
-    answer = _Answer(sink, method)  # type: ignore[arg-type]
+    answer = ResponseParser(sink, method)  # type: ignore[arg-type]
     error = None
     try:
         for piece in pieces:
             if answer.done:
                 # As a connection that nobody uses: it is closed.
-                answer.extra = True
+                answer.trailing_data = True
                 break
             answer.feed(memoryview(piece))
     except httpx.RemoteProtocolError as exc:
@@ -97,7 +97,7 @@ def parse_answer(method: str, pieces: Iterable[bytes], *, closed: bool) -> Answe
     complete = answer.done or (closed and error is None and answer.until_close())
     if closed and not complete and error is None:
         error = "the server closed the connection"
-    kept = answer.done and answer.keep_alive and not answer.extra
+    kept = answer.done and answer.keep_alive and not answer.trailing_data
     # The parser holds bound methods of the answer, which holds the parser.
     answer.parser = None
     assert len(sink.heads) <= 1, "two heads"
@@ -150,7 +150,7 @@ MODELS: tuple[Merge[Any], ...] = (ChatMerge(), GenerateMerge())
 
 def make_together(merge: Merge[Any], lines: list[bytes]) -> list[Any]:
     """Make chunks of the first of some lines, of as many as can be taken together."""
-    return _parse_together(merge, lines)
+    return _parse_batch(merge, lines)
 
 
 def make_alone(merge: Merge[Any], line: bytes) -> Any:

@@ -287,7 +287,7 @@ def _lines(reply: Reply) -> list[bytes]:
 
 
 @pytest.mark.parametrize("until", [False, True])
-@pytest.mark.parametrize("inside", ["_make_ready", "_parse", "_feed"])
+@pytest.mark.parametrize("inside", ["_next_batch", "_parse", "_feed"])
 @pytest.mark.parametrize("who", ["a signal handler", "a thread"])
 async def test_whoever_aborts_and_looks_while_chunks_are_made_sees_a_beginning_and_loses_nothing(
     fake_ollama: FakeOllama,
@@ -371,14 +371,14 @@ def test_what_a_signal_handler_raises_in_the_parser_comes_out_of_the_loop(
     monkeypatch: pytest.MonkeyPatch, new_loop: Callable[[], asyncio.AbstractEventLoop], callback: str, error: type
 ) -> None:
     pending = [error]
-    original = getattr(ollama_async._http._Answer, callback)
+    original = getattr(ollama_async._http.ResponseParser, callback)
 
     def interrupted(*args: Any) -> None:
         if pending:
             raise pending.pop()
         original(*args)
 
-    monkeypatch.setattr(ollama_async._http._Answer, callback, interrupted)
+    monkeypatch.setattr(ollama_async._http.ResponseParser, callback, interrupted)
     loop = new_loop()
     with FakeOllama() as server:
         client = AsyncClient(server.url)
@@ -414,7 +414,7 @@ def test_ctrl_c_in_a_destructor_comes_out_of_the_loop_and_the_stream_is_closed(
     monkeypatch: pytest.MonkeyPatch, new_loop: Callable[[], asyncio.AbstractEventLoop]
 ) -> None:
     loop = new_loop()
-    severed = GuardedSocket.sever
+    severed = GuardedSocket.shutdown
     pending = [KeyboardInterrupt()]
 
     def interrupted(sock: GuardedSocket) -> None:
@@ -428,7 +428,7 @@ def test_ctrl_c_in_a_destructor_comes_out_of_the_loop_and_the_stream_is_closed(
         async def leave(client: AsyncClient) -> Stream[Any]:
             stream = client.chat("fake", PROMPT, stream=True)
             async for _ in stream:
-                monkeypatch.setattr(GuardedSocket, "sever", interrupted)
+                monkeypatch.setattr(GuardedSocket, "shutdown", interrupted)
                 break
             saw_leave(server)
             return stream
@@ -447,7 +447,9 @@ def test_ctrl_c_in_a_destructor_comes_out_of_the_loop_and_the_stream_is_closed(
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RecursionError, MemoryError])
-@pytest.mark.parametrize("where", ["_http.GuardedSocket.sever", "_channel._in_turn", "_exchange.Exchange._unwatch"])
+@pytest.mark.parametrize(
+    "where", ["_http.GuardedSocket.shutdown", "_channel._release_in_turn", "_exchange.Exchange._leave_tokens"]
+)
 async def test_an_abort_that_fails_half_way_says_so_and_is_finished_by_the_next_one(
     fake_ollama: FakeOllama,
     client: AsyncClient,

@@ -205,7 +205,7 @@ class Machine(RuleBasedStateMachine):
             self.model.end("aborted", self.early, AbortError)
         elif not self.model.started and self.model.live:
             self.model.started = True
-            self.settle(lambda: self.stream._exchange and self.stream._exchange.sent)
+            self.settle(lambda: self.stream._exchange and self.stream._exchange.sent_at)
             self.peer, _ = self.listener.accept()
             self.peer.settimeout(BOUND)
             request = b""
@@ -389,7 +389,7 @@ class Machine(RuleBasedStateMachine):
                 due["idle"] = model.touched + IDLE
         possible = {phase for phase, at in due.items() if at <= now}
         token_is_due = model.token_due is not None and model.token_due <= now
-        end = self.stream._exchange.end if self.stream._exchange else None
+        end = self.stream._exchange.outcome if self.stream._exchange else None
         if not possible and not token_is_due:
             assert end is None
         elif end is not None and end.kind == "aborted":
@@ -472,7 +472,7 @@ class Machine(RuleBasedStateMachine):
         self.peer.shutdown(socket.SHUT_WR)
         exchange = self.stream._exchange
         assert exchange is not None
-        self.settle(lambda: exchange._failure is not None or exchange.end is not None)
+        self.settle(lambda: exchange._failure is not None or exchange.outcome is not None)
         self.model.waiting.append(("cut", ""))
         self.look()
 

@@ -724,7 +724,7 @@ async def test_s82_left_at_the_last_chunk_while_reading_is_paused(
             break
     exchange = stream._exchange
     assert exchange is not None
-    await until(lambda: not exchange.linked, "the end of the body")
+    await until(lambda: not exchange.is_attached, "the end of the body")
     assert (await client.version()).version
     assert len(server.connections) == 1
 
@@ -890,7 +890,7 @@ async def test_s83_no_timer_is_left_of_a_drain_that_was_over_early(
         del stream
         await ticks(2)
         gate.open()
-        while exchange.linked:
+        while exchange.is_attached:
             await asyncio.sleep(0)
     # The timer of idle connections is the pool's.
     assert len(live_timers(loop)) <= before + 1

@@ -881,14 +881,14 @@ async def test_s57_ctrl_c_in_the_middle_of_an_abort_still_ends_the_stream(
     server: FakeOllama, token: CancelToken, mid_stream: MidStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, task, seen = mid_stream
-    original = _http.GuardedSocket.sever
+    original = _http.GuardedSocket.shutdown
 
     def interrupted(sock: _http.GuardedSocket) -> None:
         monkeypatch.undo()
         original(sock)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_http.GuardedSocket, "sever", interrupted)
+    monkeypatch.setattr(_http.GuardedSocket, "shutdown", interrupted)
     with pytest.raises(KeyboardInterrupt):
         token.abort("why")
     with pytest.raises(AbortError, match="why"):
