@@ -28,18 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Generator, Sequence
     from typing import Self, SupportsIndex
 
-__all__ = [
-    "CancelToken",
-    "EmptyContext",
-    "LiveObject",
-    "Registration",
-    "SetOnce",
-    "Watch",
-    "in_loop",
-    "raise_in_loop",
-    "resolve",
-]
-
 # Thirty years: what is later is never.
 _ENDLESS = 1e9
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Unpack, overload
 from pydantic import ValidationError
 
 from ._errors import ProtocolError, RequestError
-from ._input import (
+from ._manage import ModelManagement
+from ._model.input import (
     Image,
     checked_stream,
     encode_input,
@@ -17,11 +18,10 @@ from ._input import (
     format_model,
     model_name,
 )
-from ._manage import ModelManagement
-from ._merge import ChatMerge, GenerateMerge
+from ._model.merge import ChatMerge, GenerateMerge
+from ._model.tools import encode_tools
+from ._model.types import ChatResponse, EmbeddingsResponse, EmbedResponse, GenerateResponse, Message, plain
 from ._session import CallOptions, hide
-from ._tools import encode_tools
-from ._types import ChatResponse, EmbeddingsResponse, EmbedResponse, GenerateResponse, Message, plain
 
 if TYPE_CHECKING:
     import os
@@ -31,18 +31,16 @@ if TYPE_CHECKING:
 
     from pydantic import BaseModel
 
-    from ._options import Options
-    from ._stream import Stream
-    from ._systemone import SystemOneContent, SystemOneQuestion, SystemOneResponse
-    from ._types import Dumpable
+    from ._call.stream import Stream
+    from ._model.options import Options
+    from ._model.systemone import SystemOneContent, SystemOneQuestion, SystemOneResponse
+    from ._model.types import Dumpable
 
     Messages: TypeAlias = str | Sequence[Mapping[str, Any] | Message | Dumpable] | None
     OptionsLike: TypeAlias = Mapping[str, Any] | Options | Dumpable | None
     Format: TypeAlias = str | Mapping[str, Any] | Dumpable | type[BaseModel] | None
     KeepAlive: TypeAlias = float | str | timedelta | None
     ImageLike: TypeAlias = str | bytes | os.PathLike[str] | BinaryIO | Image | Dumpable
-
-__all__ = ["AsyncClient"]
 
 
 class _AnswerOptions(CallOptions, total=False):
@@ -218,9 +216,9 @@ class AsyncClient(ModelManagement):
         }
         form = format_model(format)
         if stream:
-            return self._stream(ChatMerge(), "/api/chat", body, call, until, form=form)
+            return self._stream(ChatMerge(), "/api/chat", body, call, until, response_model=form)
         _only_for_streams(until)
-        return self._request(ChatResponse, "POST", "/api/chat", body, call, form=form)
+        return self._request(ChatResponse, "POST", "/api/chat", body, call, response_model=form)
 
     @overload
     def generate(
@@ -351,9 +349,9 @@ class AsyncClient(ModelManagement):
         }
         form = format_model(format)
         if stream:
-            return self._stream(GenerateMerge(), "/api/generate", body, call, until, form=form)
+            return self._stream(GenerateMerge(), "/api/generate", body, call, until, response_model=form)
         _only_for_streams(until)
-        return self._request(GenerateResponse, "POST", "/api/generate", body, call, form=form)
+        return self._request(GenerateResponse, "POST", "/api/generate", body, call, response_model=form)
 
     async def embed(
         self,
@@ -483,7 +481,7 @@ class AsyncClient(ModelManagement):
         """
         hide(call)
         # Not at the top: see the package's __getattr__.
-        from ._systemone import SystemOneRequest, SystemOneResponse
+        from ._model.systemone import SystemOneRequest, SystemOneResponse
 
         try:
             given = {"model": model_name(model), "state": plain(state), "questions": plain(questions)}

@@ -45,7 +45,7 @@ from ollama_async import (
     StreamTruncated,
     Timeouts,
 )
-from ollama_async._types import ResponseInfo
+from ollama_async._model.types import ResponseInfo
 
 CHAT = {"model": "m", "created_at": "now", "message": {"role": "assistant", "content": "hi"}, "done": True}
 GENERATED = {"model": "m", "response": "hi", "done": True, "context": [1, 2]}

@@ -28,10 +28,11 @@ from ollama_async import (
     ServerBusyError,
     StreamError,
     Timeouts,
-    _retry,
 )
+from ollama_async._call import call as _call
+from ollama_async._call import retry as _retry
+from ollama_async._call.retry import RetryBudget
 from ollama_async._errors import response_error
-from ollama_async._retry import RetryBudget
 from ollama_async.testing import Cut, FakeOllama, Gate, Reply
 
 BUSY = Reply.error(503, "server busy, please try again.  maximum pending requests exceeded")
@@ -206,13 +207,13 @@ async def test_an_abort_that_meets_the_failure_is_not_lost(
     async with AsyncClient(fake_ollama.url, retries=5) as client:
         stream = client.chat("fake", "hi", stream=True)
         decided: list[bool] = []
-        follow = stream._retry
+        retry = _call.Call.retry
 
-        def aborted_first(failed: Any) -> Any:
+        def aborted_first(call: _call.Call, error: Any = None) -> Any:
             decided.extend((stream.abort("stop"), stream.abort("again")))
-            return follow(failed)
+            return retry(call, error)
 
-        monkeypatch.setattr(stream, "_retry", aborted_first)
+        monkeypatch.setattr(_call.Call, "retry", aborted_first)
         with pytest.raises(AbortError) as caught:
             await asyncio.wait_for(stream.collect(), BOUND)
         assert (decided[:2], caught.value.reason) == ([True, False], "stop")

@@ -22,9 +22,9 @@ import uvloop
 from teardown.harness import BOUND, Baseline, black_hole, in_thread, live_timers, nothing_left_behind, ticks, until
 from wire import Wire
 
-from ollama_async._channel import HIGH_WATER, ResponseReader
-from ollama_async._http import MAX_HEAD_BYTES, encode_head
-from ollama_async._transport import READER, DirectTransport
+from ollama_async._wire.http1 import MAX_HEAD_BYTES, encode_head
+from ollama_async._wire.reader import HIGH_WATER, ResponseReader
+from ollama_async._wire.transport import READER, DirectTransport
 from ollama_async.testing import Cut, Endless, FakeOllama, Gate, Pause, Raw, Reply, Reset, Stall, Trickle
 
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -200,10 +200,10 @@ async def fed(method: str, *pieces: bytes, end: bool) -> tuple[Any, ...]:
     assert reader.eof
     return (
         reader.status,
-        reader.reason_phrase,
-        list(reader.headers),
+        reader.head.reason,
+        list(reader.head.headers),
         reader.read_buffered(),
-        reader.http_version,
+        reader.head.version,
         wire.kept,
     )
 

@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from teardown.harness import BOUND, nothing_left_behind
 
-from ollama_async import AsyncClient, NotFoundError, ProtocolError, _unpack
-from ollama_async._unpack import Unpacker, encoding_of, encodings_asked_for
+from ollama_async import AsyncClient, NotFoundError, ProtocolError
+from ollama_async._wire import unpack
+from ollama_async._wire.unpack import Unpacker, encoding_of, encodings_asked_for
 from ollama_async.testing import FakeOllama, Gate, Reply, Stall
 
 ALLOWED = {"Accept-Encoding": "gzip, deflate"}
@@ -102,7 +103,7 @@ def test_nothing_follows_the_end_of_deflate() -> None:
 
 @pytest.mark.parametrize("parts", [1, 40])
 def test_a_block_unpacks_to_a_limit(monkeypatch: pytest.MonkeyPatch, parts: int) -> None:
-    monkeypatch.setattr(_unpack, "MAX_UNPACKED", 1000)
+    monkeypatch.setattr(unpack, "MAX_UNPACKED", 1000)
     assert len(Unpacker("gzip").feed(gzip.compress(bytes(999)))) == 999
     with pytest.raises(ProtocolError, match="more than 1,000 bytes"):
         Unpacker("gzip").feed(gzip.compress(bytes(1200 // parts)) * parts)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import socket
 
-from ollama_async._http import Connection, GuardedSocket, Origin, PlainConnection
+from ollama_async._wire.connection import Connection, PlainConnection
+from ollama_async._wire.http1 import Origin
+from ollama_async._wire.socket import GuardedSocket
 
 
 class Wire:

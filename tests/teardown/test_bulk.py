@@ -11,7 +11,7 @@ import pytest
 from teardown.harness import BOUND, registrations, ticks, until
 
 from ollama_async import AbortError, AsyncClient, CancelToken, ChatResponse
-from ollama_async._channel import _RELEASES_A_ROUND, ResponseReader
+from ollama_async._wire.reader import _RELEASES_A_ROUND, ResponseReader
 from ollama_async.testing import FakeOllama, Reply, Stall
 
 MANY = 3 * _RELEASES_A_ROUND
