@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, Final, TypedDict, TypeVar, cast
 import httpx
 from pydantic import ValidationError
 
+from . import __version__
 from ._call.call import Call
+from ._call.decoder import NdjsonDecoder
 from ._call.exchange import Exchange
 from ._call.failures import misfit
 from ._call.ndjson import MAX_LINE_BYTES
@@ -57,7 +59,7 @@ class _Default:
 _DEFAULT: Final = _Default()
 
 _USER_AGENT = (
-    f"ollama-async/0.1.0 ({platform.machine()} {platform.system().lower()}) Python/{platform.python_version()}"
+    f"ollama-async/{__version__} ({platform.machine()} {platform.system().lower()}) Python/{platform.python_version()}"
 )
 
 
@@ -287,10 +289,10 @@ class Session(LiveObject):
         return Stream(
             Call(lambda: self._begin(request, options, streaming=True, resume=resume), options.get("token")),
             merge,
+            NdjsonDecoder(merge.validators, merge.batch_size, self._max_line_bytes),
             until=until,
             response_model=response_model,
             strict=strict or self._strict,
-            max_line_bytes=self._max_line_bytes,
         )
 
     async def _request(
