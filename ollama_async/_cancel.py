@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import anyio
 
-from ._errors import AbortError, RequestError
+from ._errors import AbortError, RequestError, shown
 from ._secret import showable
 
 if TYPE_CHECKING:
@@ -268,11 +268,11 @@ class CancelToken(LiveObject):
             seconds: From now; 0 or less is an aborted token, infinity one without a deadline.
 
         Raises:
-            RequestError: That is no number.
+            RequestError: That is no number, or one that no clock has.
         """
         given: object = seconds
-        if isinstance(given, bool) or not isinstance(given, (int, float)) or math.isnan(given):
-            raise RequestError(f"CancelToken.timeout({seconds!r}): give a number of seconds")
+        if isinstance(given, bool) or not isinstance(given, (int, float)) or not _is_comparable(given):
+            raise RequestError(f"CancelToken.timeout({shown(seconds)}): give a number of seconds")
         token = cls()
         if seconds < _ENDLESS:
             token._seconds = float(seconds)
@@ -542,3 +542,11 @@ def _report(exc: Exception, callback: object) -> None:
                 ),
             )
         )
+
+
+def _is_comparable(number: float) -> bool:
+    """Whether the clock can be compared with a number: not with NaN, nor with an int that no float holds."""
+    try:
+        return not math.isnan(number)
+    except OverflowError:
+        return False

@@ -38,6 +38,19 @@ CONNECTION_ERROR_MESSAGE = (
 )
 
 
+def shown(value: object) -> str:
+    """Return a wrong parameter as the text of an error shows it."""
+    try:
+        text = repr(value)
+    except Exception:
+        # Of an int with more than 4,300 digits there is none.
+        return f"({type(value).__name__})"
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."
+
+
+_MAX_SHOWN = 100
+
+
 class OllamaError(Exception):
     """Base of all errors of this library."""
 

@@ -13,6 +13,8 @@ _PASSING = {429, 502, 503, 504}
 
 _FIRST_DELAY = 0.5
 _LONGEST_DELAY = 8.0
+# As many as it takes to get from the one to the other; after a thousand more there is no such float.
+_DOUBLINGS = 4
 # A server that asks for more patience than this is not waited for.
 _LONGEST_ASKED = 120.0
 
@@ -66,7 +68,8 @@ class RetryBudget:
         asked = _asked_for(error)
         if asked is None:
             # Spread out, so that many clients of a server that was away do not come back all at once.
-            return min(_LONGEST_DELAY, _FIRST_DELAY * 2.0**self._failures) * random.uniform(0.75, 1.0)  # noqa: S311
+            pause = min(_LONGEST_DELAY, _FIRST_DELAY * 2.0 ** min(self._failures, _DOUBLINGS))
+            return pause * random.uniform(0.75, 1.0)  # noqa: S311
         return asked if asked <= _LONGEST_ASKED else None
 
     def record_failure(self) -> None:
