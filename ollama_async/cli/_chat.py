@@ -226,7 +226,9 @@ def _write(path: Path, text: str) -> None:
 
 def _is_interactive(screen: Screen) -> bool:
     terminal = sys.stdin.isatty() and sys.stdout.isatty() and screen.out.is_terminal
-    return terminal and bool(os.environ.get("TERM")) and not screen.out.is_dumb_terminal
+    # Windows has no such variable; its terminals before Windows 10 know no codes.
+    named = bool(os.environ.get("TERM")) or sys.platform == "win32"
+    return terminal and named and not screen.out.is_dumb_terminal and not screen.out.legacy_windows
 
 
 def run_chat(
@@ -242,7 +244,7 @@ def run_chat(
     screen = JsonScreen() if as_json else Screen()
     interactive = not as_json and _is_interactive(screen)
     if interactive:
-        screen = MarkdownScreen()
+        screen = drawn = MarkdownScreen()
     session = Session(context, model, "stays in the conversation", screen)
     chat = _Chat(session, Conversation(system), options, limits)
     with session.running():
@@ -252,7 +254,7 @@ def run_chat(
             # Only here: it takes a tenth of a second to import.
             from ._editor import Editor
 
-            editor = Editor(_COMMANDS, lambda: chat.models)
+            editor = Editor(_COMMANDS, lambda: chat.models, drawn.told)
             read, session.keys = editor.read, editor.stops
             with contextlib.suppress(OllamaError):  # they are for completion only
                 chat.models = session.ask(_names)

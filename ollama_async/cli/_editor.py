@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import termios
+import re
+import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,13 +45,17 @@ _ESC_SECONDS = 0.1
 class Editor:
     """Reads prompts, with history and completion, and while an answer comes the keys that stop it."""
 
-    def __init__(self, commands: Mapping[str, str], models: Callable[[], Iterable[str]]) -> None:
+    def __init__(
+        self, commands: Mapping[str, str], models: Callable[[], Iterable[str]], told: Callable[[int], None]
+    ) -> None:
         """Make it.
 
         Args:
             commands: What can be typed after a slash, and what it does.
             models: Returns the names to complete after ``/model``.
+            told: Called with the row of the cursor, when the terminal says it while an answer comes.
         """
+        self._told = told
         # It would ask the terminal for the place of its cursor, and some never answer. Nothing here needs to know.
         os.environ.setdefault("PROMPT_TOOLKIT_NO_CPR", "1")
         self._input = create_input()
@@ -99,16 +105,24 @@ class Editor:
         typed: list[KeyPress] = []
         timer: asyncio.TimerHandle | None = None
 
-        def flush() -> None:
-            keys = self._input.flush_keys()
+        def take(keys: list[KeyPress]) -> None:
             # With something after it, it was a sequence of some terminal that nobody knows, or Alt and a key.
             if keys and all(key.key == Keys.Escape for key in keys):
                 token.abort(ESC)
-            typed.extend(keys)
+            for key in keys:
+                if key.key == Keys.ControlC:  # on Windows it comes as a key
+                    signal.raise_signal(signal.SIGINT)
+                elif place := key.key == Keys.CPRResponse and re.match(r"\x1b\[(\d+)", key.data):
+                    self._told(int(place[1]))
+                else:
+                    typed.append(key)
+
+        def flush() -> None:
+            take(self._input.flush_keys())
 
         def ready() -> None:
             nonlocal timer
-            typed.extend(self._input.read_keys())
+            take(self._input.read_keys())
             if timer is not None:
                 timer.cancel()
             timer = loop.call_later(_ESC_SECONDS, flush)
@@ -126,14 +140,8 @@ class Editor:
     @contextlib.contextmanager
     def _keys(self) -> Generator[None]:
         """Have the terminal hand on each key as it is pressed, and what is pasted as one piece."""
-        file = self._input.fileno()
         with self._input.raw_mode():
-            modes = termios.tcgetattr(file)
-            # Ctrl-C stays a signal: it acts also while the loop is stuck in writing to the terminal. Those that would
-            # leave the terminal as it is now are keys like all others.
-            modes[3] |= termios.ISIG
-            modes[6][termios.VQUIT] = modes[6][termios.VSUSP] = b"\0"
-            termios.tcsetattr(file, termios.TCSANOW, modes)
+            _keep_signal(self._input.fileno())
             self._output.enable_bracketed_paste()
             self._output.flush()
             try:
@@ -141,6 +149,20 @@ class Editor:
             finally:
                 self._output.disable_bracketed_paste()
                 self._output.flush()
+
+
+def _keep_signal(file: int) -> None:
+    """Have Ctrl-C stay a signal on a terminal that is raw: it acts also while the loop is stuck in writing to it.
+
+    Those that would leave the terminal as it is now are keys like all others.
+    """
+    if sys.platform != "win32":
+        import termios
+
+        modes = termios.tcgetattr(file)
+        modes[3] |= termios.ISIG
+        modes[6][termios.VQUIT] = modes[6][termios.VSUSP] = b"\0"
+        termios.tcsetattr(file, termios.TCSANOW, modes)
 
 
 def _text(typed: str) -> str:
@@ -214,11 +236,8 @@ def _history() -> History:
     file = folder / "chat-history"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            os.fchmod(descriptor, 0o600)
-        finally:
-            os.close(descriptor)
+        os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
+        file.chmod(0o600)
     except (OSError, RuntimeError):  # the latter when there is no home
         return InMemoryHistory()
     return _FileHistory(str(file))

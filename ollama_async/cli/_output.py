@@ -90,8 +90,8 @@ def open_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         # A shell can start a program without any of them ("<&-"): then Python has None there.
         stream: Any = getattr(sys, name) or open(os.devnull, mode)  # noqa: SIM115
-        # What the terminal cannot show becomes a question mark, never a UnicodeEncodeError.
-        stream.reconfigure(errors="replace" if mode == "w" else "strict")
+        # What the terminal cannot show becomes a question mark, and what is read and is no text U+FFFD.
+        stream.reconfigure(errors="replace")
         setattr(sys, name, _Filter(stream) if mode == "w" and stream.isatty() else stream)
     logging.lastResort = _Log(logging.WARNING)
 

@@ -107,14 +107,19 @@ class CtrlC:
             yield
             return
         loop = asyncio.get_running_loop()
-        # It has the signal wake the loop, which may be just about to go to sleep; the handler itself is replaced.
-        loop.add_signal_handler(signal.SIGINT, lambda: None)
-        signal.signal(signal.SIGINT, pressed)
-        try:
-            yield
-        finally:
-            loop.remove_signal_handler(signal.SIGINT)
-            signal.signal(signal.SIGINT, before)
+        with contextlib.ExitStack() as stack:
+            # Windows' loop cannot, and is woken by each signal.
+            with contextlib.suppress(NotImplementedError):
+                # It has the signal wake the loop, which may be just about to go to sleep; the handler itself is
+                # replaced.
+                loop.add_signal_handler(signal.SIGINT, lambda: None)
+                stack.callback(loop.remove_signal_handler, signal.SIGINT)
+            signal.signal(signal.SIGINT, pressed)
+            try:
+                yield
+            finally:
+                stack.close()
+                signal.signal(signal.SIGINT, before)
 
 
 class Session:
@@ -209,12 +214,14 @@ class Session:
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Generator[None]:
-    """Have SIGTERM and SIGHUP end the program as an exception does: what was changed on the terminal is put back."""
+    """Have signals end the program as an exception does: what was changed on the terminal is put back."""
 
     def end(number: int, _: object) -> None:
         raise SystemExit(128 + number)
 
-    mine = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    # Each system has two of them.
+    known = [number for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if (number := getattr(signal, name, None))]
+    mine = [number for number in known if signal.getsignal(number) is signal.SIG_DFL]
     for number in mine:
         signal.signal(number, end)
     try:
