@@ -480,7 +480,7 @@ async def events_site(site: Site) -> AsyncIterator[str]:
 
 
 async def test_a_browser_that_connects_again_does_not_ask_the_model_again(site: Site, events_site: str) -> None:
-    """As the standard has it: a browser sends the id of the last event, and 204 is the only end that it takes for one."""
+    """As the standard has it: a browser sends the id of its last event, and only 204 has it stop."""
     last, answers = "", []
     async with httpx.AsyncClient(timeout=BOUND) as browser:
         for _ in range(4):

@@ -24,7 +24,7 @@ from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.keys import Keys
 from prompt_toolkit.output import create_output
 
-from ._output import printable
+from ._output import printable, valid
 from ._prompt import PROMPT, is_open
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Editor:
             KeyboardInterrupt: Ctrl-C was pressed.
         """
         try:
-            return _text(self._session.prompt())
+            return valid(self._session.prompt())
         except EOFError:
             return None
         except SystemExit:
@@ -165,11 +165,6 @@ def _keep_signal(file: int) -> None:
         termios.tcsetattr(file, termios.TCSANOW, modes)
 
 
-def _text(typed: str) -> str:
-    # Bytes that are not UTF-8 come as surrogates, which neither a request nor a file can hold.
-    return typed.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
 def _bindings() -> KeyBindings:
     bindings = KeyBindings()
 
@@ -226,7 +221,7 @@ class _FileHistory(FileHistory):
     def store_string(self, string: str) -> None:
         """Append a prompt to the file."""
         with contextlib.suppress(OSError):
-            super().store_string(_text(string))
+            super().store_string(valid(string))
 
 
 def _history() -> History:

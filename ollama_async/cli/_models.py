@@ -17,7 +17,7 @@ from rich.table import Table
 from ollama_async._errors import AbortError, NotFoundError, OllamaError
 
 from ._footer import Footer
-from ._output import SafeConsole, write_json
+from ._output import SafeConsole, valid, write_json
 from ._terminal import ERROR, INTERRUPTED, Session, parse_pairs, product_version
 
 if TYPE_CHECKING:
@@ -296,13 +296,9 @@ def create(
     if (base is None) == (file is None):
         raise typer.BadParameter("give one of --from and --file")
     run = _Run(context, as_json=as_json, model=base or "")
-    given: dict[str, Any] = {
-        "system": system,
-        "template": template,
-        "quantize": quantize,
-        "license": licence,
-        "parameters": parse_pairs(parameter, "--parameter") or None,
-    }
+    texts = {"system": system, "template": template, "quantize": quantize, "license": licence}
+    given: dict[str, Any] = {name: text and valid(text) for name, text in texts.items()}
+    given["parameters"] = parse_pairs(parameter, "--parameter") or None
     with run.running():
         if file is None:
             _follow(run, lambda client, token: client.create(model, from_=base, stream=True, token=token, **given))

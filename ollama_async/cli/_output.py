@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.console import ConsoleOptions, RenderableType
     from rich.text import Text
 
-__all__ = ["SafeConsole", "open_streams", "printable", "write", "write_error", "write_failure", "write_json"]
+__all__ = ["SafeConsole", "open_streams", "printable", "valid", "write", "write_error", "write_failure", "write_json"]
 
 # Control characters begin what changes a terminal's title, clipboard or cursor. Those for the direction of text show a
 # line in another order than it has. Joiners and marks stay: whole scripts need them.
@@ -36,6 +36,11 @@ _COLOUR = re.compile(r"(\x1b\[[0-9;]*m)")
 def printable(text: str) -> str:
     """Replace what makes a terminal do things: a model or server has no business with its title or clipboard."""
     return _CONTROL.sub("\ufffd", text.replace("\r\n", "\n"))
+
+
+def valid(text: str) -> str:
+    """Replace what is not UTF-8 in an argument or a typed line: its surrogates fit into no request."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 class SafeConsole(Console):

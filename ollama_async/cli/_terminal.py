@@ -30,6 +30,7 @@ from ollama_async._errors import (
 )
 from ollama_async._host import parse_host
 
+from ._output import valid
 from ._screen import Answer, AnyStream, Screen
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def product_version() -> str:
 def parse_pairs(pairs: list[str] | None, option: str) -> dict[str, Any]:
     """Read the ``KEY=VALUE`` of an option that may be repeated; a value is JSON, else text."""
     values: dict[str, Any] = {}
-    for pair in pairs or ():
+    for pair in map(valid, pairs or ()):
         key, equals, value = pair.partition("=")
         if not key or not equals:
             raise typer.BadParameter(f"{pair!r}: write it as key=value", param_hint=option)
@@ -159,7 +160,7 @@ class Session:
             if isinstance(exc, SystemExit):
                 raise
             raise typer.Exit(INTERRUPTED) from None
-        except (OSError, UnicodeDecodeError) as exc:
+        except OSError as exc:
             give_up_stdout()
             if not isinstance(exc, BrokenPipeError):
                 # Where the terminal itself is gone there is nobody to tell.
