@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import os
 import re
 import signal
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import Completer, Completion, PathCompleter
@@ -156,13 +156,14 @@ def _keep_signal(file: int) -> None:
 
     Those that would leave the terminal as it is now are keys like all others.
     """
-    if sys.platform != "win32":
-        import termios
-
-        modes = termios.tcgetattr(file)
-        modes[3] |= termios.ISIG
-        modes[6][termios.VQUIT] = modes[6][termios.VSUSP] = b"\0"
-        termios.tcsetattr(file, termios.TCSANOW, modes)
+    try:
+        termios: Any = importlib.import_module("termios")
+    except ImportError:  # Windows: it comes as a key there
+        return
+    modes = termios.tcgetattr(file)
+    modes[3] |= termios.ISIG
+    modes[6][termios.VQUIT] = modes[6][termios.VSUSP] = b"\0"
+    termios.tcsetattr(file, termios.TCSANOW, modes)
 
 
 def _bindings() -> KeyBindings:

@@ -124,44 +124,45 @@ class Footer(RenderHook):
             self._row = row
 
     def scrolled_off(self) -> str:
-        """Return the text of the lines that have left the terminal at its top, where nothing takes it away any more.
+        """Return the text of the lines that stay: they have left the terminal at its top, at least in part.
 
-        It is what had no room any more when the terminal was made smaller.
+        It is what had no room any more when the terminal was made smaller. Of a line that has rows of both kinds
+        nothing is taken away: the terminal would go on to take what comes in its place for the end of that line.
         """
-        above, hidden, _ = self._above()
-        return "".join(above[:hidden])
+        return "".join(self._drawn[: self._split()[0]])
 
-    def _above(self) -> tuple[list[str], int, int]:
-        """Return the rows above the cursor, how many of them have scrolled off, and how many rows are below it."""
-        rows = [self._rows(line) for line in self._drawn]
-        above = [row for line in rows[:-1] for row in line]
-        below = max(0, len(rows[-1]) - 1) if rows else 0
+    def _split(self) -> tuple[int, int, int]:
+        """Return how many lines stay, how many rows above the cursor are to be erased, and how many below it."""
+        rows = [self._rows(line) for line in self._drawn] or [1]
+        above, below = sum(rows[:-1]), rows[-1] - 1
         if self._row is not None and self._asked_size == self._console.size:
-            hidden = len(above) + 1 - self._row
+            hidden = above + 1 - self._row
         else:
-            hidden = len(above) + 1 + below - self._console.height
-        return above, min(len(above), max(0, hidden)), below
+            hidden = above + 1 + below - self._console.height
+        stay = 0
+        while hidden > 0 and stay < len(rows) - 1:
+            hidden -= rows[stay]
+            stay += 1
+        return stay, sum(rows[stay:-1]), below
 
-    def _rows(self, line: str) -> list[str]:
-        """Return the rows that a line has on the terminal as wide as it is now."""
-        width, rows, used = self._console.width, [""], 0
+    def _rows(self, line: str) -> int:
+        """Return how many rows a line has on the terminal as wide as it is now."""
+        width, rows, used = self._console.width, 1, 0
         if not self._reflows:
-            return [line]
+            return 1
         for sign in line:
             cells = get_character_cell_size(sign)
-            if used + cells > width:
-                rows.append("")
-                used = 0
-            rows[-1] += sign
             used += cells
+            if used > width:
+                rows, used = rows + 1, cells
         return rows
 
     def _erase(self) -> str:
-        above, hidden, below = self._above()
+        _, above, below = self._split()
         self._drawn = []
         # Row by row: some terminals save what stands on them when all of it is erased at once.
         down = "\x1b[B\x1b[2K" * below + f"\x1b[{below}A" * bool(below)
-        return "\r\x1b[2K" + down + "\x1b[A\x1b[2K" * (len(above) - hidden)
+        return "\r\x1b[2K" + down + "\x1b[A\x1b[2K" * above
 
 
 def reflows(environ: Mapping[str, str]) -> bool:

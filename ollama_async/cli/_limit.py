@@ -6,7 +6,7 @@ import contextlib
 import signal
 import threading
 from _thread import interrupt_main
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -73,13 +73,14 @@ class _Timer:
     """The system's timer, which counts the processor's time and sends a signal."""
 
     def __init__(self) -> None:
-        self.signal: int = signal.SIGVTALRM
+        self._system: Any = signal  # not each system has these names
+        self.signal: signal.Signals = self._system.SIGVTALRM
 
     def start(self, seconds: float) -> None:
-        signal.setitimer(signal.ITIMER_VIRTUAL, seconds, _AGAIN_SECONDS)
+        self._system.setitimer(self._system.ITIMER_VIRTUAL, seconds, _AGAIN_SECONDS)
 
     def stop(self) -> None:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        self._system.setitimer(self._system.ITIMER_VIRTUAL, 0)
 
 
 class _Thread:
@@ -90,7 +91,7 @@ class _Thread:
 
     def __init__(self) -> None:
         # Nobody sends it, and a process that aborts itself ends with any handler.
-        self.signal: int = signal.SIGABRT
+        self.signal: signal.Signals = signal.SIGABRT
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
 

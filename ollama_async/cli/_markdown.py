@@ -145,8 +145,6 @@ def _after(kept: str, lines: list[_Line]) -> tuple[list[_Line], str]:
             # A comma, say, that stands behind the last letter in both.
             rest = rest.lstrip().removeprefix(re.split(r"[^\W_]", kept)[-1].strip())
             cut = len(text) - len(rest.lstrip())
-            if rest[:1].strip() and (begun := re.search(r"[!-~]+$", text[:cut])):
-                cut = begun.start()  # half a word up there is better than a word in two halves
             return [_cut(line, cut), *lines[number + 1 :]], ""
         left -= found
     return [], _without_letters(_letters(kept) - left, kept) if left else ""
