@@ -189,7 +189,7 @@ class AsyncClient(ModelManagement):
             The answer; with ``stream=True`` a stream of its chunks.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once, so that the server stops.
 
@@ -314,7 +314,7 @@ class AsyncClient(ModelManagement):
             The answer; with ``stream=True`` a stream of its chunks.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once, so that the server stops.
 
@@ -374,7 +374,7 @@ class AsyncClient(ModelManagement):
             **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -406,7 +406,7 @@ class AsyncClient(ModelManagement):
             **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -425,7 +425,7 @@ class AsyncClient(ModelManagement):
             **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once; the server then gives the load up.
 
@@ -443,7 +443,7 @@ class AsyncClient(ModelManagement):
             **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -470,7 +470,7 @@ class AsyncClient(ModelManagement):
             **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 

@@ -77,7 +77,7 @@ class ModelManagement(FileTransfer):
         """Return the models that the server has.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -92,7 +92,7 @@ class ModelManagement(FileTransfer):
         """Return the models that are loaded.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -107,7 +107,7 @@ class ModelManagement(FileTransfer):
         """Return the server's version.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -122,7 +122,7 @@ class ModelManagement(FileTransfer):
         """Return whether the server uses models in the cloud.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -137,7 +137,7 @@ class ModelManagement(FileTransfer):
         """Return the models that the server recommends.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -154,7 +154,7 @@ class ModelManagement(FileTransfer):
 
         Raises:
             AuthenticationError: To none; ``signin_url`` says where to sign in.
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -170,7 +170,7 @@ class ModelManagement(FileTransfer):
 
         Raises:
             AuthenticationError: It is not signed in.
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -200,7 +200,7 @@ class ModelManagement(FileTransfer):
             **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -217,7 +217,7 @@ class ModelManagement(FileTransfer):
         """Give a model a second name.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -231,7 +231,7 @@ class ModelManagement(FileTransfer):
         """Delete a model.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -344,7 +344,7 @@ class ModelManagement(FileTransfer):
             The last step; with ``stream=True`` a stream of all steps.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -391,7 +391,7 @@ class ModelManagement(FileTransfer):
         Raises:
             RequestError: A file cannot be read, is no regular file, or is outside of the folder; or the folder has no
                 model in it.
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection and the file at once.
 
@@ -478,7 +478,7 @@ class ModelManagement(FileTransfer):
             The last step; with ``stream=True`` a stream of all steps.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once; the server may finish the part that it is at.
 
@@ -524,7 +524,7 @@ class ModelManagement(FileTransfer):
             The last step; with ``stream=True`` a stream of all steps.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once; the server may finish the part that it is at.
 
@@ -548,7 +548,7 @@ class ModelManagement(FileTransfer):
 
         Raises:
             RequestError: There is no key.
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -574,7 +574,7 @@ class ModelManagement(FileTransfer):
 
         Raises:
             RequestError: There is no key.
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 

@@ -1,7 +1,7 @@
 """A terminal that is made narrower, wider and shorter while an answer comes: all of it is there once, in its order.
 
-The terminal here breaks its lines anew, as tmux does it, and most others: what has no room leaves at the top, also where
-rows at the bottom are empty. Another one, in test_chat.py, cuts them off.
+The terminal here breaks its lines anew, as tmux does it: what has no room leaves at the top, also where rows at the
+bottom are empty.
 """
 
 import io
@@ -28,7 +28,7 @@ from ollama_async.cli._markdown import _Drawing
 from ollama_async.cli._output import SafeConsole
 from ollama_async.testing import FakeOllama, Reply
 
-WORDS = 120
+WORDS = 80
 WORD = re.compile(r"w\d{3}")
 
 
@@ -120,7 +120,9 @@ class Pane:
         self._file.truncate()
 
 
-async def answer(pieces: list[str], sizes: dict[int, tuple[int, int]], *, thinking: bool = False, before: int = 0) -> str:
+async def answer(
+    pieces: list[str], sizes: dict[int, tuple[int, int]], *, thinking: bool = False, before: int = 0
+) -> str:
     """What is on the terminal after an answer during which its size has changed, at some of the pieces."""
     pane = Pane(*sizes.pop(0))
     pane.terminal.feed("earlier\n" * before)
@@ -131,6 +133,8 @@ async def answer(pieces: list[str], sizes: dict[int, tuple[int, int]], *, thinki
             if number in sizes:
                 pane.resize(*sizes[number])
             drawing.add(piece if thinking else "", "" if thinking else piece, number)
+            if number % 3 and number not in sizes:
+                continue
             drawing._draw()
             pane.show()
             while pane.terminal.answers:
@@ -154,7 +158,9 @@ TEXTS: dict[str, Callable[[], list[str]]] = {
     "several": lambda: [word + "\n\n" * (number % 25 == 24) for number, word in enumerate(words())],
     "with punctuation": lambda: words(between=", "),
     "a list": lambda: words("- ", "\n- "),
-    "a list of paragraphs": lambda: [f"- {word}" * (number % 9 == 0) or word + "\n" * (number % 9 == 8) for number, word in enumerate(words())],
+    "a list of paragraphs": lambda: [
+        f"- {word}" * (number % 9 == 0) or word + "\n" * (number % 9 == 8) for number, word in enumerate(words())
+    ],
     "code": lambda: words("```\n", "\n", "\n```\n"),
     "a quote": lambda: words("> "),
     "bold at its end": lambda: [*words()[:-20], "**", *words()[-20:], "**"],
@@ -162,10 +168,10 @@ TEXTS: dict[str, Callable[[], list[str]]] = {
 SIZES: dict[str, dict[int, tuple[int, int]]] = {
     "narrower": {0: (60, 12), 20: (25, 12)},
     "narrower and wider": {0: (60, 12), 20: (25, 12), 40: (60, 12)},
-    "much narrower": {0: (120, 10), 60: (30, 10)},
-    "low": {0: (40, 8), 30: (20, 8), 60: (33, 8)},
+    "much narrower": {0: (120, 10), 50: (30, 10)},
+    "low": {0: (40, 8), 30: (20, 8), 50: (33, 8)},
     "shorter": {0: (50, 20), 50: (50, 5)},
-    "narrower and shorter": {0: (80, 24), 70: (20, 5), 80: (90, 30)},
+    "narrower and shorter": {0: (80, 24), 50: (20, 5), 60: (90, 30)},
     "step by step": {0: (60, 12)} | {10 + step: (60 - step, 12) for step in range(40)},
     "wider": {0: (30, 10), 50: (70, 10)},
 }
@@ -178,10 +184,10 @@ async def test_an_answer_is_there_once_whatever_the_terminal_does(name: str, siz
     assert WORD.findall(shown) == WORD.findall("".join(TEXTS[name]())), shown
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 async def test_sizes_at_random(seed: int) -> None:
     chance = random.Random(seed)
-    sizes = {number: (chance.randint(12, 130), chance.randint(4, 40)) for number in (0, *chance.sample(range(120), 12))}
+    sizes = {number: (chance.randint(12, 130), chance.randint(4, 40)) for number in (0, *chance.sample(range(80), 12))}
     thinking = chance.random() < 0.3
     pieces = words() if thinking else TEXTS[chance.choice([*TEXTS])]()
     shown = await answer(pieces, sizes, thinking=thinking, before=chance.randrange(40))
@@ -264,7 +270,7 @@ def test_a_real_terminal(fake_ollama: FakeOllama, tmp_path: Path) -> None:
         tmux("set", "-g", "window-size", "manual")
         wait(lambda: ">>>" in tmux("capture-pane", "-p"))
         tmux("send-keys", "hi", "Enter")
-        for word, columns in (("w020", 25), ("w050", 60), ("w080", 33)):
+        for word, columns in (("w020", 25), ("w040", 60), ("w060", 33)):
             wait(lambda word=word: word in tmux("capture-pane", "-p", "-J", "-S", "-500"))  # type: ignore[misc]
             tmux("resize-window", "-x", str(columns), "-y", "12")
         wait(lambda: "done:" in tmux("capture-pane", "-p"))

@@ -143,7 +143,9 @@ def test_the_page_is_served_and_ended(fake_ollama: FakeOllama) -> None:
 def test_generate_on_a_terminal(fake_ollama: FakeOllama, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the mark that it waits, and a text that is stopped by Ctrl-C."""
     fake_ollama.script("/api/generate", Reply.endless_generate(0.01))
-    monkeypatch.setattr("test_cli.ON_TERMINAL", ON_TERMINAL.replace("from ollama_async", WITHOUT + "from ollama_async", 1))
+    monkeypatch.setattr(
+        "test_cli.ON_TERMINAL", ON_TERMINAL.replace("from ollama_async", WITHOUT + "from ollama_async", 1)
+    )
     shown = Terminal("--host", fake_ollama.url, "generate", "fake", "Why?", TERM="xterm-256color")
     try:
         shown.until("No model was asked")

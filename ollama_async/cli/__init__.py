@@ -76,6 +76,8 @@ def _global_options(
 
 
 _Model = Annotated[str, typer.Argument(metavar="MODEL", help="Name of the model.")]
+
+
 def _valid(text: str | None) -> str | None:
     return None if text is None else valid(text)
 

@@ -42,7 +42,7 @@ class Footer(RenderHook):
 
     def __init__(self, console: Console, shown: RenderableType = "", *, asks: bool = False) -> None:
         self.shown = shown
-        self._asks = asks
+        self._asks = self._wraps = asks
         # The terminal's size when the lines were drawn, and when it was asked for its cursor, last.
         self._size: object = None
         self._asked_size: object = None
@@ -96,7 +96,10 @@ class Footer(RenderHook):
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
         """Put what is printed in the place of the lines, and the lines below it."""
         erase = _codes(self._erase())
-        lines = [stripped(line) for line in self._console.render_lines(self.shown, pad=False)]
+        # Without answers only one line is safe: what is above the cursor's may have left the terminal.
+        options = self._console.options
+        options = options if self._wraps else options.update(no_wrap=True, overflow="ellipsis")
+        lines = [stripped(line) for line in self._console.render_lines(self.shown, options, pad=False)]
         self._drawn = ["".join(part.text for part in line) for line in lines]
         self._size, self._asked_size = self._console.size, None
         below = [part for line in lines for part in (Segment.line(), *line)][1:]

@@ -343,7 +343,9 @@ def serve(
         ip = ipaddress.ip_address(bound)
         if allowed:
             names = ", ".join(site.name for site in allowed)
-            session.screen.note(f"Everybody whom the proxy lets in at {names} can use this page and your models.", "yellow")
+            session.screen.note(
+                f"Everybody whom the proxy lets in at {names} can use this page and your models.", "yellow"
+            )
         if not ip.is_loopback:
             session.screen.note("Everybody who can reach this machine can use this page and your models.", "yellow")
         if ip.is_unspecified:  # no browser goes there
