@@ -9,7 +9,6 @@ cancelled once.
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 from typing import TYPE_CHECKING, Any
 
@@ -482,7 +481,8 @@ class _Errand:
         if self._socket is None or asyncio._get_running_loop() is not channel.loop:  # noqa: SLF001
             return
         try:
-            duplicate = socket.socket(fileno=os.dup(self._socket.fileno()))
+            # Not os.dup(), which on Windows knows files only.
+            duplicate = socket.socket(fileno=socket.dup(self._socket.fileno()))
         except OSError:
             return
         with duplicate:
