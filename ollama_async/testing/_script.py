@@ -365,7 +365,7 @@ class Reply:
         if done:
             choices.append({"delta": {"role": "assistant", "content": ""}, "finish_reason": finish_reason})
         events = [_event(_compact(head | {"choices": [{"index": 0, **choice}]})) for choice in choices]
-        end = [_event(_compact(head | {"choices": [], "usage": counts}))] if usage and done else []
+        end = [_event(_compact(head | {"choices": list[Frame](), "usage": counts}))] if usage and done else []
         end += [_event(b"[DONE]")] if done else []
         message: Frame = {"role": "assistant", "content": "".join(texts)}
         if thinking:
