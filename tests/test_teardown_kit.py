@@ -17,7 +17,6 @@ from typing import Any
 
 import httpx
 import pytest
-import uvloop
 
 from ollama_async import AbortError, AsyncClient, CancelToken, Stream
 from ollama_async.testing import (
@@ -88,6 +87,7 @@ def test_a_call_without_a_token_is_not_aborted() -> None:
 
 
 def test_a_good_call_passes_on_uvloop() -> None:
+    uvloop = pytest.importorskip("uvloop", reason="there is none for Windows")
     assert check_teardown(good, server=endless, ticks=10, limit=BOUND, loop_factory=uvloop.new_event_loop).total
 
 
@@ -594,5 +594,6 @@ def test_where_no_folder_tells_the_descriptors_a_check_says_so(hide: Callable[..
 
 
 def test_a_loop_that_does_not_tell_its_timers_is_named() -> None:
+    uvloop = pytest.importorskip("uvloop", reason="there is none for Windows")
     report = check_teardown(good, ticks=1, ways=["cancel"], limit=BOUND, loop_factory=uvloop.new_event_loop)
     assert report.unchecked == ("timers, for this event loop does not tell which it has",)
