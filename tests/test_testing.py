@@ -1202,7 +1202,7 @@ def test_embeddings_of_the_older_api(server):
         ("/chat", "/api/chat"),
         ("/api/chat/", "/api/chat"),
         ("/api/chat?x=1", "/api/chat"),
-        ("/api/embeding", "/api/embed"),
+        ("/api/embeddins", "/api/embeddings"),
     ],
 )
 def test_a_path_that_ollama_does_not_have_is_refused(server, path, meant):
