@@ -31,31 +31,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = [
-    "AbortError",
-    "AuthenticationError",
-    "BadRequestError",
-    "ConnectError",
-    "ConnectionBroken",
-    "HostError",
-    "NotFoundError",
-    "OllamaError",
-    "ParseError",
-    "PermissionDeniedError",
-    "PhaseTimeout",
-    "ProtocolError",
-    "RateLimitError",
-    "RequestError",
-    "ResponseError",
-    "ServerBusyError",
-    "ServerError",
-    "StreamBusy",
-    "StreamClosed",
-    "StreamError",
-    "StreamTruncated",
-    "response_error",
-]
-
 # Word for word what ollama-python says: programs compare it.
 CONNECTION_ERROR_MESSAGE = (
     "Failed to connect to Ollama. Please check that Ollama is downloaded, running and accessible. "

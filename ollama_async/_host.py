@@ -15,8 +15,6 @@ import httpx
 from ._errors import HostError
 from ._secret import Secret
 
-__all__ = ["Host", "env_api_key", "env_proxy", "parse_host"]
-
 _DEFAULT_PORT = {"http": 80, "https": 443}
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
 
