@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import re
 import socket
 import ssl
 import struct
@@ -1209,6 +1210,14 @@ def test_a_path_that_ollama_does_not_have_is_refused(server, path, meant):
     with pytest.raises(ValueError, match=f"no path '{path.replace('?', '.')}'; did you mean '{meant}") as caught:
         server.script(path, Reply.chat("never"))
     assert f"FakeOllama(paths=['{path}'])" in str(caught.value)
+
+
+def test_each_path_that_the_client_asks_for_may_be_scripted(server):
+    sources = "".join(path.read_text() for path in (ROOT / "ollama_async").glob("_*.py"))
+    paths = set(re.findall(r"\"(/(?:api|v1)/[a-z_/-]+[a-z])\"", sources))
+    assert len(paths) > 15
+    for path in paths:
+        server.script(path, Reply.json({}))
 
 
 def test_paths_that_may_be_scripted():

@@ -55,6 +55,7 @@ _OTHER_PATHS = (
     "/v1/messages",
     "/v1/models",
     "/v1/responses",
+    "/v1/systemone",
 )
 _NAMED_PATHS = ("/api/blobs/", "/api/user/keys/", "/v1/models/")
 Handler: TypeAlias = Callable[[RequestRecord], Reply]
