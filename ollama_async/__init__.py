@@ -158,6 +158,9 @@ __all__ = [
 ]
 
 
+__version__ = "0.1.0"
+
+
 # Not for type checkers, which would take any misspelt name for one that is there.
 if not TYPE_CHECKING:
 

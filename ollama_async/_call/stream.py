@@ -19,7 +19,7 @@ from ollama_async._wire.reader import ExchangeEnded, ExchangeOutcome, Kind
 from .answer import Answer
 from .awaitable import Guarded
 from .chunk import ChunkT
-from .decoder import ErrorFrame, NdjsonDecoder
+from .decoder import ErrorFrame
 from .failures import stream_error
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from .call import Call
     from .chunk import Merge, ResponseInfo
+    from .decoder import Decoder
     from .exchange import Exchange
 
 Outcome = Literal["done", "aborted", "timeout", "cancelled", "closed", "until", "error", "truncated"]
@@ -76,14 +77,14 @@ class Stream(LiveObject, Generic[ChunkT]):
         self,
         call: Call,
         merge: Merge[ChunkT],
+        decoder: Decoder[ChunkT],
         *,
         until: Callable[[ChunkT], object] | None = None,
         response_model: type[BaseModel] | None = None,
         strict: bool = False,
-        max_line_bytes: int,
     ) -> None:
         self._call = call
-        self._answer = Answer(merge, NdjsonDecoder(merge.validators, merge.batch_size, max_line_bytes))
+        self._answer = Answer(merge, decoder)
         self._until = until
         self._response_model = response_model
         self._info: ResponseInfo | None = None

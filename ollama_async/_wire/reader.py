@@ -7,6 +7,7 @@ once, by whoever comes first: the consumer, the writer, a timer, or ``abort()`` 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import weakref
 from collections import deque
@@ -20,6 +21,8 @@ from .phase import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+_log = logging.getLogger("ollama_async.exchange")
 
 # Reading from the socket pauses when this many bytes wait for the consumer, and resumes when the consumer waits for
 # more, so that a slow consumer of a fast server holds a bounded amount. One read brings up to as much on top of it,
@@ -154,6 +157,10 @@ class ResponseReader:
     def enter(self, phase: Phase) -> None:
         """Note how far the attempt is."""
         self.phase = phase
+        if _log.isEnabledFor(logging.DEBUG):
+            # Never the cause: an abort's reason is the caller's, and an error may quote what the server sent.
+            outcome = self.outcome
+            _log.debug("exchange %#x: %s%s", id(self), phase.name, f", {outcome.kind}" if outcome else "")
         if phase < _HEAD:
             self.last_activity_at = self.entered_at = self.loop.time()
 
