@@ -487,7 +487,8 @@ async def test_a_connection_that_is_cut(
     await until(lambda: task.get_coro() is not None and client_has_read(client), "the first line read by the client")
     gate.open()
     error = await failure(task, ConnectionBroken)
-    assert isinstance(error, ConnectionError)
+    # Code that was written for ollama-python takes that for "no server", and would drop the partial answer.
+    assert not isinstance(error, ConnectionError)
     assert "lost before the answer was complete" in str(error)
     assert came(error) == ("one " if streaming else None)
 
