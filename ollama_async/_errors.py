@@ -116,7 +116,7 @@ class PhaseTimeout(OllamaError, TimeoutError):
     """One of the ``Timeouts`` of the call passed.
 
     Attributes:
-        phase: ``"connect"``, ``"first_chunk"``, ``"idle"`` or ``"total"``.
+        phase: ``"connect"``, ``"upload"``, ``"first_chunk"``, ``"idle"`` or ``"total"``: the limit that passed.
         seconds: How long that phase was allowed to last.
     """
 
@@ -129,6 +129,7 @@ class PhaseTimeout(OllamaError, TimeoutError):
 
 _PHASE_TEXT = {
     "connect": "no connection to the server within {seconds} s (connect timeout)",
+    "upload": "the body of the request was not sent within {seconds} s (upload timeout)",
     "first_chunk": (
         "the server sent nothing within {seconds} s of the request (first_chunk timeout): "
         "the model may still be loading, or the server's queue may be full; if /api/version and /api/ps answer, the "

@@ -1,4 +1,4 @@
-"""How a connection is made: names, addresses, sockets, TLS. Every socket is known to the caller from the start."""
+"""How a connection is made: names, addresses, sockets, TLS; the caller knows every socket from the start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``Phase``: how far an attempt is. The one table from which the picture in docs/design.md is drawn."""
+"""``Phase``: how far an attempt is, and the table from which the picture in docs/design.md is drawn."""
 
 from __future__ import annotations
 
