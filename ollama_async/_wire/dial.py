@@ -44,8 +44,8 @@ class Sockets:
     def add(self, sock: GuardedSocket) -> None:
         """Take in a socket, before it connects."""
         self._open.add(sock)
-        # shutdown() sets the mark first and then looks at the set; this does it the other way round. One of the two sees
-        # the other.
+        # shutdown() sets the mark first and then looks at the set; this does it the other way round. One of the two
+        # sees the other.
         if self._shut_down:
             sock.shutdown()
 
