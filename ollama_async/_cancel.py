@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import anyio
 
-from ._errors import AbortError, RequestError
+from ._errors import AbortError, RequestError, shown
 from ._secret import showable
 
 if TYPE_CHECKING:
@@ -268,11 +268,11 @@ class CancelToken(LiveObject):
             seconds: Seconds from now; 0 or less returns an aborted token, infinity a token without a deadline.
 
         Raises:
-            RequestError: ``seconds`` is not a number.
+            RequestError: ``seconds`` is not a number, or is too large for a clock.
         """
         given: object = seconds
-        if isinstance(given, bool) or not isinstance(given, (int, float)) or math.isnan(given):
-            raise RequestError(f"CancelToken.timeout({seconds!r}): give a number of seconds")
+        if isinstance(given, bool) or not isinstance(given, (int, float)) or not _is_comparable(given):
+            raise RequestError(f"CancelToken.timeout({shown(seconds)}): give a number of seconds")
         token = cls()
         if seconds < _ENDLESS:
             token._seconds = float(seconds)
@@ -541,3 +541,11 @@ def _report(exc: Exception, callback: object) -> None:
                 ),
             )
         )
+
+
+def _is_comparable(number: float) -> bool:
+    """Whether the clock can be compared with a number: not with NaN, nor with an int that no float holds."""
+    try:
+        return not math.isnan(number)
+    except OverflowError:
+        return False

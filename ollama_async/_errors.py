@@ -7,7 +7,7 @@
     ├── RequestError          the request cannot be sent as given (also a ValueError)
     │   └── HostError         the host is not a usable address
     ├── ConnectError          no connection to the server (also a builtin ConnectionError)
-    ├── ConnectionBroken      the connection was lost before the answer was complete (also a ConnectionError)
+    ├── ConnectionBroken      the connection was lost before the answer was complete
     ├── PhaseTimeout          one of the Timeouts passed (also a builtin TimeoutError)
     ├── ProtocolError         the answer is not what an Ollama server sends
     ├── ResponseError         the server answered with an error status
@@ -36,6 +36,19 @@ CONNECTION_ERROR_MESSAGE = (
     "Failed to connect to Ollama. Please check that Ollama is downloaded, running and accessible. "
     "https://ollama.com/download"
 )
+
+
+def shown(value: object) -> str:
+    """Return a wrong parameter in the form that error messages show."""
+    try:
+        text = repr(value)
+    except Exception:
+        # An int with more than 4,300 digits has no repr.
+        return f"({type(value).__name__})"
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."
+
+
+_MAX_SHOWN = 100
 
 
 class OllamaError(Exception):
@@ -94,18 +107,23 @@ class HostError(RequestError):
 class ConnectError(OllamaError, ConnectionError):
     """No connection to the server could be made.
 
-    The text is that of ollama-python. ``detail`` and a note say what went wrong, and with which address.
+    The text begins as that of ollama-python does, and ends with ``detail``: what went wrong, and with which address.
     """
 
     def __init__(self, detail: str = "") -> None:
         super().__init__(CONNECTION_ERROR_MESSAGE)
         self.detail = detail
-        if detail:
-            self.add_note(detail)
+
+    def __str__(self) -> str:
+        return f"{CONNECTION_ERROR_MESSAGE} ({self.detail})" if self.detail else CONNECTION_ERROR_MESSAGE
 
 
-class ConnectionBroken(OllamaError, ConnectionError):
-    """The connection was lost before the answer was complete."""
+class ConnectionBroken(OllamaError):
+    """The connection was lost before the answer was complete.
+
+    Not a ``ConnectionError``: code that was written for ollama-python takes that for "no server", and would drop the
+    partial answer.
+    """
 
     def __init__(self, message: str, partial: Any = None) -> None:
         super().__init__(message)
@@ -167,7 +185,7 @@ class ResponseError(OllamaError):
         self.headers: Any = {}
 
     def __str__(self) -> str:
-        return f"{self.error} (status code: {self.status_code})"
+        return self.error if self.status_code == -1 else f"{self.error} (status code: {self.status_code})"
 
 
 class BadRequestError(ResponseError):
@@ -201,7 +219,7 @@ class ServerBusyError(ServerError):
 class StreamError(ResponseError):
     """The server sent an error frame inside a stream that had begun.
 
-    ``status_code`` is that of the frame if it has one, else the HTTP status of the answer.
+    ``status_code`` is that of the frame if it has one, else -1, as in ollama-python: the HTTP status was a success.
     """
 
 

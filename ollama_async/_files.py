@@ -320,6 +320,13 @@ def _files_of(given: Path, *, follow_links: bool) -> list[ModelFile]:
 def _checked_file(path: Path, within: tuple[str, ...]) -> ModelFile:
     # All are looked at before the first one is hashed, which may take minutes; and each again when it is opened to be
     # read.
+    try:
+        path.name.encode()
+    except UnicodeEncodeError:
+        # The server is told the names, in JSON.
+        raise RequestError(
+            f"cannot send {str(path)!r}: the file's name is not UTF-8; give the file another one"
+        ) from None
     with RegularFile(path, within) as file:
         file.open()
         return ModelFile(path.name, path, within, file.size)

@@ -178,7 +178,8 @@ def env_proxy(host: Host, *, even_local: bool = False) -> str | None:
     proxies = urllib.request.getproxies_environment()
     proxy = proxies.get(url.scheme) or proxies.get("all")
     # With the port, which NO_PROXY may name.
-    if not proxy or _bypassed(f"{host.name}:{url.port or _DEFAULT_PORT[url.scheme]}", proxies):
+    port = _DEFAULT_PORT[url.scheme] if url.port is None else url.port
+    if not proxy or _bypassed(f"{host.name}:{port}", proxies):
         return None
     return proxy if "://" in proxy else f"http://{proxy}"
 

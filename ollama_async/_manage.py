@@ -12,6 +12,7 @@ from ._files import FileTransfer
 from ._model.input import (
     checked,
     checked_stream,
+    encode_json,
     encode_messages,
     encode_options,
     encoded,
@@ -20,7 +21,7 @@ from ._model.input import (
 )
 from ._model.merge import ProgressMerge
 from ._model.progress import ProgressResponse
-from ._session import CallOptions, hide
+from ._session import CallOptions, deferred, hide
 
 if TYPE_CHECKING:
     import os
@@ -294,6 +295,7 @@ class ModelManagement(FileTransfer):
         **options: Unpack[_CreateOptions],
     ) -> Coroutine[Any, Any, ProgressResponse] | Stream[ProgressResponse]: ...
 
+    @deferred(ProgressMerge)
     def create(
         self,
         model: str,
@@ -351,17 +353,26 @@ class ModelManagement(FileTransfer):
         Server: ``POST /api/create``
         """
         hide(call)
-        body = {
-            "model": model_name(model),
-            "stream": checked_stream(stream),
-            "from": from_ if from_ is None else model_name(from_, "from_"),
-            "license": _licenses(license),
-            "parameters": encode_options(parameters, "parameters"),
-            "messages": None if messages is None else encode_messages(messages),
-            **checked("text", quantize=quantize, template=template, system=system, renderer=renderer, parser=parser),
-            **checked("text", requires=requires, remote_host=remote_host, draft_quantize=draft_quantize),
-            **checked("mapping", files=files, adapters=adapters, info=info, draft_files=draft_files),
-        }
+        body = _create_body(
+            model,
+            stream=stream,
+            from_=from_,
+            license=license,
+            parameters=parameters,
+            messages=messages,
+            quantize=quantize,
+            template=template,
+            system=system,
+            renderer=renderer,
+            parser=parser,
+            requires=requires,
+            remote_host=remote_host,
+            draft_quantize=draft_quantize,
+            files=files,
+            adapters=adapters,
+            info=info,
+            draft_files=draft_files,
+        )
         return self._progress("/api/create", body, call)
 
     async def create_from(
@@ -408,6 +419,11 @@ class ModelManagement(FileTransfer):
         job = self._job(call, on_progress)
         files = await self._find(job, path, follow_links=follow_links)
         adapters = None if adapter is None else await self._find(job, adapter, follow_links=follow_links)
+        # What create() would refuse when all has been uploaded.
+        named = [
+            None if found is None else dict.fromkeys((file.name for file in found), "") for found in (files, adapters)
+        ]
+        encode_json(_create_body(model, stream=True, files=named[0], adapters=named[1], **given))
         job.expect([*files, *(adapters or [])])
         uploaded = await self._upload_all(files, job)
         extra = None if adapters is None else await self._upload_all(adapters, job)
@@ -453,6 +469,7 @@ class ModelManagement(FileTransfer):
         **call: Unpack[CallOptions],
     ) -> Coroutine[Any, Any, ProgressResponse] | Stream[ProgressResponse]: ...
 
+    @deferred(ProgressMerge)
     def pull(
         self,
         model: str,
@@ -509,6 +526,7 @@ class ModelManagement(FileTransfer):
         self, model: str, *, insecure: bool = False, stream: bool, **call: Unpack[CallOptions]
     ) -> Coroutine[Any, Any, ProgressResponse] | Stream[ProgressResponse]: ...
 
+    @deferred(ProgressMerge)
     def push(
         self, model: str, *, insecure: bool = False, stream: bool = False, **call: Unpack[CallOptions]
     ) -> Coroutine[Any, Any, ProgressResponse] | Stream[ProgressResponse]:
@@ -604,6 +622,39 @@ class ModelManagement(FileTransfer):
         if body["stream"]:
             return self._stream(ProgressMerge(), path, body, call)
         return self._request(ProgressResponse, "POST", path, body, call)
+
+
+def _create_body(
+    model: str,
+    *,
+    stream: object,
+    from_: object = None,
+    license: object = None,
+    parameters: object = None,
+    messages: object = None,
+    **given: object,
+) -> dict[str, Any]:
+    """Check what ``create`` was given, and return the body of its request."""
+    kinds = {kind: {name: given[name] for name in names if name in given} for kind, names in _CREATE_KINDS.items()}
+    return {
+        "model": model_name(model),
+        "stream": checked_stream(stream),
+        "from": from_ if from_ is None else model_name(from_, "from_"),
+        "license": _licenses(license),
+        "parameters": encode_options(parameters, "parameters"),
+        "messages": None if messages is None else encode_messages(messages),
+        **checked("text", **kinds["text"]),
+        **checked("mapping", **kinds["mapping"]),
+    }
+
+
+_CREATE_KINDS = {
+    "text": (
+        *("quantize", "template", "system", "renderer", "parser", "requires"),
+        *("remote_host", "draft_quantize"),
+    ),
+    "mapping": ("files", "adapters", "info", "draft_files"),
+}
 
 
 def _required(value: object, parameter: str) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import os
 import platform
+import sys
 from collections.abc import Mapping
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final, TypedDict, TypeVar, cast
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec, TypedDict, TypeVar, cast
 
 import httpx
 from pydantic import ValidationError
@@ -15,6 +19,7 @@ from . import __version__
 from ._call.call import Call
 from ._call.decoder import NdjsonDecoder
 from ._call.exchange import Exchange
+from ._call.failures import misfit
 from ._call.ndjson import MAX_LINE_BYTES
 from ._call.request import RequestWriter
 from ._call.retry import RetryBudget
@@ -31,6 +36,7 @@ from ._wire.http1 import header_flaw
 from ._wire.proxy import ProxyTransport, http_proxy
 from ._wire.tls import TlsOptions
 from ._wire.transport import DirectTransport
+from ._wire.unpack import encodings_asked_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -45,6 +51,8 @@ if TYPE_CHECKING:
     from ._wire.reader import Kind
 
 ModelT = TypeVar("ModelT", bound="Model")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class _Default:
@@ -59,6 +67,50 @@ _DEFAULT: Final = _Default()
 _USER_AGENT = (
     f"ollama-async/{__version__} ({platform.machine()} {platform.system().lower()}) Python/{platform.python_version()}"
 )
+
+
+def deferred(merge: Callable[[], Merge[Any]]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Have a method that is not ``async`` raise what is wrong with its input when it is awaited, as an async one does.
+
+    One bad call then does not lose the others of a ``gather(return_exceptions=True)``, and ``mock.patch()`` makes an
+    ``AsyncMock`` of it.
+
+    Args:
+        merge: Makes the merge of the method's stream.
+    """
+
+    def decorate(method: Callable[P, R]) -> Callable[P, R]:
+        @wraps(method)
+        def call(*args: P.args, **options: P.kwargs) -> R:
+            hide(cast("CallOptions", options))
+            try:
+                return method(*args, **options)
+            except Exception as exc:
+                # Without a frame of the method, the arguments do not fit its signature.
+                if exc.__traceback__ is None or exc.__traceback__.tb_next is None:
+                    raise
+                error = exc.with_traceback(None)
+            session = cast("Session", args[0])
+            if options.get("stream") is True:
+                return cast("R", session._failed_stream(merge(), error))  # noqa: SLF001  (a method of this class)
+            return cast("R", _failed(error))
+
+        _mark_coroutine_function(call)
+        return call
+
+    return decorate
+
+
+async def _failed(error: Exception) -> NoReturn:
+    raise error
+
+
+def _mark_coroutine_function(function: Any) -> None:
+    if sys.version_info >= (3, 12):
+        inspect.markcoroutinefunction(function)
+    else:
+        # What asyncio.iscoroutinefunction() and unittest.mock look for; inspect has no mark before Python 3.12.
+        function._is_coroutine = asyncio.coroutines._is_coroutine  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 class CallOptions(TypedDict, total=False):
@@ -136,6 +188,7 @@ class Session(LiveObject):
         self._closed = False
         own = self._own_headers(trust_env=trust_env)
         self._headers = (_headers(own, given) if given.value else own).value
+        self._unpackable = encodings_asked_for(self._headers.get("Accept-Encoding", ""))
         if http_client is None:
             if via.value is None and trust_env and transport is None and uds is None:
                 via = Secret(env_proxy(self._host, even_local=compat))
@@ -149,8 +202,14 @@ class Session(LiveObject):
                 # Where somebody's code runs within the request, the request needs a task of its own.
                 if not any(map(others.value.get, ("auth", "event_hooks", "mounts"))):
                     self._direct = transport
+            # Each request names its URL; programs written for ollama-python look here for where it goes.
             self._client = HttpClient(
-                transport=transport, follow_redirects=follow_redirects, timeout=None, trust_env=False, **others.value
+                base_url=self._host.url,
+                transport=transport,
+                follow_redirects=follow_redirects,
+                timeout=None,
+                trust_env=False,
+                **others.value,
             )
         elif transport is not None or via.value is not None or uds is not None or others.value:
             raise RequestError("with http_client= the options of the connection are that client's; give no others")
@@ -246,6 +305,7 @@ class Session(LiveObject):
         if self._closed:
             raise StreamClosed("the client is closed")
         retries = options.get("retries")
+        asked = _accept_encoding(given_headers(options))
         exchange = Exchange(
             self._client,
             request,
@@ -253,6 +313,7 @@ class Session(LiveObject):
             streaming=streaming,
             timeouts=Timeouts.of(options["timeout"]) if "timeout" in options else self._timeouts,
             budget=RetryBudget.of(self._retries if retries is None else retries, resume=resume),
+            unpackable=self._unpackable if asked is None else encodings_asked_for(asked),
         )
         tokens: list[tuple[CancelToken, Kind]] = [(self._closing, "closed"), (self._current(), "aborted")]
         if self._token is not None:
@@ -284,6 +345,14 @@ class Session(LiveObject):
             strict=strict or self._strict,
         )
 
+    def _failed_stream(self, merge: Merge[ChunkT], error: Exception) -> Stream[ChunkT]:
+        """Return a stream whose input is wrong: it says so when it is awaited, entered or iterated."""
+
+        def begin() -> NoReturn:
+            raise error
+
+        return Stream(Call(begin), merge, NdjsonDecoder(merge.validators, 1, self._max_line_bytes))
+
     async def _request(
         self,
         model: type[ModelT],
@@ -299,8 +368,9 @@ class Session(LiveObject):
         try:
             reply: ModelT = model.__pydantic_validator__.validate_json(answer)
         except ValidationError as exc:
-            shown = answer[:80].decode("utf-8", "replace")
-            raise ProtocolError(f"the answer to {method} {path} is not what Ollama sends: {shown!r}") from exc
+            raise ProtocolError(
+                f"the answer to {method} {path} is not what Ollama sends: {misfit(exc, answer)}"
+            ) from exc
         reply.set_response_info(exchange.response_info(response_model))
         return reply
 
@@ -348,7 +418,8 @@ def _plain_headers() -> Secret[httpx.Headers]:
         httpx.Headers(
             {
                 "Accept": "application/json",
-                # Answers are cut into lines as they come; Ollama does not compress, and proxies shall not.
+                # Answers are cut into lines as they come; Ollama does not compress, and proxies shall not, unless a
+                # caller asks for it.
                 "Accept-Encoding": "identity",
                 "Content-Type": "application/json",
                 "User-Agent": _USER_AGENT,
@@ -389,6 +460,10 @@ def given_headers(call: CallOptions) -> Secret[Mapping[str, str]] | None:
     hide(call)
     given = cast("Secret[Mapping[str, str]] | None", call.get("headers"))
     return given if given is not None and given.value else None
+
+
+def _accept_encoding(given: Secret[Mapping[str, str]] | None) -> str | None:
+    return None if given is None else httpx.Headers(given.value).get("Accept-Encoding")
 
 
 def check_call(call: CallOptions) -> None:

@@ -416,7 +416,10 @@ async def test_a_timeout_of_httpx(given: Any, compat: bool, meant: Timeouts) -> 
         assert client._timeouts == meant
 
 
-@pytest.mark.parametrize("timeout", [True, 0, "5", httpx.Timeout(0)])
+@pytest.mark.parametrize(
+    "timeout",
+    [True, 0, "5", httpx.Timeout(0), *(pytest.param(10**size, id=f"1e{size}") for size in (400, 5000))],
+)
 @pytest.mark.parametrize("compat", [False, True])
 def test_a_timeout_that_is_none_is_refused(timeout: Any, compat: bool) -> None:
     with pytest.raises(RequestError, match="timeout"):

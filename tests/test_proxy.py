@@ -102,6 +102,12 @@ async def test_the_certificate_in_a_tunnel_is_that_of_the_server_asked_for(
     assert tls_server.requests == ()
 
 
+@pytest.mark.parametrize("scheme", ["http", "https", "socks5"])
+def test_the_port_of_a_proxy_is_not_the_one_of_its_scheme_when_it_is_none(scheme: str) -> None:
+    with pytest.raises(RequestError, match="port 0"):
+        AsyncClient("http://models.example", proxy=f"{scheme}://127.0.0.1:0")
+
+
 async def test_the_proxy_of_the_environment(fake_ollama: FakeOllama, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", fake_ollama.url)
     monkeypatch.setenv("http_proxy", fake_ollama.url)

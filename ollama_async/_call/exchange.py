@@ -16,12 +16,14 @@ import httpx
 from ollama_async._cancel import EmptyContext, Watch, in_loop
 from ollama_async._errors import AbortError, PhaseTimeout, ProtocolError, StreamClosed
 from ollama_async._wire.guard import MAX_BODY_BYTES
+from ollama_async._wire.intercept import is_intercepted
 from ollama_async._wire.phase import Phase
 from ollama_async._wire.reader import ExchangeEnded, ExchangeOutcome, Framing, Kind, ResponseReader
 from ollama_async._wire.transport import ANSWERED, READER
+from ollama_async._wire.unpack import Unpacker, encoding_of
 
 from .chunk import ResponseInfo
-from .failures import encoding_error, json_object, status_error, stream_error, translate
+from .failures import json_object, status_error, strange_encoding, stream_error, translate
 from .foreign import ForeignRequest
 from .timeouts import LIMITS, TO_COME
 
@@ -55,6 +57,7 @@ class Exchange:
         streaming: Whether the answer is complete when its reader has got to the end, not when it has arrived.
         timeouts: How long each phase may last.
         budget: How often the request may be sent again.
+        unpackable: How the answer may be compressed.
 
     Attributes:
         reader: The reader of the answer; it knows the phase and decides the outcome.
@@ -75,6 +78,7 @@ class Exchange:
         "_timeouts",
         "_timer",
         "_transport",
+        "_unpackable",
         "budget",
         "ended_at",
         "loop",
@@ -91,6 +95,7 @@ class Exchange:
         streaming: bool,
         timeouts: Timeouts,
         budget: RetryBudget,
+        unpackable: frozenset[str] = frozenset(),
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.reader = ResponseReader(self.loop, self, Framing.LINES if streaming else Framing.WHOLE)
@@ -102,6 +107,7 @@ class Exchange:
         self._streaming = streaming
         self._timeouts = timeouts
         self.budget = budget
+        self._unpackable = unpackable
         # Not before this time of the loop's clock is it sent.
         self._not_before = 0.0
         self._foreign: ForeignRequest | None = None
@@ -117,6 +123,7 @@ class Exchange:
             streaming=self._streaming,
             timeouts=self._timeouts,
             budget=self.budget,
+            unpackable=self._unpackable,
         )
         attempt.started_at = self.started_at
         attempt._not_before = self.loop.time() + delay
@@ -159,16 +166,18 @@ class Exchange:
 
     async def _send(self) -> None:
         reader = self.reader
-        at_once = self._send_at_once()
+        # A mock or an instrumentation of httpx runs somebody's code on the way of the request.
+        foreign = self._transport is None or is_intercepted()
+        at_once = not foreign and self._send_at_once()
         if self._timer is None:
             # After that, since the server is at work meanwhile.
             self._arm()
-        if self._transport is None:
+        if foreign:
             self._foreign = ForeignRequest(reader, self._client, self._httpx_request())
             reader.attach(self._foreign)
             self._foreign.start()
             await reader.wait_for_head()
-        elif self._request.encoded is None:
+        elif self._transport is None or self._request.encoded is None:
             await self._send_by_httpx()
         else:
             if not at_once:
@@ -341,17 +350,18 @@ class Exchange:
 
     def head_arrived(self, head: Head) -> None:
         """Tell what the body is made of, and refuse what cannot be read."""
-        reader, error = self.reader, None
+        reader = self.reader
         leads_on = 300 <= head.status < 400
         if self._streaming:
             reader.framing = Framing.LINES if head.status < 300 else Framing.PAGE
         else:
             reader.framing = Framing.PAGE if leads_on else Framing.WHOLE
         # Decided here, because an answer that comes all at once is at its end before its reader has seen the head.
-        if self._transport is not None and not leads_on:
-            error = encoding_error(head.headers)
-        if error is not None:
-            reader.decide(ExchangeOutcome("error", error))
+        encoding = None if leads_on else encoding_of(head.headers)
+        if encoding is not None and encoding in self._unpackable:
+            reader.unpacker = Unpacker(encoding)
+        elif encoding is not None and self._transport is not None:
+            reader.decide(ExchangeOutcome("error", strange_encoding(encoding)))
 
     def outcome_decided(self) -> None:
         """Leave the tokens: one that outlives many calls must not collect what is left of them; in any thread."""

@@ -25,7 +25,9 @@ from ollama_async._wire.parser import PeerClosed
 from ollama_async._wire.reader import ExchangeEnded, ResponseReader
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Sequence
+
+    from pydantic import ValidationError
 
     from .timeouts import Timeouts
 
@@ -166,15 +168,51 @@ def _showable(text: str) -> str:
 def stream_error(frame: dict[str, Any], reader: ResponseReader) -> StreamError:
     """Make the error for an error frame inside a stream."""
     code = frame.get("StatusCode")
-    error = StreamError(_error_text(frame["error"]), code if isinstance(code, int) else reader.status)
+    error = StreamError(_error_text(frame["error"]), code if isinstance(code, int) else -1)
     _sign_in(error, frame)
     error.headers = httpx.Headers(list(reader.head.headers))
     return error
 
 
-def encoding_error(headers: Iterable[tuple[bytes, bytes]]) -> ProtocolError | None:
-    """Refuse a compressed answer: it was not requested, and its decompressed size is unknown."""
-    for name, value in headers:
-        if name.lower() == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
-            return ProtocolError(f"the answer is encoded as {value.decode('latin-1')!r}, which was not asked for")
-    return None
+def strange_encoding(encoding: str) -> ProtocolError:
+    """Refuse a compressed answer that was not requested: its decompressed size is unknown."""
+    return ProtocolError(
+        f"the answer is encoded as {encoding[:40]!r}, which was not asked for; "
+        "headers={'Accept-Encoding': 'gzip, deflate'} allows these two"
+    )
+
+
+# How much of a path, of a value and of an answer the text of an error shows.
+_PATH, _VALUE, _ANSWER = 80, 40, 80
+
+
+def misfit(exc: ValidationError, answer: bytes) -> str:
+    """Say which field of an answer is wrong, what was expected there, and what arrived."""
+    first = exc.errors(include_url=False)[0]
+    begins = _cut(repr(answer[:_ANSWER].decode("utf-8", "replace")), 2 * _ANSWER)
+    if first["type"] == "json_invalid":
+        return f"it is not JSON: {begins}"
+    place, expected = _path(first["loc"]), first["msg"]
+    if first["type"] == "missing":
+        return f"{place} is missing; it begins with {begins}"
+    expected = expected.removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"{place}: expected {expected}, came {_came(first['input'])}; it begins with {begins}"
+
+
+def _path(place: Sequence[int | str]) -> str:
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in place]
+    return _cut("".join(parts).removeprefix(".") or "the whole", _PATH)
+
+
+def _came(value: object) -> str:
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list):
+        return "an array"
+    if isinstance(value, str):
+        return f"the text {_cut(repr(value[:_VALUE]), _VALUE)}"
+    return _cut(json.dumps(value), _VALUE)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[:length] + "..."

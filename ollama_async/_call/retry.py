@@ -13,6 +13,8 @@ _PASSING = {429, 502, 503, 504}
 
 _FIRST_DELAY = 0.5
 _LONGEST_DELAY = 8.0
+# So many doublings lead from the one to the other; after a thousand more a float overflows.
+_DOUBLINGS = 4
 # If a server asks for a longer pause than this, the call fails instead.
 _LONGEST_ASKED = 120.0
 
@@ -66,7 +68,8 @@ class RetryBudget:
         asked = _asked_for(error)
         if asked is None:
             # Random, so that the many clients of a server that was away do not return all at once.
-            return min(_LONGEST_DELAY, _FIRST_DELAY * 2.0**self._failures) * random.uniform(0.75, 1.0)  # noqa: S311
+            pause = min(_LONGEST_DELAY, _FIRST_DELAY * 2.0 ** min(self._failures, _DOUBLINGS))
+            return pause * random.uniform(0.75, 1.0)  # noqa: S311
         return asked if asked <= _LONGEST_ASKED else None
 
     def record_failure(self) -> None:

@@ -42,6 +42,9 @@ def _read(given: Secret[str | httpx.Proxy]) -> tuple[HttpProxy | None, str]:
     # the scheme and shows the rest. Only our own text about the origin is shown.
     try:
         proxy = given.value if isinstance(given.value, httpx.Proxy) else httpx.Proxy(given.value)
+        if proxy.url.port == 0:
+            # httpx would take it for none, and dial the port of the scheme.
+            return None, "its URL has the port 0, which is not from 1 to 65535"
         if proxy.url.scheme != "http":
             return None, ""
         headers = list(proxy.headers.raw)
