@@ -191,7 +191,7 @@ class AsyncClient(ModelManagement):
             The answer; with ``stream=True`` a stream of its chunks.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once, so that the server stops.
 
@@ -317,7 +317,7 @@ class AsyncClient(ModelManagement):
             The answer; with ``stream=True`` a stream of its chunks.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once, so that the server stops.
 
@@ -377,7 +377,7 @@ class AsyncClient(ModelManagement):
             **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -411,7 +411,7 @@ class AsyncClient(ModelManagement):
             **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -430,7 +430,7 @@ class AsyncClient(ModelManagement):
             **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once; the server then gives the load up.
 
@@ -448,7 +448,7 @@ class AsyncClient(ModelManagement):
             **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -475,7 +475,7 @@ class AsyncClient(ModelManagement):
             **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 

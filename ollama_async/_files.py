@@ -109,7 +109,7 @@ class FileTransfer(Session):
 
         Raises:
             RequestError: The file cannot be read.
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection and the file at once.
 
@@ -143,7 +143,7 @@ class FileTransfer(Session):
 
         Raises:
             RequestError: The file cannot be read.
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection and the file at once.
 
@@ -165,7 +165,7 @@ class FileTransfer(Session):
 
         Raises:
             RequestError: It is no digest.
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 

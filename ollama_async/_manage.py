@@ -78,7 +78,7 @@ class ModelManagement(FileTransfer):
         """Return the models that the server has.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -93,7 +93,7 @@ class ModelManagement(FileTransfer):
         """Return the models that are loaded.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -108,7 +108,7 @@ class ModelManagement(FileTransfer):
         """Return the server's version.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -123,7 +123,7 @@ class ModelManagement(FileTransfer):
         """Return whether the server uses models in the cloud.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -138,7 +138,7 @@ class ModelManagement(FileTransfer):
         """Return the models that the server recommends.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -155,7 +155,7 @@ class ModelManagement(FileTransfer):
 
         Raises:
             AuthenticationError: To none; ``signin_url`` says where to sign in.
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -171,7 +171,7 @@ class ModelManagement(FileTransfer):
 
         Raises:
             AuthenticationError: It is not signed in.
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -201,7 +201,7 @@ class ModelManagement(FileTransfer):
             **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -218,7 +218,7 @@ class ModelManagement(FileTransfer):
         """Give a model a second name.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -232,7 +232,7 @@ class ModelManagement(FileTransfer):
         """Delete a model.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -346,7 +346,7 @@ class ModelManagement(FileTransfer):
             The last step; with ``stream=True`` a stream of all steps.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -402,7 +402,7 @@ class ModelManagement(FileTransfer):
         Raises:
             RequestError: A file cannot be read, is no regular file, or is outside of the folder; or the folder has no
                 model in it.
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection and the file at once.
 
@@ -495,7 +495,7 @@ class ModelManagement(FileTransfer):
             The last step; with ``stream=True`` a stream of all steps.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once; the server may finish the part that it is at.
 
@@ -542,7 +542,7 @@ class ModelManagement(FileTransfer):
             The last step; with ``stream=True`` a stream of all steps.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once; the server may finish the part that it is at.
 
@@ -566,7 +566,7 @@ class ModelManagement(FileTransfer):
 
         Raises:
             RequestError: There is no key.
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -592,7 +592,7 @@ class ModelManagement(FileTransfer):
 
         Raises:
             RequestError: There is no key.
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 

@@ -139,7 +139,7 @@ async def test_what_is_no_image_is_refused_before_anything_is_sent(
     with pytest.raises(RequestError, match=says):
         await client.generate("m", "p", images=[image])
     with pytest.raises(RequestError, match=says):
-        client.chat("m", [{"role": "user", "images": [image]}], stream=True)
+        await client.chat("m", [{"role": "user", "images": [image]}], stream=True)
     assert not router.calls
 
 

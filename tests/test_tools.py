@@ -333,7 +333,7 @@ def test_what_is_given_as_schema_goes_as_it_is() -> None:
 async def test_what_is_no_tool_is_refused(tools: Any, says: str) -> None:
     async with AsyncClient() as client:
         with pytest.raises(RequestError, match=says):
-            client.chat("m", "x", tools=tools, stream=True)
+            await client.chat("m", "x", tools=tools, stream=True)
 
 
 def test_a_type_without_a_schema_is_named() -> None:
@@ -380,7 +380,7 @@ async def test_whatever_pydantic_says_of_a_type_it_is_a_request_error(hint: Any)
     for compat in (False, True):
         async with AsyncClient(compat=compat) as client:
             with pytest.raises(RequestError, match=r"tools\[0\]"):
-                client.chat("m", "x", tools=[function], stream=True)
+                await client.chat("m", "x", tools=[function], stream=True)
 
 
 def test_a_method_without_its_object_is_refused() -> None:

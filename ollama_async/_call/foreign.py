@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +60,8 @@ class ForeignRequest:
         if self._socket is None or asyncio._get_running_loop() is not reader.loop:  # noqa: SLF001
             return
         try:
-            duplicate = socket.socket(fileno=os.dup(self._socket.fileno()))
+            # Not os.dup(), which on Windows knows files only.
+            duplicate = socket.socket(fileno=socket.dup(self._socket.fileno()))
         except OSError:
             return
         with duplicate:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 # RFC 8305, section 5: how long one address may take before the next one is tried beside it.
 _STAGGER = 0.25
 
+# Python on Windows does not have this name.
+_AF_UNIX: int | None = getattr(socket, "AF_UNIX", None)
+
 # How long to wait before a unix socket whose server has a full queue is tried again.
 _QUEUE_FULL = 0.01
 
@@ -80,7 +83,9 @@ async def open_socket(
     Cancellation: safe; all sockets are closed.
     """
     if uds is not None:
-        return await _connect_socket(loop, socket.AF_UNIX, 0, uds, sockets)
+        if _AF_UNIX is None:
+            raise OSError("this system has no unix sockets")
+        return await _connect_socket(loop, _AF_UNIX, 0, uds, sockets)
     addresses = await _resolve(loop, origin)
     if len(addresses) == 1:
         return await _connect_socket(loop, *addresses[0], sockets)
@@ -183,7 +188,7 @@ async def _connect_socket(
         if family in (socket.AF_INET, socket.AF_INET6):
             # asyncio sets it only on sockets that name their protocol; without it a second small write waits 40 ms.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if family == socket.AF_UNIX:
+        if family == _AF_UNIX:
             await _connect_unix(sock, address)
         else:
             await loop.sock_connect(sock, address)
