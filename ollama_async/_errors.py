@@ -231,7 +231,7 @@ class ParseError(OllamaError, ValueError):
     """
 
     def __init__(self, name: str, text: str, partial: Any = None) -> None:
-        super().__init__(f"the answer is no {name}: {text[:200]!r}{'...' if len(text) > 200 else ''}")
+        super().__init__(f"the answer does not match {name}: {text[:200]!r}{'...' if len(text) > 200 else ''}")
         self.text = text
         self.partial = partial
 
