@@ -469,7 +469,7 @@ async def test_a_file_that_changes_while_it_is_read_is_refused(
         os.truncate(path, 5 * MIB if change == "longer" else MIB)
 
     async with AsyncClient(fake_ollama.url) as client:
-        with pytest.raises(RequestError, match="it changes meanwhile; give a file that is complete"):
+        with pytest.raises(RequestError, match="it changed while it was read; give a complete file"):
             await client.upload(path, on_progress=progress)
     assert not fake_ollama.requests
 

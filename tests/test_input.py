@@ -297,7 +297,7 @@ async def test_an_answer_is_parsed_as_the_format_that_was_asked_for(
 async def test_an_answer_that_does_not_fit_its_format(router: respx.MockRouter, client: AsyncClient) -> None:
     router.post("/api/chat").respond(json={**CHAT, "message": {"role": "assistant", "content": '{"name": "Pe'}})
     reply = await client.chat("m", "x", format=Country)
-    with pytest.raises(ParseError, match="no Country") as caught:
+    with pytest.raises(ParseError, match="does not match Country") as caught:
         _ = reply.parsed
     assert caught.value.text == '{"name": "Pe'
     assert caught.value.partial is reply

@@ -1,4 +1,4 @@
-"""``NdjsonDecoder``: the bytes of a body in, chunks out. No socket, no event loop.
+"""``NdjsonDecoder``: the bytes of a body in, chunks out; no socket, no event loop.
 
 A decoder of another framing (SSE, say) has the same methods; a stream asks for nothing else.
 """
