@@ -372,7 +372,7 @@ async def test_an_empty_answer(server: FakeOllama, client: AsyncClient, streamin
 async def test_an_error_frame_in_a_stream(server: FakeOllama, client: AsyncClient) -> None:
     server.script("/api/chat", Reply([ONE, {"error": "the runner died"}]))
     error = await failure(chat(client, streaming=True), StreamError)
-    assert (error.error, error.status_code, came(error)) == ("the runner died", 200, "one ")
+    assert (error.error, error.status_code, came(error)) == ("the runner died", -1, "one ")
 
 
 async def test_a_body_that_ends_properly_in_the_middle_of_a_line(server: FakeOllama, client: AsyncClient) -> None:

@@ -38,8 +38,11 @@ class Decoder(Protocol[ChunkT]):
     """What has arrived and is not decoded yet, the next one last; assigned by whoever feeds or decodes."""
     eof: bool
     """Whether the body has ended."""
-    failure: ProtocolError | None
-    """What is wrong with the body behind these lines."""
+
+    @property
+    def failure(self) -> ProtocolError | None:
+        """What is wrong with the body behind these lines."""
+        ...
 
     def feed_data(self, data: bytes) -> list[bytes]:
         """Return the lines that are complete with the next bytes of the body; only while there is no ``failure``."""

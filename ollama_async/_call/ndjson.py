@@ -25,18 +25,18 @@ class LineSplitter:
         # What is wrong after the lines that were returned; nothing can be read behind it.
         self.failure: ProtocolError | None = None
 
-    def feed_data(self, block: bytes) -> list[bytes]:
+    def feed_data(self, data: bytes) -> list[bytes]:
         """Take the next block of the body; only while there is no ``failure``.
 
         Args:
-            block: Any number of bytes; it may end anywhere.
+            data: Any number of bytes; it may end anywhere.
 
         Returns:
             The lines that are complete now, without line ends and without blank lines. If a line is over the limit,
             only the lines before it, and ``failure`` is set.
         """
-        reach = self._size + len(block)
-        lines = block.split(b"\n")
+        reach = self._size + len(data)
+        lines = data.split(b"\n")
         rest = lines.pop()
         if lines and self._parts:
             self._parts.append(lines[0])

@@ -448,7 +448,9 @@ class _Answer(Sparse):
     debug_info: IfSent[DebugInfo | None] = Field(default=None, alias="_debug_info")
     """What the model would have read, if that was asked for."""
 
-    def _text(self) -> str:
+    @property
+    def text(self) -> str:
+        """The text of the answer, ``""`` if there is none; of a chunk, the part that is new."""
         raise NotImplementedError
 
     @property
@@ -462,9 +464,9 @@ class _Answer(Sparse):
         if info is None or info.response_model is None:
             return None
         try:
-            return info.response_model.model_validate_json(self._text())
+            return info.response_model.model_validate_json(self.text)
         except ValidationError as exc:
-            raise ParseError(info.response_model.__name__, self._text(), self) from exc
+            raise ParseError(info.response_model.__name__, self.text, self) from exc
 
 
 class ChatResponse(_Answer):
@@ -473,7 +475,9 @@ class ChatResponse(_Answer):
     message: Message
     """The message; of a chunk, the part that is new."""
 
-    def _text(self) -> str:
+    @property
+    def text(self) -> str:
+        """The text of the answer, ``""`` if there is none; of a chunk, the part that is new."""
         return self.message.content or ""
 
 
@@ -495,7 +499,9 @@ class GenerateResponse(_Answer):
     total: int | None = None
     """Steps that making the image has."""
 
-    def _text(self) -> str:
+    @property
+    def text(self) -> str:
+        """The text of the answer, ``""`` if there is none; of a chunk, the part that is new."""
         return self.response
 
 

@@ -37,7 +37,7 @@ class Phase(IntEnum):
 TRANSITIONS: dict[Phase, frozenset[Phase]] = {
     Phase.NEW: frozenset({Phase.BACKOFF, Phase.CONNECTING, Phase.SENDING, Phase.WAITING, Phase.CLOSED}),
     Phase.BACKOFF: frozenset({Phase.CONNECTING, Phase.SENDING, Phase.WAITING, Phase.CLOSED}),
-    Phase.CONNECTING: frozenset({Phase.SENDING, Phase.WAITING, Phase.HEAD, Phase.CLOSED}),
+    Phase.CONNECTING: frozenset({Phase.SENDING, Phase.WAITING, Phase.CLOSED}),
     Phase.SENDING: frozenset({Phase.WAITING, Phase.HEAD, Phase.CLOSED}),
     Phase.WAITING: frozenset({Phase.HEAD, Phase.SENDING, Phase.CLOSED}),
     Phase.HEAD: frozenset({Phase.BODY, Phase.EOF, Phase.CONNECTING, Phase.SENDING, Phase.WAITING, Phase.CLOSED}),

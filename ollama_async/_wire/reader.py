@@ -161,7 +161,9 @@ class ResponseReader:
     # -- the writer's side, in the loop's thread --
 
     def enter(self, phase: Phase) -> None:
-        """Note how far the attempt is."""
+        """Note how far the attempt is; nothing follows CLOSED, whatever a foreign transport still says."""
+        if self.phase is _CLOSED:
+            return
         self.phase = phase
         if _log.isEnabledFor(logging.DEBUG):
             # Never the cause: an abort's reason is the caller's, and an error may quote what the server sent.
@@ -510,6 +512,7 @@ _NO_HEAD = Head()
 _LINES = Framing.LINES
 _HEAD = Phase.HEAD
 _EOF = Phase.EOF
+_CLOSED = Phase.CLOSED
 
 
 class _ReleaseQueue:
