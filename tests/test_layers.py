@@ -24,6 +24,7 @@ FLOORS = [
     ["_wire.dial", "_wire.upload"],
     ["_wire.pool"],
     ["_wire.transport"],
+    ["_wire.routes"],
     ["_call.awaitable", "_call.chunk", "_call.ndjson", "_call.request", "_call.retry", "_call.timeouts"],
     ["_call.failures"],
     ["_call.decoder", "_call.foreign"],
