@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Unpack, overload
+import os
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeAlias, Unpack, overload
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
+from ._call.stream import Stream
 from ._errors import ProtocolError, RequestError
 from ._manage import ModelManagement
+from ._model import Later
 from ._model.input import (
     Image,
     checked_stream,
@@ -19,28 +24,21 @@ from ._model.input import (
     model_name,
 )
 from ._model.merge import ChatMerge, GenerateMerge
+from ._model.options import Options
 from ._model.tools import encode_tools
-from ._model.types import ChatResponse, EmbeddingsResponse, EmbedResponse, GenerateResponse, Message, plain
+from ._model.types import ChatResponse, Dumpable, EmbeddingsResponse, EmbedResponse, GenerateResponse, Message, plain
 from ._session import CallOptions, deferred, hide
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Callable, Coroutine, Mapping, Sequence
-    from datetime import timedelta
-    from typing import BinaryIO
+    from ._model import systemone as systemone_types
+else:
+    systemone_types = Later("systemone")
 
-    from pydantic import BaseModel
-
-    from ._call.stream import Stream
-    from ._model.options import Options
-    from ._model.systemone import SystemOneContent, SystemOneQuestion, SystemOneResponse
-    from ._model.types import Dumpable
-
-    Messages: TypeAlias = str | Sequence[Mapping[str, Any] | Message | Dumpable] | None
-    OptionsLike: TypeAlias = Mapping[str, Any] | Options | Dumpable | None
-    Format: TypeAlias = str | Mapping[str, Any] | Dumpable | type[BaseModel] | None
-    KeepAlive: TypeAlias = float | str | timedelta | None
-    ImageLike: TypeAlias = str | bytes | os.PathLike[str] | BinaryIO | Image | Dumpable
+Messages: TypeAlias = str | Sequence[Mapping[str, Any] | Message | Dumpable] | None
+OptionsLike: TypeAlias = Mapping[str, Any] | Options | Dumpable | None
+Format: TypeAlias = str | Mapping[str, Any] | Dumpable | type[BaseModel] | None
+KeepAlive: TypeAlias = float | str | timedelta | None
+ImageLike: TypeAlias = str | bytes | os.PathLike[str] | BinaryIO | Image | Dumpable
 
 
 class _AnswerOptions(CallOptions, total=False):
@@ -460,11 +458,11 @@ class AsyncClient(ModelManagement):
     async def systemone(
         self,
         model: str,
-        state: SystemOneContent,
-        questions: Mapping[str, SystemOneQuestion | Mapping[str, Any] | Dumpable],
+        state: systemone_types.SystemOneContent,
+        questions: Mapping[str, systemone_types.SystemOneQuestion | Mapping[str, Any] | Dumpable],
         keep_alive: KeepAlive = None,
         **call: Unpack[CallOptions],
-    ) -> SystemOneResponse:
+    ) -> systemone_types.SystemOneResponse:
         """Have a System One model answer questions by a choice, a yes or no, or a score.
 
         Args:
@@ -483,16 +481,14 @@ class AsyncClient(ModelManagement):
         """
         hide(call)
         # Not at the top: see the package's __getattr__.
-        from ._model.systemone import SystemOneRequest, SystemOneResponse
-
         try:
             given = {"model": model_name(model), "state": plain(state), "questions": plain(questions)}
-            request = SystemOneRequest.model_validate({**given, **encoded(keep_alive=keep_alive)})
+            request = systemone_types.SystemOneRequest.model_validate({**given, **encoded(keep_alive=keep_alive)})
         except ValidationError as exc:
             raise RequestError(f"systemone: {first_error(exc)}") from exc
         # Of a choice without a description the null says that its name describes it.
         body = request.model_dump(exclude_none=True)
-        return await self._request(SystemOneResponse, "POST", "/v1/systemone", body, call)
+        return await self._request(systemone_types.SystemOneResponse, "POST", "/v1/systemone", body, call)
 
 
 def _only_for_streams(until: object) -> None:

@@ -21,7 +21,7 @@ from ._terminal import ERROR, INTERRUPTED, Session, give_up_stdout, parse_pairs,
 
 __all__ = ["app", "run"]
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     help="Talk to an Ollama server, and stop its answers: the socket is gone when they are.",
     epilog="Exit status: 0 all went well, 1 an error, 2 wrong usage, 130 ended by Ctrl-C.",
     no_args_is_help=True,
