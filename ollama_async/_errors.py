@@ -7,6 +7,7 @@
     ├── RequestError          the request cannot be sent as it is (also a ValueError)
     │   └── HostError         the host is no usable address
     ├── ConnectError          no connection to the server (also a builtin ConnectionError)
+    │   └── NoHost                no host of a pool could take the call
     ├── ConnectionBroken      the connection was lost before the answer was complete (also a ConnectionError)
     ├── PhaseTimeout          one of the Timeouts passed (also a builtin TimeoutError)
     ├── ProtocolError         what came is not what an Ollama server sends
@@ -29,7 +30,10 @@ Each error that ends a stream carries what had arrived until then in ``partial``
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = [
     "AbortError",
@@ -38,6 +42,7 @@ __all__ = [
     "ConnectError",
     "ConnectionBroken",
     "HostError",
+    "NoHost",
     "NotFoundError",
     "OllamaError",
     "ParseError",
@@ -127,6 +132,20 @@ class ConnectError(OllamaError, ConnectionError):
         self.detail = detail
         if detail:
             self.add_note(detail)
+
+
+class NoHost(ConnectError):
+    """No host of a ``Pool`` could take the call.
+
+    Attributes:
+        errors: What went wrong at each host, by its URL.
+    """
+
+    def __init__(self, errors: Mapping[str, str]) -> None:
+        super().__init__()
+        self.errors = dict(errors)
+        self.detail = "; ".join(f"{url}: {error}" for url, error in self.errors.items())
+        self.args = (f"no host can take the call: {self.detail}",)
 
 
 class ConnectionBroken(OllamaError, ConnectionError):
