@@ -36,7 +36,7 @@ from ollama_async import (
     Timeouts,
 )
 from ollama_async.pool import _calls, _hosts
-from ollama_async.pool._hosts import Queue, Server, Waiter
+from ollama_async.pool._hosts import Outage, Queue, Server, Waiter
 from ollama_async.testing import Cut, FakeOllama, Gate, Reply, Stall
 
 LIMIT = 10.0
@@ -831,3 +831,10 @@ def test_what_a_pool_does_not_take() -> None:
     with pytest.raises(RequestError, match="the pool has no host"):
         pool.client("http://elsewhere")
     assert pool.client(DEAD) is pool.client(DEAD)
+
+
+def test_a_host_may_be_out_for_days() -> None:
+    outage = Outage("version")
+    for _ in range(3000):
+        outage.add("refused")
+    assert outage.until - time.monotonic() <= _hosts.LONGEST_OUTAGE

@@ -229,6 +229,9 @@ class Calls:
         why = f"{type(exc).__name__}: {getattr(exc, 'detail', '') or exc}"
         model = full_name(call.model)
         if isinstance(exc, NotFoundError):
+            # One that is alone is asked each time: nothing else finds out that it has got the model.
+            if len(self.servers) == 1:
+                return False
             server.lacking(model)
             return True
         if isinstance(exc, ConnectError) or (isinstance(exc, PhaseTimeout) and exc.phase == "connect"):

@@ -17,6 +17,7 @@ __all__ = ["Host", "HostState", "Outage", "Queue", "Server", "Waiter", "full_nam
 
 FIRST_OUTAGE = 1.0
 LONGEST_OUTAGE = 60.0
+_DOUBLINGS = 16
 # A model that is loaded somewhere is worth waiting for, up to this many calls for each slot that it has.
 _CALLS_PER_SLOT = 3
 _STICKY_KEPT = 4096
@@ -84,7 +85,7 @@ class Outage:
 
     def add(self, why: str) -> None:
         """Note one more failure: the next probe comes after a pause that doubles."""
-        pause = min(LONGEST_OUTAGE, FIRST_OUTAGE * 2.0**self._failures)
+        pause = min(LONGEST_OUTAGE, FIRST_OUTAGE * 2.0 ** min(self._failures, _DOUBLINGS))
         self._failures += 1
         self.why = why
         # Spread out, so that many clients of a host that was away do not come back all at once.
