@@ -614,7 +614,7 @@ def test_the_command_says_what_is_wrong(server: FakeOllama, tmp_path: Path) -> N
         ((source, "-o", tmp_path / "y", "-m", "absent", *host), 1, "3 failed"),
         ((source, "-o", tmp_path / "z", "-m", "fake", "--host", "127.0.0.1:1", "--wait-hosts", "0.1"), 69, "no host"),
         ((source, "-o", output, "-m", "fake", "--host", "a=b"), 2, "URL=SLOTS"),
-        ((source, "-o", output, "-m", "fake", "--host", "http://a:b:c"), 2, "invalid"),
+        ((source, "-o", output, "-m", "fake", "--host", "http://a:b:c"), 2, "a:b:c"),
         ((source, "-o", output, "-m", "fake", "--format", "{", *host), 2, "JSON schema"),
         ((source, "-o", output, "-m", "fake", "--embed", "--generate", *host), 2, "one of both"),
     ]:

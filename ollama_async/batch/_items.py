@@ -211,7 +211,7 @@ def _openai_format(given: Any, where: str) -> Any:
 
 def _openai_message(message: Any, where: str) -> Any:
     """Return a message whose parts are put together: texts, and images as data URLs."""
-    if not isinstance(message, dict) or not isinstance(message.get("content"), list):  # pyright: ignore
+    if not isinstance(message, dict) or not isinstance(message.get("content"), list):  # pyright: ignore[reportUnknownMemberType]
         return cast("Any", message)
     whole = cast("dict[str, Any]", message)
     texts: list[str] = []
@@ -239,16 +239,16 @@ class Reader:
         limit: How many rows are read at most.
     """
 
-    def __init__(self, source: Any, shape: Shape, limit: int | None) -> None:
+    def __init__(self, source: object, shape: Shape, limit: int | None) -> None:
         self._shape = shape
         self._limit = limit
         self._rows: Callable[[], Iterator[tuple[object, int, str]]] | None = None
-        self._source: object = source
+        self._source = source
         if isinstance(source, (str, Path)):
             path = Path(source)
             self._rows = lambda: _parquet_rows(path) if path.suffix == ".parquet" else _lines(path)
         elif isinstance(source, (list, tuple)):
-            rows = cast("list[object]", source)
+            rows = list(cast("list[object]", source))
             self._rows = lambda: ((row, index, f"item {index}") for index, row in enumerate(rows))
         elif not isinstance(source, (Iterable, AsyncIterable)):
             raise InputRefused(f"input={type(source).__name__}: give a path, or an iterable of rows")
@@ -272,7 +272,7 @@ class Reader:
         """
         if self._rows is None:
             return None
-        source: Any = self._source
+        source = self._source
         if isinstance(source, (str, Path)) and Path(source).resolve() == output.resolve():
             raise InputRefused(f"{output} is both the input and the output")
         seen: set[str] = set()
