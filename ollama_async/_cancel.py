@@ -28,18 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Generator, Sequence
     from typing import Self, SupportsIndex
 
-__all__ = [
-    "CancelToken",
-    "EmptyContext",
-    "LiveObject",
-    "Once",
-    "Registration",
-    "Watch",
-    "in_loop",
-    "raise_in_loop",
-    "resolve",
-]
-
 # Thirty years: what is later is never.
 _ENDLESS = 1e9
 
@@ -50,7 +38,7 @@ _order = itertools.count()
 EmptyContext = contextvars.Context
 
 
-class Once:
+class SetOnce:
     """A value that is decided once, by whichever task, thread or signal handler comes first."""
 
     __slots__ = ("slot",)
@@ -59,7 +47,7 @@ class Once:
         # Empty while undecided; to look at it is the cheapest question there is.
         self.slot: dict[int, Any] = {}
 
-    def decide(self, value: object) -> bool:
+    def try_set(self, value: object) -> bool:
         """Set the value if none is set; return whether this call decided. Each call must bring an object of its own."""
         return self.slot.setdefault(0, value) is value
 
@@ -240,7 +228,7 @@ class CancelToken(LiveObject):
     __slots__ = ("__weakref__", "_deadline", "_decided", "_parents", "_registrations", "_seconds")
 
     def __init__(self) -> None:
-        self._decided = Once()
+        self._decided = SetOnce()
         # Its own, and those of tokens that were derived from it.
         self._registrations: dict[Registration, bool] = {}
         # A derived token is not registered on its parents by itself (a long-lived parent would collect the remains
@@ -307,7 +295,7 @@ class CancelToken(LiveObject):
         Returns:
             True if this call aborted the token, False if it had been aborted before (its first reason stays).
         """
-        decided = self._decision() is None and self._decided.decide(_Decision(reason))
+        decided = self._decision() is None and self._decided.try_set(_Decision(reason))
         # Also by a call that comes second: the first one may be in another thread, or interrupted, and not through yet.
         self._fire()
         return decided
@@ -408,7 +396,7 @@ class CancelToken(LiveObject):
         # It grows while it is walked.
         for token in waiting:
             if token._deadline is not None and time.monotonic() >= token._deadline:
-                token._decided.decide(token._timed_out())
+                token._decided.try_set(token._timed_out())
             decided: _Decision | None = token._decided.slot.get(0)
             if decided is None:
                 new = [parent for parent in token._parents if parent not in seen]
@@ -418,7 +406,7 @@ class CancelToken(LiveObject):
                 # Its own decision stands for all that it is derived from: the walk does not go on behind it.
                 first = decided
         if first is not None:
-            self._decided.decide(first)
+            self._decided.try_set(first)
         kept: _Decision | None = self._decided.slot.get(0)
         return kept
 
@@ -427,7 +415,7 @@ class CancelToken(LiveObject):
 
     def _expire(self) -> None:
         # The timer says that it is time: clocks with a coarse grain may disagree by a hair.
-        self._decided.decide(self._timed_out())
+        self._decided.try_set(self._timed_out())
         self._fire()
 
     def _timed_out(self) -> _Decision:

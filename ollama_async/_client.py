@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Unpack, overload
 from pydantic import ValidationError
 
 from ._errors import RequestError
-from ._input import (
+from ._manage import ModelManagement
+from ._model.input import (
     Image,
     checked_stream,
     encode_input,
@@ -17,11 +18,10 @@ from ._input import (
     format_model,
     model_name,
 )
-from ._manage import ModelManagement
-from ._merge import ChatMerge, GenerateMerge
+from ._model.merge import ChatMerge, GenerateMerge
+from ._model.tools import encode_tools
+from ._model.types import ChatResponse, EmbeddingsResponse, EmbedResponse, GenerateResponse, Message
 from ._session import CallOptions, hide
-from ._tools import encode_tools
-from ._types import ChatResponse, EmbeddingsResponse, EmbedResponse, GenerateResponse, Message
 
 if TYPE_CHECKING:
     import os
@@ -31,17 +31,15 @@ if TYPE_CHECKING:
 
     from pydantic import BaseModel
 
-    from ._options import Options
-    from ._stream import Stream
-    from ._systemone import SystemOneContent, SystemOneQuestion, SystemOneResponse
+    from ._call.stream import Stream
+    from ._model.options import Options
+    from ._model.systemone import SystemOneContent, SystemOneQuestion, SystemOneResponse
 
     Messages: TypeAlias = str | Sequence[Mapping[str, Any] | Message] | None
     OptionsLike: TypeAlias = Mapping[str, Any] | Options | None
     Format: TypeAlias = str | Mapping[str, Any] | type[BaseModel] | None
     KeepAlive: TypeAlias = float | str | timedelta | None
     ImageLike: TypeAlias = str | bytes | os.PathLike[str] | BinaryIO | Image
-
-__all__ = ["AsyncClient"]
 
 
 class _AnswerOptions(CallOptions, total=False):
@@ -217,9 +215,9 @@ class AsyncClient(ModelManagement):
         }
         form = format_model(format)
         if stream:
-            return self._stream(ChatMerge(), "/api/chat", body, call, until, form=form)
+            return self._stream(ChatMerge(), "/api/chat", body, call, until, response_model=form)
         _only_for_streams(until)
-        return self._request(ChatResponse, "POST", "/api/chat", body, call, form=form)
+        return self._request(ChatResponse, "POST", "/api/chat", body, call, response_model=form)
 
     @overload
     def generate(
@@ -350,9 +348,9 @@ class AsyncClient(ModelManagement):
         }
         form = format_model(format)
         if stream:
-            return self._stream(GenerateMerge(), "/api/generate", body, call, until, form=form)
+            return self._stream(GenerateMerge(), "/api/generate", body, call, until, response_model=form)
         _only_for_streams(until)
-        return self._request(GenerateResponse, "POST", "/api/generate", body, call, form=form)
+        return self._request(GenerateResponse, "POST", "/api/generate", body, call, response_model=form)
 
     async def embed(
         self,
@@ -480,7 +478,7 @@ class AsyncClient(ModelManagement):
         """
         hide(call)
         # Not at the top: see the package's __getattr__.
-        from ._systemone import SystemOneRequest, SystemOneResponse
+        from ._model.systemone import SystemOneRequest, SystemOneResponse
 
         given = {"model": model_name(model), "state": state, "questions": questions}
         try:

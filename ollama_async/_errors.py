@@ -35,32 +35,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = [
-    "AbortError",
-    "AuthenticationError",
-    "BadRequestError",
-    "ConnectError",
-    "ConnectionBroken",
-    "HostError",
-    "NoHost",
-    "NotFoundError",
-    "OllamaError",
-    "ParseError",
-    "PermissionDeniedError",
-    "PhaseTimeout",
-    "ProtocolError",
-    "RateLimitError",
-    "RequestError",
-    "ResponseError",
-    "ServerBusyError",
-    "ServerError",
-    "StreamBusy",
-    "StreamClosed",
-    "StreamError",
-    "StreamTruncated",
-    "response_error",
-]
-
 # Word for word what ollama-python says: programs compare it.
 CONNECTION_ERROR_MESSAGE = (
     "Failed to connect to Ollama. Please check that Ollama is downloaded, running and accessible. "

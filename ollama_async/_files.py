@@ -16,18 +16,16 @@ import anyio
 import anyio.to_thread
 import httpx
 
+from ._call.timeouts import Timeouts
 from ._cancel import CancelToken
 from ._errors import NotFoundError, PhaseTimeout, RequestError
-from ._progress import Meter, ProgressResponse
+from ._model.progress import Meter, ProgressResponse
 from ._regular import RegularFile
 from ._secret import Secret
 from ._session import CallOptions, Session, check_call, given_headers, hide
-from ._timeouts import Timeouts
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
-
-__all__ = ["FileTransfer", "Job", "ModelFile"]
 
 _DIGEST = re.compile("sha256[:-][0-9a-fA-F]{64}")
 

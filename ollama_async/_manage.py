@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, cast, overload
 
 from ._errors import ProtocolError, RequestError
 from ._files import FileTransfer
-from ._input import (
+from ._model.input import (
     checked,
     checked_stream,
     encode_messages,
@@ -18,8 +18,8 @@ from ._input import (
     model_name,
     sequence,
 )
-from ._merge import ProgressMerge
-from ._progress import ProgressResponse
+from ._model.merge import ProgressMerge
+from ._model.progress import ProgressResponse
 from ._session import CallOptions, hide
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from pydantic import BaseModel
 
-    from ._manage_types import (
+    from ._call.stream import Stream
+    from ._model.manage_types import (
         CloudStatusResponse,
         ListResponse,
         ProcessResponse,
@@ -39,10 +40,7 @@ if TYPE_CHECKING:
         WebFetchResponse,
         WebSearchResponse,
     )
-    from ._stream import Stream
-    from ._types import Message, StatusResponse
-
-__all__ = ["ModelManagement"]
+    from ._model.types import Message, StatusResponse
 
 WebT = TypeVar("WebT", "WebSearchResponse", "WebFetchResponse")
 
@@ -86,7 +84,7 @@ class ModelManagement(FileTransfer):
         Server: ``GET /api/tags``
         """
         hide(call)
-        from ._manage_types import ListResponse
+        from ._model.manage_types import ListResponse
 
         return await self._request(ListResponse, "GET", "/api/tags", None, call)
 
@@ -101,7 +99,7 @@ class ModelManagement(FileTransfer):
         Server: ``GET /api/ps``
         """
         hide(call)
-        from ._manage_types import ProcessResponse
+        from ._model.manage_types import ProcessResponse
 
         return await self._request(ProcessResponse, "GET", "/api/ps", None, call)
 
@@ -116,7 +114,7 @@ class ModelManagement(FileTransfer):
         Server: ``GET /api/version``
         """
         hide(call)
-        from ._manage_types import VersionResponse
+        from ._model.manage_types import VersionResponse
 
         return await self._request(VersionResponse, "GET", "/api/version", None, call)
 
@@ -131,7 +129,7 @@ class ModelManagement(FileTransfer):
         Server: ``GET /api/status``
         """
         hide(call)
-        from ._manage_types import CloudStatusResponse
+        from ._model.manage_types import CloudStatusResponse
 
         return await self._request(CloudStatusResponse, "GET", "/api/status", None, call)
 
@@ -146,7 +144,7 @@ class ModelManagement(FileTransfer):
         Server: ``GET /api/experimental/model-recommendations``
         """
         hide(call)
-        from ._manage_types import RecommendationsResponse
+        from ._model.manage_types import RecommendationsResponse
 
         path = "/api/experimental/model-recommendations"
         return await self._request(RecommendationsResponse, "GET", path, None, call)
@@ -163,7 +161,7 @@ class ModelManagement(FileTransfer):
         Server: ``POST /api/me``
         """
         hide(call)
-        from ._manage_types import UserResponse
+        from ._model.manage_types import UserResponse
 
         return await self._request(UserResponse, "POST", "/api/me", None, call)
 
@@ -209,7 +207,7 @@ class ModelManagement(FileTransfer):
         Server: ``POST /api/show``
         """
         hide(call)
-        from ._manage_types import ShowResponse
+        from ._model.manage_types import ShowResponse
 
         given = encoded(options=options, verbose=verbose, system=system, template=template)
         body = {"model": model_name(model), **given}
@@ -557,7 +555,7 @@ class ModelManagement(FileTransfer):
         Server: ``POST https://ollama.com/api/web_search``, ``POST /api/experimental/web_search``
         """
         hide(call)
-        from ._manage_types import WebSearchResponse
+        from ._model.manage_types import WebSearchResponse
 
         body = {"query": _required(query, "query"), **checked("number", max_results=max_results)}
         return await self._web(WebSearchResponse, "search", body, call, via_server=via_server)
@@ -583,7 +581,7 @@ class ModelManagement(FileTransfer):
         Server: ``POST https://ollama.com/api/web_fetch``, ``POST /api/experimental/web_fetch``
         """
         hide(call)
-        from ._manage_types import WebFetchResponse
+        from ._model.manage_types import WebFetchResponse
 
         return await self._web(WebFetchResponse, "fetch", {"url": _required(url, "url")}, call, via_server=via_server)
 

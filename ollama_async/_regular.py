@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-__all__ = ["RegularFile", "read_file"]
-
 Result = TypeVar("Result")
 
 # How much of a file is read, and hashed or sent, in one go in a worker thread.

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Secret", "showable"]
-
 T = TypeVar("T")
 Kind = TypeVar("Kind", bound=type)
 

@@ -11,24 +11,26 @@ from typing import TYPE_CHECKING, Any, Final, TypedDict, TypeVar, cast
 import httpx
 from pydantic import ValidationError
 
+from . import __version__
+from ._call.call import Call
+from ._call.decoder import NdjsonDecoder
+from ._call.exchange import Exchange
+from ._call.ndjson import MAX_LINE_BYTES
+from ._call.request import RequestWriter
+from ._call.retry import RetryBudget
+from ._call.stream import Stream
+from ._call.timeouts import DEFAULT_TIMEOUTS, Timeouts
 from ._cancel import CancelToken, LiveObject
-from ._channel import End, Ended
-from ._errors import AbortError, ProtocolError, RequestError, ResponseError, StreamClosed
-from ._exchange import Exchange
-from ._guard import HttpClient, guarded
+from ._errors import AbortError, ProtocolError, RequestError, StreamClosed
 from ._host import env_api_key, env_proxy, is_loopback, is_ollama_com, parse_host
-from ._http import header_flaw
-from ._input import encode_json
-from ._ndjson import MAX_LINE_BYTES
-from ._proxy import ProxyTransport, http_proxy
-from ._request import RequestWriter
-from ._retry import Attempts
+from ._model.input import encode_json
+from ._model.types import StatusResponse
 from ._secret import Secret, showable
-from ._stream import Stream
-from ._timeouts import DEFAULT_TIMEOUTS, Timeouts
-from ._tls import TlsOptions
-from ._transport import DirectTransport
-from ._types import StatusResponse
+from ._wire.guard import HttpClient, guarded
+from ._wire.http1 import header_flaw
+from ._wire.proxy import ProxyTransport, http_proxy
+from ._wire.tls import TlsOptions
+from ._wire.transport import DirectTransport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -37,11 +39,10 @@ if TYPE_CHECKING:
 
     from pydantic import BaseModel
 
-    from ._merge import ChunkT, Merge
-    from ._request import Request
-    from ._types import Model
-
-__all__ = ["CallOptions", "Session", "check_call", "given_headers", "hide"]
+    from ._call.chunk import ChunkT, Merge
+    from ._call.request import Request
+    from ._model.types import Model
+    from ._wire.reader import Kind
 
 ModelT = TypeVar("ModelT", bound="Model")
 
@@ -56,7 +57,7 @@ class _Default:
 _DEFAULT: Final = _Default()
 
 _USER_AGENT = (
-    f"ollama-async/0.1.0 ({platform.machine()} {platform.system().lower()}) Python/{platform.python_version()}"
+    f"ollama-async/{__version__} ({platform.machine()} {platform.system().lower()}) Python/{platform.python_version()}"
 )
 
 
@@ -239,61 +240,48 @@ class Session(LiveObject):
         assert headers is not None
         return self._writer.write_abroad(method, path, content, Secret(httpx.Headers(headers.value)))
 
-    def _start(
-        self,
-        request: Request,
-        call: CallOptions,
-        token: CancelToken | None,
-        *,
-        streaming: bool,
-        resume: bool = False,
-        early: End | None = None,
-    ) -> Exchange:
+    def _begin(
+        self, request: Request, options: CallOptions, *, streaming: bool, resume: bool = False
+    ) -> tuple[Exchange, list[tuple[CancelToken, Kind]]]:
         if self._closed:
             raise StreamClosed("the client is closed")
-        timeouts = Timeouts.of(call["timeout"]) if "timeout" in call else self._timeouts
-        retries = call.get("retries")
-        attempts = Attempts.of(self._retries if retries is None else retries, resume=resume)
+        retries = options.get("retries")
         exchange = Exchange(
-            self._client, request, transport=self._direct, streaming=streaming, timeouts=timeouts, attempts=attempts
+            self._client,
+            request,
+            transport=self._direct,
+            streaming=streaming,
+            timeouts=Timeouts.of(options["timeout"]) if "timeout" in options else self._timeouts,
+            budget=RetryBudget.of(self._retries if retries is None else retries, resume=resume),
         )
-        try:
-            if early is not None:
-                # It came before what the tokens have to say.
-                exchange.teardown(early)
-            exchange.watch(self._closing, "closed")
-            for watched in (self._current(), self._token, token):
-                if watched is not None:
-                    exchange.watch(watched)
-            return exchange  # noqa: TRY300  (Ctrl-C at this line leaves nothing either)
-        except BaseException as exc:
-            exchange.teardown(End("cancelled", exc))
-            raise
+        tokens: list[tuple[CancelToken, Kind]] = [(self._closing, "closed"), (self._current(), "aborted")]
+        if self._token is not None:
+            tokens.append((self._token, "aborted"))
+        return exchange, tokens
 
     def _stream(
         self,
         merge: Merge[ChunkT],
         path: str,
         body: dict[str, Any],
-        call: CallOptions,
+        options: CallOptions,
         until: Callable[[ChunkT], object] | None = None,
         *,
-        form: type[BaseModel] | None = None,
+        response_model: type[BaseModel] | None = None,
         resume: bool = False,
         strict: bool = False,
     ) -> Stream[ChunkT]:
-        check_call(call)
+        check_call(options)
         if until is not None and not callable(until):
             raise RequestError(f"until={type(until).__name__}: give a function of the merged answer")
-        request = self._build("POST", path, encode_json(body), given_headers(call))
+        request = self._build("POST", path, encode_json(body), given_headers(options))
         return Stream(
-            lambda early: self._start(request, call, None, streaming=True, resume=resume, early=early),
+            Call(lambda: self._begin(request, options, streaming=True, resume=resume), options.get("token")),
             merge,
-            token=call.get("token"),
+            NdjsonDecoder(merge.validators, merge.batch_size, self._max_line_bytes),
             until=until,
-            form=form,
+            response_model=response_model,
             strict=strict or self._strict,
-            max_line_bytes=self._max_line_bytes,
         )
 
     async def _request(
@@ -304,7 +292,7 @@ class Session(LiveObject):
         body: dict[str, Any] | None,
         call: CallOptions,
         *,
-        form: type[BaseModel] | None = None,
+        response_model: type[BaseModel] | None = None,
     ) -> ModelT:
         content = None if body is None else encode_json(body)
         answer, exchange = await self._send(self._build(method, path, content, given_headers(call)), call)
@@ -313,7 +301,7 @@ class Session(LiveObject):
         except ValidationError as exc:
             shown = answer[:80].decode("utf-8", "replace")
             raise ProtocolError(f"the answer to {method} {path} is not what Ollama sends: {shown!r}") from exc
-        reply.set_origin(exchange.origin(form))
+        reply.set_response_info(exchange.response_info(response_model))
         return reply
 
     async def _command(self, method: str, path: str, body: dict[str, Any] | None, call: CallOptions) -> StatusResponse:
@@ -321,41 +309,13 @@ class Session(LiveObject):
         content = None if body is None else encode_json(body)
         _, exchange = await self._send(self._build(method, path, content, given_headers(call)), call)
         reply = StatusResponse(status="success")
-        reply.set_origin(exchange.origin())
+        reply.set_response_info(exchange.response_info())
         return reply
 
-    async def _send(self, request: Request, call: CallOptions) -> tuple[bytes, Exchange]:
-        check_call(call)
-        exchange: Exchange | None = None
-        error: ResponseError | None = None
-        try:
-            exchange = self._start(request, call, call.get("token"), streaming=False)
-            answer, error = await self._attempt(exchange)
-            while answer is None:
-                # In one statement, so that Ctrl-C finds either one or the other.
-                failed, exchange = exchange, exchange.successor(error)
-                if exchange is None:
-                    raise error or failed.error()
-                answer, error = await self._attempt(exchange)
-            return answer, exchange  # noqa: TRY300
-        except BaseException as exc:
-            # Raised, it holds this frame.
-            error = None
-            # Also after Ctrl-C at any line, nothing is left open.
-            if exchange is not None and not isinstance(exc, Exception):
-                exchange.teardown(End("cancelled", exc))
-            raise
-
-    async def _attempt(self, exchange: Exchange) -> tuple[bytes | None, ResponseError | None]:
-        """Return the answer; ``None`` if there is none, with what the server said if it said something."""
-        try:
-            await exchange.open()
-            await exchange.raise_for_status()
-            return exchange.no_error(await exchange.read()), None
-        except Ended:
-            return None, None
-        except ResponseError as exc:
-            return None, exc
+    async def _send(self, request: Request, options: CallOptions) -> tuple[bytes, Exchange]:
+        check_call(options)
+        call = Call(lambda: self._begin(request, options, streaming=False), options.get("token"))
+        return await call.run(_read_whole)
 
     def _current(self) -> CancelToken:
         for token in self._calls:
@@ -377,6 +337,10 @@ class Session(LiveObject):
             if self._closed:
                 raise StreamClosed("the client is closed") from None
             raise
+
+
+async def _read_whole(exchange: Exchange) -> tuple[bytes, Exchange]:
+    return exchange.no_error(await exchange.read_body()), exchange
 
 
 def _plain_headers() -> Secret[httpx.Headers]:

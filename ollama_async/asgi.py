@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from starlette.background import BackgroundTask
     from starlette.types import Message, Receive, Scope, Send
 
-    from ._stream import Stream
+    from ._call.stream import Stream
     from .registry import AbortRegistry
 
     Owner: TypeAlias = Callable[[Request], str | Awaitable[str]]

@@ -652,14 +652,14 @@ async def test_no_server_later(site: Site, browser: httpx.AsyncClient, caplog: p
     class TenOneTwoThree(OllamaError):
         pass
 
-    def start(_: Any) -> Any:
+    def start() -> Any:
         raise TenOneTwoThree("at http://10.1.2.3:4567")
 
     site.fake.stop()
     end = await browser.post("/chat", json=QUESTION)
     assert "127.0.0.1" in caplog.text
     stream: Any = site.client.chat("fake", "hi", stream=True)
-    stream._start = start
+    stream._call._begin = start
     sent: list[Any] = []
 
     async def send(message: Any) -> None:

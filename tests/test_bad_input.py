@@ -40,6 +40,7 @@ from ollama_async import (
     StreamError,
     StreamTruncated,
 )
+from ollama_async._wire.phase import Phase
 from ollama_async.testing import Block, Cut, Endless, FakeOllama, Gate, Pause, Raw, Reply, Reset, Stall
 
 MAX_LINE_BYTES = 4096
@@ -435,7 +436,7 @@ def client_has_read(client: AsyncClient) -> bool:
     """Whether a block of a body has arrived at the client's only connection."""
     [pool] = client._client._transport._pools.values()
     [connection] = pool._all
-    return bool(connection._channel.touched > connection._channel.sent)
+    return bool(connection._reader.phase >= Phase.BODY)
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["call", "stream"])

@@ -45,7 +45,7 @@ from ollama_async import (
     StreamTruncated,
     Timeouts,
 )
-from ollama_async._types import Origin
+from ollama_async._model.types import ResponseInfo
 
 CHAT = {"model": "m", "created_at": "now", "message": {"role": "assistant", "content": "hi"}, "done": True}
 GENERATED = {"model": "m", "response": "hi", "done": True, "context": [1, 2]}
@@ -341,7 +341,7 @@ def test_models_are_read_like_dicts() -> None:
 
 def test_a_copy_knows_where_its_original_is_from() -> None:
     reply = ChatResponse.model_validate(CHAT)
-    reply.set_origin(Origin(201, [(b"x-test", b"1")], Copied))
+    reply.set_response_info(ResponseInfo(201, [(b"x-test", b"1")], Copied))
     for other in (copy.copy(reply), copy.deepcopy(reply), reply.model_copy(), pickle.loads(pickle.dumps(reply))):
         assert other == reply
         assert other is not reply

@@ -336,7 +336,7 @@ def test_what_the_direct_transport_does_not_take(options: dict[str, Any]) -> Non
 async def test_a_refusal_that_will_not_pass_is_not_asked_for_again(
     status: bytes, times: int, client_tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ollama_async._retry._FIRST_DELAY", 0.001)
+    monkeypatch.setattr("ollama_async._call.retry._FIRST_DELAY", 0.001)
     with TunnelProxy(b"HTTP/1.1 %b No\r\n\r\n" % status) as proxy:
         async with AsyncClient("https://models.example", proxy=proxy.url, verify=client_tls, retries=2) as client:
             with pytest.raises(ConnectError):

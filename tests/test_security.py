@@ -35,8 +35,8 @@ from ollama_async import (
     ProtocolError,
     RequestError,
 )
-from ollama_async._guard import _at_home
-from ollama_async._http import Origin
+from ollama_async._wire.guard import _at_home
+from ollama_async._wire.http1 import Origin
 from ollama_async.testing import Cut, FakeOllama, Reply, Stall
 
 SECRET = "s3cret"

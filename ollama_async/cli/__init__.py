@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ollama_async._timeouts import Timeouts
+from ollama_async._call.timeouts import Timeouts
 
 from ._batch import add_batch
 from ._chat import run_chat

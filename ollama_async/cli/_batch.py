@@ -16,10 +16,10 @@ import typer
 from rich.live import Live
 from rich.text import Text
 
+from ollama_async._call.timeouts import Timeouts
 from ollama_async._cancel import CancelToken
 from ollama_async._client import AsyncClient
 from ollama_async._errors import AbortError, OllamaError, RequestError
-from ollama_async._timeouts import Timeouts
 from ollama_async.batch import BatchError, BatchProgress, BatchResult, HostsGone, OutputRefused, batch
 from ollama_async.pool import Host
 from ollama_async.testing import FakeOllama

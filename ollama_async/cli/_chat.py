@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
     import typer
 
+    from ollama_async._call.timeouts import Timeouts
     from ollama_async._cancel import CancelToken
     from ollama_async._client import AsyncClient
-    from ollama_async._timeouts import Timeouts
 
     from ._screen import AnyStream
 

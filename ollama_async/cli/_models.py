@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from ollama_async._cancel import CancelToken
     from ollama_async._client import AsyncClient
-    from ollama_async._progress import ProgressResponse
-    from ollama_async._types import Model
+    from ollama_async._model.progress import ProgressResponse
+    from ollama_async._model.types import Model
 
     from ._screen import Screen
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from rich.text import Text
 
+from ollama_async._call.stream import Stream
 from ollama_async._errors import AbortError, ConnectionBroken, OllamaError, PhaseTimeout
-from ollama_async._stream import Stream
-from ollama_async._types import ChatResponse, GenerateResponse
+from ollama_async._model.types import ChatResponse, GenerateResponse
 
 from ._output import SafeConsole, printable, write, write_json
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from ollama_async._timeouts import Timeouts
+    from ollama_async._call.timeouts import Timeouts
 
     from ._terminal import Session
 

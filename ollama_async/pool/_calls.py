@@ -10,6 +10,7 @@ import weakref
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from ollama_async._call.timeouts import Timeouts
 from ollama_async._cancel import CancelToken, in_loop, resolve
 from ollama_async._errors import (
     ConnectError,
@@ -22,16 +23,15 @@ from ollama_async._errors import (
     ResponseError,
     StreamClosed,
 )
-from ollama_async._timeouts import Timeouts
 
 from ._hosts import Queue, Server, Waiter, full_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Hashable
 
+    from ollama_async._call.stream import Stream
     from ollama_async._cancel import Registration
     from ollama_async._client import AsyncClient
-    from ollama_async._stream import Stream
 
     from ._hosts import Outage
 

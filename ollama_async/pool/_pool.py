@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from ollama_async._call.timeouts import Timeouts
 from ollama_async._cancel import CancelToken, LiveObject
 from ollama_async._client import AsyncClient
 from ollama_async._errors import RequestError
-from ollama_async._timeouts import Timeouts
 
 from ._calls import TIMEOUTS, Call, Calls, Kind
 from ._hosts import Host, HostState, Server
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import httpx
 
     from ollama_async._client import Messages, _ChatOptions, _GenerateOptions
-    from ollama_async._types import ChatResponse, EmbedResponse, GenerateResponse
+    from ollama_async._model.types import ChatResponse, EmbedResponse, GenerateResponse
 
 __all__ = ["Pool"]
 

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, cast
 
 import httpx
 
-from ollama_async._awaitable import Guarded
+from ollama_async._call.awaitable import Guarded
+from ollama_async._call.chunk import ChunkT
+from ollama_async._call.stream import Stream, Timing
 from ollama_async._errors import AbortError, OllamaError, PhaseTimeout, StreamBusy, StreamClosed, StreamTruncated
-from ollama_async._merge import ChunkT
-from ollama_async._stream import Outcome, Stream, Timing
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Generator
     from types import TracebackType
     from typing import Self
 
+    from ollama_async._call.stream import Outcome
     from ollama_async._cancel import CancelToken
     from ollama_async._client import AsyncClient
 
