@@ -21,7 +21,7 @@ from ._model.input import (
 from ._model.merge import ChatMerge, GenerateMerge
 from ._model.tools import encode_tools
 from ._model.types import ChatResponse, EmbeddingsResponse, EmbedResponse, GenerateResponse, Message
-from ._session import CallOptions, hide
+from ._session import CallOptions, deferred, hide
 
 if TYPE_CHECKING:
     import os
@@ -143,6 +143,7 @@ class AsyncClient(ModelManagement):
         **options: Unpack[_ChatOptions],
     ) -> Coroutine[Any, Any, ChatResponse] | Stream[ChatResponse]: ...
 
+    @deferred(ChatMerge)
     def chat(
         self,
         model: str = "",
@@ -254,6 +255,7 @@ class AsyncClient(ModelManagement):
         **options: Unpack[_GenerateOptions],
     ) -> Coroutine[Any, Any, GenerateResponse] | Stream[GenerateResponse]: ...
 
+    @deferred(GenerateMerge)
     def generate(
         self,
         model: str = "",

@@ -8,7 +8,7 @@
     │   └── HostError         the host is no usable address
     ├── ConnectError          no connection to the server (also a builtin ConnectionError)
     │   └── NoHost                no host of a pool could take the call
-    ├── ConnectionBroken      the connection was lost before the answer was complete (also a ConnectionError)
+    ├── ConnectionBroken      the connection was lost before the answer was complete
     ├── PhaseTimeout          one of the Timeouts passed (also a builtin TimeoutError)
     ├── ProtocolError         what came is not what an Ollama server sends
     ├── ResponseError         the server answered with an error status
@@ -98,14 +98,15 @@ class HostError(RequestError):
 class ConnectError(OllamaError, ConnectionError):
     """No connection to the server could be made.
 
-    The text is the one of ollama-python; what went wrong, and with which address, is in ``detail`` and in a note.
+    The text begins as ollama-python's does, and ends with what went wrong, and with which address: ``detail``.
     """
 
     def __init__(self, detail: str = "") -> None:
         super().__init__(CONNECTION_ERROR_MESSAGE)
         self.detail = detail
-        if detail:
-            self.add_note(detail)
+
+    def __str__(self) -> str:
+        return f"{CONNECTION_ERROR_MESSAGE} ({self.detail})" if self.detail else CONNECTION_ERROR_MESSAGE
 
 
 class NoHost(ConnectError):
@@ -116,14 +117,19 @@ class NoHost(ConnectError):
     """
 
     def __init__(self, errors: Mapping[str, str]) -> None:
-        super().__init__()
+        super().__init__("; ".join(f"{url}: {error}" for url, error in errors.items()))
         self.errors = dict(errors)
-        self.detail = "; ".join(f"{url}: {error}" for url, error in self.errors.items())
-        self.args = (f"no host can take the call: {self.detail}",)
+
+    def __str__(self) -> str:
+        return f"no host can take the call: {self.detail}"
 
 
-class ConnectionBroken(OllamaError, ConnectionError):
-    """The connection was lost before the answer was complete."""
+class ConnectionBroken(OllamaError):
+    """The connection was lost before the answer was complete.
+
+    Not a ``ConnectionError``: code that was written for ollama-python takes that for "no server", and would drop the
+    partial answer.
+    """
 
     def __init__(self, message: str, partial: Any = None) -> None:
         super().__init__(message)
@@ -184,7 +190,7 @@ class ResponseError(OllamaError):
         self.headers: Any = {}
 
     def __str__(self) -> str:
-        return f"{self.error} (status code: {self.status_code})"
+        return self.error if self.status_code == -1 else f"{self.error} (status code: {self.status_code})"
 
 
 class BadRequestError(ResponseError):
@@ -218,7 +224,7 @@ class ServerBusyError(ServerError):
 class StreamError(ResponseError):
     """The server sent an error frame inside a stream that had begun.
 
-    ``status_code`` is the one in the frame when there is one, else the HTTP status of the answer.
+    ``status_code`` is the one in the frame if it has one, else -1, as in ollama-python: the HTTP status was a success.
     """
 
 

@@ -20,7 +20,7 @@ from ._model.input import (
 )
 from ._model.merge import ProgressMerge
 from ._model.progress import ProgressResponse
-from ._session import CallOptions, hide
+from ._session import CallOptions, deferred, hide
 
 if TYPE_CHECKING:
     import os
@@ -294,6 +294,7 @@ class ModelManagement(FileTransfer):
         **options: Unpack[_CreateOptions],
     ) -> Coroutine[Any, Any, ProgressResponse] | Stream[ProgressResponse]: ...
 
+    @deferred(ProgressMerge)
     def create(
         self,
         model: str,
@@ -453,6 +454,7 @@ class ModelManagement(FileTransfer):
         **call: Unpack[CallOptions],
     ) -> Coroutine[Any, Any, ProgressResponse] | Stream[ProgressResponse]: ...
 
+    @deferred(ProgressMerge)
     def pull(
         self,
         model: str,
@@ -509,6 +511,7 @@ class ModelManagement(FileTransfer):
         self, model: str, *, insecure: bool = False, stream: bool, **call: Unpack[CallOptions]
     ) -> Coroutine[Any, Any, ProgressResponse] | Stream[ProgressResponse]: ...
 
+    @deferred(ProgressMerge)
     def push(
         self, model: str, *, insecure: bool = False, stream: bool = False, **call: Unpack[CallOptions]
     ) -> Coroutine[Any, Any, ProgressResponse] | Stream[ProgressResponse]:

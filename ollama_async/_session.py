@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import os
 import platform
+import sys
 from collections.abc import Mapping
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final, TypedDict, TypeVar, cast
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec, TypedDict, TypeVar, cast
 
 import httpx
 from pydantic import ValidationError
@@ -45,6 +49,8 @@ if TYPE_CHECKING:
     from ._wire.reader import Kind
 
 ModelT = TypeVar("ModelT", bound="Model")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class _Default:
@@ -59,6 +65,50 @@ _DEFAULT: Final = _Default()
 _USER_AGENT = (
     f"ollama-async/{__version__} ({platform.machine()} {platform.system().lower()}) Python/{platform.python_version()}"
 )
+
+
+def deferred(merge: Callable[[], Merge[Any]]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Have a method that is not ``async`` raise what is wrong with its input when it is awaited, as an async one does.
+
+    One bad call then does not lose the others of a ``gather(return_exceptions=True)``, and ``mock.patch()`` makes an
+    ``AsyncMock`` of it.
+
+    Args:
+        merge: Makes the merge of the method's stream.
+    """
+
+    def decorate(method: Callable[P, R]) -> Callable[P, R]:
+        @wraps(method)
+        def call(*args: P.args, **options: P.kwargs) -> R:
+            hide(cast("CallOptions", options))
+            try:
+                return method(*args, **options)
+            except Exception as exc:
+                # Without a frame of the method, the arguments do not fit its signature.
+                if exc.__traceback__ is None or exc.__traceback__.tb_next is None:
+                    raise
+                error = exc.with_traceback(None)
+            session = cast("Session", args[0])
+            if options.get("stream") is True:
+                return cast("R", session._failed_stream(merge(), error))  # noqa: SLF001  (a method of this class)
+            return cast("R", _failed(error))
+
+        _mark_coroutine_function(call)
+        return call
+
+    return decorate
+
+
+async def _failed(error: Exception) -> NoReturn:
+    raise error
+
+
+def _mark_coroutine_function(function: Any) -> None:
+    if sys.version_info >= (3, 12):
+        inspect.markcoroutinefunction(function)
+    else:
+        # What asyncio.iscoroutinefunction() and unittest.mock look for; inspect has no mark before Python 3.12.
+        function._is_coroutine = asyncio.coroutines._is_coroutine  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 class CallOptions(TypedDict, total=False):
@@ -283,6 +333,14 @@ class Session(LiveObject):
             response_model=response_model,
             strict=strict or self._strict,
         )
+
+    def _failed_stream(self, merge: Merge[ChunkT], error: Exception) -> Stream[ChunkT]:
+        """Return a stream whose input is wrong: it says so when it is awaited, entered or iterated."""
+
+        def begin() -> NoReturn:
+            raise error
+
+        return Stream(Call(begin), merge, NdjsonDecoder(merge.validators, 1, self._max_line_bytes))
 
     async def _request(
         self,

@@ -118,7 +118,7 @@ async def test_a_refused_connection_names_the_address(streaming: bool) -> None:
     assert isinstance(error, ConnectionError)
     assert "Failed to connect to Ollama" in str(error)
     assert address in error.detail
-    assert error.detail in error.__notes__
+    assert str(error).endswith(f"({error.detail})")
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "http://no-such-host.invalid:8080", "x" * 64 + ".invalid"])

@@ -18,7 +18,7 @@ FLOORS = [
     ["_errors", "_secret"],
     ["_cancel", "_host", "_regular"],
     ["_wire.http1", "_wire.phase", "_wire.socket", "_wire.tasks", "_wire.tls"],
-    ["_wire.parser", "_wire.guard", "_wire.proxy"],
+    ["_wire.intercept", "_wire.parser", "_wire.guard", "_wire.proxy"],
     ["_wire.reader"],
     ["_wire.connection", "_wire.response"],
     ["_wire.dial", "_wire.upload"],

@@ -16,6 +16,7 @@ import httpx
 from ollama_async._cancel import EmptyContext, Watch, in_loop
 from ollama_async._errors import AbortError, PhaseTimeout, ProtocolError, StreamClosed
 from ollama_async._wire.guard import MAX_BODY_BYTES
+from ollama_async._wire.intercept import is_intercepted
 from ollama_async._wire.phase import Phase
 from ollama_async._wire.reader import ExchangeEnded, ExchangeOutcome, Framing, Kind, ResponseReader
 from ollama_async._wire.transport import ANSWERED, READER
@@ -159,16 +160,18 @@ class Exchange:
 
     async def _send(self) -> None:
         reader = self.reader
-        at_once = self._send_at_once()
+        # A mock or an instrumentation of httpx runs somebody's code on the way of the request.
+        foreign = self._transport is None or is_intercepted()
+        at_once = not foreign and self._send_at_once()
         if self._timer is None:
             # After that, since the server is at work meanwhile.
             self._arm()
-        if self._transport is None:
+        if foreign:
             self._foreign = ForeignRequest(reader, self._client, self._httpx_request())
             reader.attach(self._foreign)
             self._foreign.start()
             await reader.wait_for_head()
-        elif self._request.encoded is None:
+        elif self._transport is None or self._request.encoded is None:
             await self._send_by_httpx()
         else:
             if not at_once:

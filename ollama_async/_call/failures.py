@@ -166,7 +166,7 @@ def _showable(text: str) -> str:
 def stream_error(frame: dict[str, Any], reader: ResponseReader) -> StreamError:
     """Make the error for an error frame inside a stream."""
     code = frame.get("StatusCode")
-    error = StreamError(_error_text(frame["error"]), code if isinstance(code, int) else reader.status)
+    error = StreamError(_error_text(frame["error"]), code if isinstance(code, int) else -1)
     _sign_in(error, frame)
     error.headers = httpx.Headers(list(reader.head.headers))
     return error

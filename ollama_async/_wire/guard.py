@@ -48,6 +48,13 @@ class _Guard(_Client):
     and each of them may read an answer. They all end in ``_send_single_request``.
     """
 
+    def _redirect_method(self, request: Any, response: Any) -> Any:
+        # Browsers make a GET of a POST that is moved (301, 302), and httpx does as they do. A call of an API is made
+        # again as it was.
+        if response.status_code in (301, 302):
+            return request.method
+        return super()._redirect_method(request, response)
+
     def _build_redirect_request(self, request: Any, response: Any) -> Any:
         try:
             # The rules of httpx, which fails in many ways with what a server may write there.
@@ -60,6 +67,11 @@ class _Guard(_Client):
         else:
             if here.scheme == "https" and there.scheme == "http":
                 raise httpx.RemoteProtocolError(f"the server redirects from https to plain http, to {there}")
+            if made.method != request.method:
+                raise httpx.RemoteProtocolError(
+                    f"the server redirects {request.method} {request.url.path} to a GET of {there} "
+                    f"(status {response.status_code}), which is not the same call"
+                )
             made.extensions = {**made.extensions, _HOME: request.extensions.get(_HOME, here)}
             return made
         where = _USERINFO.sub("//", response.headers.get("location", ""))[:100]

@@ -21,6 +21,7 @@ from .connection import Connection, PlainConnection, TlsConnection
 from .dial import Sockets, explain_error, explain_tls_error, open_socket, open_tunnel, start_tls
 from .guard import LEADS_ON, limited
 from .http1 import EncodedRequest
+from .intercept import through_httpx, transport_is_intercepted
 from .phase import Phase
 from .pool import ConnectionPool, Dialling
 from .proxy import http_proxy
@@ -102,6 +103,11 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
 
         Cancellation: the connection is closed at once.
         """
+        if transport_is_intercepted():
+            return await through_httpx(request, self._handle)
+        return await self._handle(request)
+
+    async def _handle(self, request: httpx.Request) -> httpx.Response:
         ours = READER not in request.extensions
         reader = request.extensions.get(READER) or ResponseReader(asyncio.get_running_loop())
         timeouts: dict[str, float | None] = request.extensions.get("timeout") or {}
