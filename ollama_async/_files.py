@@ -109,7 +109,7 @@ class FileTransfer(Session):
 
         Raises:
             RequestError: The file cannot be read.
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection and the file at once.
 
@@ -143,7 +143,7 @@ class FileTransfer(Session):
 
         Raises:
             RequestError: The file cannot be read.
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection and the file at once.
 
@@ -165,7 +165,7 @@ class FileTransfer(Session):
 
         Raises:
             RequestError: It is no digest.
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -320,6 +320,13 @@ def _files_of(given: Path, *, follow_links: bool) -> list[ModelFile]:
 def _checked_file(path: Path, within: tuple[str, ...]) -> ModelFile:
     # All are looked at before the first one is hashed, which may take minutes; and each again when it is opened to be
     # read.
+    try:
+        path.name.encode()
+    except UnicodeEncodeError:
+        # The server is told the names, in JSON.
+        raise RequestError(
+            f"cannot send {str(path)!r}: the file's name is not UTF-8; give the file another one"
+        ) from None
     with RegularFile(path, within) as file:
         file.open()
         return ModelFile(path.name, path, within, file.size)

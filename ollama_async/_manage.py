@@ -12,6 +12,7 @@ from ._files import FileTransfer
 from ._model.input import (
     checked,
     checked_stream,
+    encode_json,
     encode_messages,
     encode_options,
     encoded,
@@ -77,7 +78,7 @@ class ModelManagement(FileTransfer):
         """Return the models that the server has.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -92,7 +93,7 @@ class ModelManagement(FileTransfer):
         """Return the models that are loaded.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -107,7 +108,7 @@ class ModelManagement(FileTransfer):
         """Return the server's version.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -122,7 +123,7 @@ class ModelManagement(FileTransfer):
         """Return whether the server uses models in the cloud.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -137,7 +138,7 @@ class ModelManagement(FileTransfer):
         """Return the models that the server recommends.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -154,7 +155,7 @@ class ModelManagement(FileTransfer):
 
         Raises:
             AuthenticationError: To none; ``signin_url`` says where to sign in.
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -170,7 +171,7 @@ class ModelManagement(FileTransfer):
 
         Raises:
             AuthenticationError: It is not signed in.
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -200,7 +201,7 @@ class ModelManagement(FileTransfer):
             **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -217,7 +218,7 @@ class ModelManagement(FileTransfer):
         """Give a model a second name.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -231,7 +232,7 @@ class ModelManagement(FileTransfer):
         """Delete a model.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -345,24 +346,33 @@ class ModelManagement(FileTransfer):
             The last step; with ``stream=True`` a stream of all steps.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
         Server: ``POST /api/create``
         """
         hide(call)
-        body = {
-            "model": model_name(model),
-            "stream": checked_stream(stream),
-            "from": from_ if from_ is None else model_name(from_, "from_"),
-            "license": _licenses(license),
-            "parameters": encode_options(parameters, "parameters"),
-            "messages": None if messages is None else encode_messages(messages),
-            **checked("text", quantize=quantize, template=template, system=system, renderer=renderer, parser=parser),
-            **checked("text", requires=requires, remote_host=remote_host, draft_quantize=draft_quantize),
-            **checked("mapping", files=files, adapters=adapters, info=info, draft_files=draft_files),
-        }
+        body = _create_body(
+            model,
+            stream=stream,
+            from_=from_,
+            license=license,
+            parameters=parameters,
+            messages=messages,
+            quantize=quantize,
+            template=template,
+            system=system,
+            renderer=renderer,
+            parser=parser,
+            requires=requires,
+            remote_host=remote_host,
+            draft_quantize=draft_quantize,
+            files=files,
+            adapters=adapters,
+            info=info,
+            draft_files=draft_files,
+        )
         return self._progress("/api/create", body, call)
 
     async def create_from(
@@ -392,7 +402,7 @@ class ModelManagement(FileTransfer):
         Raises:
             RequestError: A file cannot be read, is no regular file, or is outside of the folder; or the folder has no
                 model in it.
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection and the file at once.
 
@@ -409,6 +419,11 @@ class ModelManagement(FileTransfer):
         job = self._job(call, on_progress)
         files = await self._find(job, path, follow_links=follow_links)
         adapters = None if adapter is None else await self._find(job, adapter, follow_links=follow_links)
+        # What create() would refuse when all has been uploaded.
+        named = [
+            None if found is None else dict.fromkeys((file.name for file in found), "") for found in (files, adapters)
+        ]
+        encode_json(_create_body(model, stream=True, files=named[0], adapters=named[1], **given))
         job.expect([*files, *(adapters or [])])
         uploaded = await self._upload_all(files, job)
         extra = None if adapters is None else await self._upload_all(adapters, job)
@@ -480,7 +495,7 @@ class ModelManagement(FileTransfer):
             The last step; with ``stream=True`` a stream of all steps.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once; the server may finish the part that it is at.
 
@@ -527,7 +542,7 @@ class ModelManagement(FileTransfer):
             The last step; with ``stream=True`` a stream of all steps.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once; the server may finish the part that it is at.
 
@@ -551,7 +566,7 @@ class ModelManagement(FileTransfer):
 
         Raises:
             RequestError: There is no key.
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -577,7 +592,7 @@ class ModelManagement(FileTransfer):
 
         Raises:
             RequestError: There is no key.
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -607,6 +622,39 @@ class ModelManagement(FileTransfer):
         if body["stream"]:
             return self._stream(ProgressMerge(), path, body, call)
         return self._request(ProgressResponse, "POST", path, body, call)
+
+
+def _create_body(
+    model: str,
+    *,
+    stream: object,
+    from_: object = None,
+    license: object = None,
+    parameters: object = None,
+    messages: object = None,
+    **given: object,
+) -> dict[str, Any]:
+    """Check what ``create`` was given, and return the body of its request."""
+    kinds = {kind: {name: given[name] for name in names if name in given} for kind, names in _CREATE_KINDS.items()}
+    return {
+        "model": model_name(model),
+        "stream": checked_stream(stream),
+        "from": from_ if from_ is None else model_name(from_, "from_"),
+        "license": _licenses(license),
+        "parameters": encode_options(parameters, "parameters"),
+        "messages": None if messages is None else encode_messages(messages),
+        **checked("text", **kinds["text"]),
+        **checked("mapping", **kinds["mapping"]),
+    }
+
+
+_CREATE_KINDS = {
+    "text": (
+        *("quantize", "template", "system", "renderer", "parser", "requires"),
+        *("remote_host", "draft_quantize"),
+    ),
+    "mapping": ("files", "adapters", "info", "draft_files"),
+}
 
 
 def _required(value: object, parameter: str) -> str:

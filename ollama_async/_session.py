@@ -19,6 +19,7 @@ from . import __version__
 from ._call.call import Call
 from ._call.decoder import NdjsonDecoder
 from ._call.exchange import Exchange
+from ._call.failures import misfit
 from ._call.ndjson import MAX_LINE_BYTES
 from ._call.request import RequestWriter
 from ._call.retry import RetryBudget
@@ -35,6 +36,7 @@ from ._wire.http1 import header_flaw
 from ._wire.proxy import ProxyTransport, http_proxy
 from ._wire.tls import TlsOptions
 from ._wire.transport import DirectTransport
+from ._wire.unpack import encodings_asked_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -186,6 +188,7 @@ class Session(LiveObject):
         self._closed = False
         own = self._own_headers(trust_env=trust_env)
         self._headers = (_headers(own, given) if given.value else own).value
+        self._unpackable = encodings_asked_for(self._headers.get("Accept-Encoding", ""))
         if http_client is None:
             if via.value is None and trust_env and transport is None and uds is None:
                 via = Secret(env_proxy(self._host, even_local=compat))
@@ -199,8 +202,14 @@ class Session(LiveObject):
                 # Where somebody's code runs within the request, the request needs a task of its own.
                 if not any(map(others.value.get, ("auth", "event_hooks", "mounts"))):
                     self._direct = transport
+            # Each request names its URL; programs written for ollama-python look here for where it goes.
             self._client = HttpClient(
-                transport=transport, follow_redirects=follow_redirects, timeout=None, trust_env=False, **others.value
+                base_url=self._host.url,
+                transport=transport,
+                follow_redirects=follow_redirects,
+                timeout=None,
+                trust_env=False,
+                **others.value,
             )
         elif transport is not None or via.value is not None or uds is not None or others.value:
             raise RequestError("with http_client= the options of the connection are that client's; give no others")
@@ -296,6 +305,7 @@ class Session(LiveObject):
         if self._closed:
             raise StreamClosed("the client is closed")
         retries = options.get("retries")
+        asked = _accept_encoding(given_headers(options))
         exchange = Exchange(
             self._client,
             request,
@@ -303,6 +313,7 @@ class Session(LiveObject):
             streaming=streaming,
             timeouts=Timeouts.of(options["timeout"]) if "timeout" in options else self._timeouts,
             budget=RetryBudget.of(self._retries if retries is None else retries, resume=resume),
+            unpackable=self._unpackable if asked is None else encodings_asked_for(asked),
         )
         tokens: list[tuple[CancelToken, Kind]] = [(self._closing, "closed"), (self._current(), "aborted")]
         if self._token is not None:
@@ -357,8 +368,9 @@ class Session(LiveObject):
         try:
             reply: ModelT = model.__pydantic_validator__.validate_json(answer)
         except ValidationError as exc:
-            shown = answer[:80].decode("utf-8", "replace")
-            raise ProtocolError(f"the answer to {method} {path} is not what Ollama sends: {shown!r}") from exc
+            raise ProtocolError(
+                f"the answer to {method} {path} is not what Ollama sends: {misfit(exc, answer)}"
+            ) from exc
         reply.set_response_info(exchange.response_info(response_model))
         return reply
 
@@ -406,7 +418,8 @@ def _plain_headers() -> Secret[httpx.Headers]:
         httpx.Headers(
             {
                 "Accept": "application/json",
-                # Answers are cut into lines as they come; Ollama does not compress, and proxies shall not.
+                # Answers are cut into lines as they come; Ollama does not compress, and proxies shall not, unless a
+                # caller asks for it.
                 "Accept-Encoding": "identity",
                 "Content-Type": "application/json",
                 "User-Agent": _USER_AGENT,
@@ -447,6 +460,10 @@ def given_headers(call: CallOptions) -> Secret[Mapping[str, str]] | None:
     hide(call)
     given = cast("Secret[Mapping[str, str]] | None", call.get("headers"))
     return given if given is not None and given.value else None
+
+
+def _accept_encoding(given: Secret[Mapping[str, str]] | None) -> str | None:
+    return None if given is None else httpx.Headers(given.value).get("Accept-Encoding")
 
 
 def check_call(call: CallOptions) -> None:

@@ -17,7 +17,7 @@ import types
 from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
     Owner: TypeAlias = Callable[[Request], str | Awaitable[str]]
 
-__all__ = ["CLIENT_LEFT", "CLIENT_STUCK", "ID_HEADER", "StreamResponse", "stop_route"]
+__all__ = ["CLIENT_LEFT", "CLIENT_STUCK", "ID_HEADER", "RECONNECTED", "StreamResponse", "stop_route"]
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +59,8 @@ CLIENT_LEFT = "the client left"
 """The reason of a stream that was aborted because whoever asked for it went away."""
 CLIENT_STUCK = "the client took nothing for too long"
 """The reason of a stream that was aborted because the client read nothing within ``send_timeout``."""
+RECONNECTED = "the client connected again to an answer that is over"
+"""The reason of a stream that was never opened, since its request continues an earlier response."""
 
 # 22 characters of base64 are 128 bits.
 _ID = re.compile(r"[A-Za-z0-9_-]{22,128}")
@@ -78,6 +80,9 @@ class StreamResponse(Response):
     The model's stream is opened first. If that fails, the response is a JSON error with a status of its own; else the
     events ``open``, ``chunk`` for each chunk, and ``end`` follow, as Server-Sent Events or as lines of JSON.
     A client that leaves is noticed at once, also while the model is silent or the client reads slowly.
+
+    A request that continues an earlier response, as a browser's ``EventSource`` sends it each time a response has
+    ended, is answered 204, which tells the browser to stop: the model is not asked a second time.
 
     Args:
         stream: What ``chat(..., stream=True)`` or ``generate(..., stream=True)`` returned, not read yet.
@@ -145,12 +150,26 @@ class StreamResponse(Response):
         """
         given = self.stream_id or Headers(scope=scope).get(ID_HEADER) or secrets.token_urlsafe(24)
         delivery = _Delivery(self, given, scope, receive, send)
-        if _ID.fullmatch(given):
+        if _continues(scope):
+            self.stream.abort(RECONNECTED)
+            await delivery.answer(Response(status_code=204, headers={"Cache-Control": "no-store"}))
+        elif _ID.fullmatch(given):
             await delivery.run()
         else:
             await delivery.answer(_error(400, f"the header {ID_HEADER}: {_ID_RULE}"))
         if self.background is not None:
             await self.background()
+
+
+def _continues(scope: Scope) -> bool:
+    """Return whether a client asks for the rest of an earlier response, not for an answer.
+
+    Browsers, and libraries that read events with ``fetch``, say in a header which event they had last. A browser may
+    not send that header to another site without asking first, so the usual stand-in for ``EventSource`` says it in
+    the query.
+    """
+    last = Headers(scope=scope).get("Last-Event-ID") or QueryParams(scope.get("query_string", b"")).get("lastEventId")
+    return bool(last)
 
 
 class _Left(Exception):  # noqa: N818
@@ -171,6 +190,7 @@ class _Delivery:
         if self._connection is not None and response.send_timeout is not None:
             _limit_buffer(self._connection)
         self._begun = False
+        self._events: int = 0
         self._left = False
         self._stuck = False
         # The pulse sends, too.
@@ -345,7 +365,9 @@ class _Delivery:
     def _event(self, name: str, data: str) -> bytes:
         # JSON has no line breaks of its own, so one "data" line is enough.
         if self._response.format == "sse":
-            return f"event: {name}\ndata: {data}\n\n".encode()
+            # With the number, a browser says which event it had last when it connects again; see _continues().
+            self._events += 1
+            return f"id: {self._events}\nevent: {name}\ndata: {data}\n\n".encode()
         return f'{{"event":"{name}","data":{data}}}\n'.encode()
 
     def _ping(self) -> bytes:

@@ -155,11 +155,11 @@ async def read(stream: Stream[ChatResponse], count: int) -> list[str]:
 
 
 def by_signal(stop: Callable[[], Any]) -> None:
-    before = signal.signal(signal.SIGUSR1, lambda *_: stop())
+    before = signal.signal(signal.SIGTERM, lambda *_: stop())
     try:
-        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGTERM)
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        signal.signal(signal.SIGTERM, before)
 
 
 def by_thread(stop: Callable[[], Any]) -> None:

@@ -331,6 +331,14 @@ def test_s30_no_time_at_all_is_an_aborted_token(seconds: float) -> None:
     assert [type(reason) for reason in seen] == [TimeoutError]
 
 
+@pytest.mark.parametrize(
+    "seconds", [pytest.param(sign * 10**size, id=f"{sign}e{size}") for sign in (1, -1) for size in (400, 5000)]
+)
+def test_s30_a_number_that_no_clock_has_is_refused(seconds: int) -> None:
+    with pytest.raises(RequestError, match="give a number of seconds"):
+        CancelToken.timeout(seconds)
+
+
 @pytest.mark.parametrize("seconds", [1e10, float("inf")])
 @pytest.mark.parametrize("looped", [True, False])
 def test_s30_a_deadline_beyond_all_time_is_a_token_that_waits(seconds: float, looped: bool) -> None:

@@ -244,9 +244,9 @@ async def test_error_bodies_that_are_not_ollamas(
 @pytest.mark.parametrize(
     ("frame", "text", "code", "url"),
     [
-        (b'{"error":"the runner died"}\n', "the runner died", 200, None),
+        (b'{"error":"the runner died"}\n', "the runner died", -1, None),
         (b'{"StatusCode":503,"Status":"503 Busy","error":"busy"}', "busy", 503, None),
-        (b'{"error":"unauthorized","signin_url":"https://o/c"}\n', "unauthorized", 200, "https://o/c"),
+        (b'{"error":"unauthorized","signin_url":"https://o/c"}\n', "unauthorized", -1, "https://o/c"),
     ],
 )
 async def test_an_error_inside_a_stream_keeps_what_came(
@@ -416,7 +416,10 @@ async def test_a_timeout_of_httpx(given: Any, compat: bool, meant: Timeouts) -> 
         assert client._timeouts == meant
 
 
-@pytest.mark.parametrize("timeout", [True, 0, "5", httpx.Timeout(0)])
+@pytest.mark.parametrize(
+    "timeout",
+    [True, 0, "5", httpx.Timeout(0), *(pytest.param(10**size, id=f"1e{size}") for size in (400, 5000))],
+)
 @pytest.mark.parametrize("compat", [False, True])
 def test_a_timeout_that_is_none_is_refused(timeout: Any, compat: bool) -> None:
     with pytest.raises(RequestError, match="timeout"):

@@ -282,6 +282,15 @@ def test_pauses_grow_up_to_a_limit() -> None:
         assert 0.75 * longest <= delay <= longest
 
 
+def test_a_pause_stays_what_it_is_however_often_it_fails() -> None:
+    attempts = RetryBudget(10**6)
+    for _ in range(1100):
+        attempts.record_failure()
+    delay = attempts.backoff(ConnectError(), answered=False)
+    assert delay is not None
+    assert 6.0 <= delay <= 8.0
+
+
 @pytest.mark.parametrize(
     ("value", "low", "high"),
     [("0", 0, 0), ("7", 7, 7), (formatdate(0, usegmt=True), 0, 0), ("soon", 0.375, 0.5), ("-1", 0.375, 0.5)],

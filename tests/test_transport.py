@@ -35,7 +35,7 @@ URL = "/x"
 @pytest_asyncio.fixture(autouse=True)
 async def nothing_left(fake_ollama: FakeOllama) -> AsyncIterator[Baseline]:
     """Before and after each test the same is open, with the garbage collector off in between."""
-    async with nothing_left_behind() as baseline:
+    async with nothing_left_behind(limit=5.0) as baseline:
         yield baseline
 
 

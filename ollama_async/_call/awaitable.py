@@ -1,4 +1,4 @@
-"""``Guarded``: a coroutine that also notices when it is ended before its first step."""
+"""``Guarded``: a coroutine that notices a cancellation before its first step."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ ResultT = TypeVar("ResultT")
 
 
 class Guarded(Coroutine[Any, Any, ResultT]):
-    """A coroutine around another one, whose cancellation is noticed at any moment.
+    """A coroutine around another one that notices a cancellation at any moment.
 
     A task that is cancelled before its first step throws the cancellation into its coroutine, and Python ends a
     coroutine that has not begun without running any of it. So ``wait_for(anext(stream), 0)`` would leave the stream
-    open, whatever is written in ``__anext__()``.
+    open, whatever ``__anext__()`` does.
 
     Args:
-        coroutine: What does the work.
-        cancelled: Called when an exception is thrown in before the first step. Not when the coroutine is closed or
-            dropped before that: then nobody has begun anything.
-        name: The qualified name of the method that this is the coroutine of.
+        coroutine: The coroutine that does the work.
+        cancelled: Called if an exception is thrown in before the first step. Not called if the coroutine is closed or
+            dropped before that: then nothing has begun.
+        name: The qualified name of the method that returns this coroutine.
     """
 
     __slots__ = ("__weakref__", "_begun", "_cancelled", "_coroutine")
 
     def __init__(self, coroutine: Coroutine[Any, Any, ResultT], cancelled: Callable[[], object], name: str) -> None:
-        # What tasks and warnings show: the method that the user has called.
+        # Tasks and warnings show this name: the method that the user has called.
         cast("Any", coroutine).__qualname__ = name
         self._coroutine = coroutine
         self._cancelled = cancelled
         self._begun = False
 
     def send(self, value: Any) -> Any:
-        """Go on to the next point at which it waits."""
+        """Run to the next point where the coroutine waits."""
         self._begun = True
         return self._coroutine.send(value)
 
@@ -45,14 +45,14 @@ class Guarded(Coroutine[Any, Any, ResultT]):
         val: BaseException | object = None,
         tb: TracebackType | None = None,
     ) -> Any:
-        """Raise an exception where it waits."""
+        """Raise an exception where the coroutine waits."""
         if not self._begun:
             self._cancelled()
-        # Not its three-argument form, of which newer Pythons warn.
+        # Not the form with three arguments, which newer Pythons warn about.
         return self._coroutine.throw(typ if val is None and tb is None else _instance(typ, val, tb))
 
     def close(self) -> None:
-        """End it where it waits."""
+        """End the coroutine where it waits."""
         self._coroutine.close()
 
     def __await__(self) -> Any:
@@ -65,7 +65,7 @@ class Guarded(Coroutine[Any, Any, ResultT]):
         return self.send(None)
 
     def __getattr__(self, name: str) -> Any:
-        # Its name, frame and code, which tasks show and debuggers follow.
+        # The coroutine's name, frame and code, which tasks show and debuggers follow.
         return getattr(self._coroutine, name)
 
 

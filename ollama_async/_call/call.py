@@ -1,4 +1,4 @@
-"""``Call``: the attempts of one call, under the same tokens and limits. Each retry is decided here."""
+"""``Call``: the attempts of one call, under the same tokens and limits; here each retry is decided."""
 
 from __future__ import annotations
 

@@ -55,10 +55,12 @@ ChunkT = TypeVar("ChunkT", bound=Chunk)
 class Validators(Generic[ChunkT]):
     """How chunks are made of JSON: one of an object, or many of an array; both raise pydantic's ``ValidationError``."""
 
-    __slots__ = ("many", "one")
+    __slots__ = ("many", "one", "whole")
 
-    def __init__(self, schema: cs.CoreSchema) -> None:
+    def __init__(self, schema: cs.CoreSchema, whole: Callable[[bytes], object] | None = None) -> None:
         self.one: Callable[[bytes], ChunkT] = SchemaValidator(schema).validate_json
+        # Says what is wrong with a chunk, once where the schema describes it in two ways.
+        self.whole = whole or self.one
         self.many: Callable[[bytes], list[ChunkT]] = SchemaValidator(cs.list_schema(schema)).validate_json
 
     @classmethod

@@ -1,4 +1,4 @@
-"""``NdjsonDecoder``: the bytes of a body in, chunks out. No socket, no event loop.
+"""``NdjsonDecoder``: the bytes of a body in, chunks out; no socket, no event loop.
 
 A decoder of another framing (SSE, say) has the same methods; a stream asks for nothing else.
 """
@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from ollama_async._errors import ProtocolError
 
 from .chunk import Chunk, ChunkT
-from .failures import json_object
+from .failures import json_object, misfit
 from .ndjson import LineSplitter
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class NdjsonDecoder(LineSplitter, Generic[ChunkT]):
         try:
             return self._validators.one(line)
         except ValidationError as exc:
-            raise ProtocolError(_explain(line, exc, last=self.eof)) from exc
+            raise ProtocolError(_explain(line, self._validators.whole, last=self.eof)) from exc
 
     def _decode_batch(self, lines: list[bytes]) -> list[ChunkT]:
         """Make chunks of the first of some lines, as if they were one JSON array.
@@ -164,7 +164,7 @@ class NdjsonDecoder(LineSplitter, Generic[ChunkT]):
 _is_done: Callable[[Chunk], bool] = attrgetter("done")
 
 
-def _explain(line: bytes, exc: ValidationError, *, last: bool) -> str:
+def _explain(line: bytes, validate: Callable[[bytes], object], *, last: bool) -> str:
     shown = line[:80].decode("utf-8", "replace")
     more = "..." if len(line) > 80 else ""
     try:
@@ -173,4 +173,9 @@ def _explain(line: bytes, exc: ValidationError, *, last: bool) -> str:
         if last:
             return f"the server's answer ends in the middle of a line: {shown!r}{more}"
         return f"the server's answer is not NDJSON, it has the line {shown!r}{more}"
-    return f"the server's answer has a line that is not a chunk of an answer: {shown!r}{more}"
+    what = f"{shown!r}{more}"
+    try:
+        validate(line)
+    except ValidationError as exc:
+        what = misfit(exc, line)
+    return f"the server's answer has a line that is not a chunk of an answer: {what}"

@@ -20,9 +20,10 @@ from ollama_async._wire.intercept import is_intercepted
 from ollama_async._wire.phase import Phase
 from ollama_async._wire.reader import ExchangeEnded, ExchangeOutcome, Framing, Kind, ResponseReader
 from ollama_async._wire.transport import ANSWERED, READER
+from ollama_async._wire.unpack import Unpacker, encoding_of
 
 from .chunk import ResponseInfo
-from .failures import encoding_error, json_object, status_error, stream_error, translate
+from .failures import json_object, status_error, strange_encoding, stream_error, translate
 from .foreign import ForeignRequest
 from .timeouts import LIMITS, TO_COME
 
@@ -56,6 +57,7 @@ class Exchange:
         streaming: Whether the answer is complete when its reader has got to the end, not when it has arrived.
         timeouts: How long each phase may last.
         budget: How often the request may be sent again.
+        unpackable: How the answer may be compressed.
 
     Attributes:
         reader: The reader of the answer; it knows the phase and decides the outcome.
@@ -76,6 +78,7 @@ class Exchange:
         "_timeouts",
         "_timer",
         "_transport",
+        "_unpackable",
         "budget",
         "ended_at",
         "loop",
@@ -92,6 +95,7 @@ class Exchange:
         streaming: bool,
         timeouts: Timeouts,
         budget: RetryBudget,
+        unpackable: frozenset[str] = frozenset(),
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.reader = ResponseReader(self.loop, self, Framing.LINES if streaming else Framing.WHOLE)
@@ -103,6 +107,7 @@ class Exchange:
         self._streaming = streaming
         self._timeouts = timeouts
         self.budget = budget
+        self._unpackable = unpackable
         # Not before this time of the loop's clock is it sent.
         self._not_before = 0.0
         self._foreign: ForeignRequest | None = None
@@ -118,6 +123,7 @@ class Exchange:
             streaming=self._streaming,
             timeouts=self._timeouts,
             budget=self.budget,
+            unpackable=self._unpackable,
         )
         attempt.started_at = self.started_at
         attempt._not_before = self.loop.time() + delay
@@ -344,17 +350,18 @@ class Exchange:
 
     def head_arrived(self, head: Head) -> None:
         """Tell what the body is made of, and refuse what cannot be read."""
-        reader, error = self.reader, None
+        reader = self.reader
         leads_on = 300 <= head.status < 400
         if self._streaming:
             reader.framing = Framing.LINES if head.status < 300 else Framing.PAGE
         else:
             reader.framing = Framing.PAGE if leads_on else Framing.WHOLE
         # Decided here, because an answer that comes all at once is at its end before its reader has seen the head.
-        if self._transport is not None and not leads_on:
-            error = encoding_error(head.headers)
-        if error is not None:
-            reader.decide(ExchangeOutcome("error", error))
+        encoding = None if leads_on else encoding_of(head.headers)
+        if encoding is not None and encoding in self._unpackable:
+            reader.unpacker = Unpacker(encoding)
+        elif encoding is not None and self._transport is not None:
+            reader.decide(ExchangeOutcome("error", strange_encoding(encoding)))
 
     def outcome_decided(self) -> None:
         """Leave the tokens: one that outlives many calls must not collect what is left of them; in any thread."""

@@ -1,4 +1,4 @@
-"""What went wrong, as one of our errors: failures of transports, error statuses, error frames."""
+"""Failures of transports, error statuses and error frames, as our errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ from ollama_async._wire.parser import PeerClosed
 from ollama_async._wire.reader import ExchangeEnded, ResponseReader
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Sequence
+
+    from pydantic import ValidationError
 
     from .timeouts import Timeouts
 
@@ -35,14 +37,14 @@ def _connection_broken(exc: BaseException, limits: Timeouts) -> OllamaError:
 
 
 def _remote_protocol(exc: BaseException, limits: Timeouts) -> OllamaError:
-    # What h11, under other transports, says of a connection that ended.
+    # The texts of h11, under other transports, for a connection that ended.
     if isinstance(exc, PeerClosed) or str(exc).startswith(("peer closed", "Server disconnected")):
         return _connection_broken(exc, limits)
     return ProtocolError(str(exc))
 
 
 # By name, so that the exceptions of httpx2 (a continuation of httpx) are known without importing it. The first class in
-# the exception's line of descent that stands here decides.
+# the exception's __mro__ that has a row decides.
 _TRANSLATIONS: dict[str, Callable[[BaseException, Timeouts], OllamaError]] = {
     "ConnectTimeout": lambda _, limits: PhaseTimeout("connect", limits.connect or 0.0),
     "PoolTimeout": lambda _, limits: PhaseTimeout("connect", limits.connect or 0.0),
@@ -60,7 +62,7 @@ _TRANSLATIONS: dict[str, Callable[[BaseException, Timeouts], OllamaError]] = {
 
 
 def translate(exc: BaseException, limits: Timeouts, partial: Any) -> BaseException:
-    """Turn an error of a transport into one of ours; leave everything else as it is."""
+    """Turn an error of a transport into one of ours; return any other exception unchanged."""
     if isinstance(exc, OllamaError):
         _strip(exc)
         return _fresh(exc, partial)
@@ -76,9 +78,9 @@ def translate(exc: BaseException, limits: Timeouts, partial: Any) -> BaseExcepti
 
 
 def _strip(exc: BaseException | None) -> None:
-    """Drop what an error that the exchange keeps has collected on its way here.
+    """Drop the tracebacks of an error that the exchange keeps.
 
-    Its tracebacks hold the frames that hold the exchange: a circle that only the garbage collector would open.
+    They hold frames that hold the exchange: a cycle that only the garbage collector would free.
     """
     while exc is not None:
         exc.__traceback__ = None
@@ -90,7 +92,7 @@ def _strip(exc: BaseException | None) -> None:
 
 
 def _fresh(exc: OllamaError, partial: Any) -> OllamaError:
-    """Copy an error that may be raised again: one instance would collect a traceback at each raise."""
+    """Copy an error that may be raised again: one instance would get a longer traceback at each raise."""
     copy = type(exc).__new__(type(exc))
     copy.args = exc.args
     copy.__dict__.update(exc.__dict__)
@@ -101,14 +103,14 @@ def _fresh(exc: OllamaError, partial: Any) -> OllamaError:
 
 _MAX_ERROR_TEXT = 500
 
-# Two patterns without a repetition, each searched for once: a stranger wrote the page, and `<title[^>]*>(.*?)</title>`
+# Two patterns without a repetition, each searched for once: the page may be hostile, and `<title[^>]*>(.*?)</title>`
 # takes quadratic time where many titles begin and none ends.
 _TITLE_BEGINS = re.compile("<title", re.IGNORECASE)
 _TITLE_ENDS = re.compile("</title>", re.IGNORECASE)
 
 
 def status_error(reader: ResponseReader, body: bytes) -> ResponseError:
-    """Make the error that an answer with an error status stands for, out of JSON, HTML, text or nothing."""
+    """Make the error for an answer with an error status, from a body of JSON, HTML, text or nothing."""
     text = body.decode("utf-8", "replace").strip()
     frame = json_object(text)
     if frame.get("error"):
@@ -121,7 +123,7 @@ def status_error(reader: ResponseReader, body: bytes) -> ResponseError:
 
 
 def json_object(text: str | bytes) -> dict[str, Any]:
-    """Read a JSON object; anything else is an empty one."""
+    """Read a JSON object; return an empty one for anything else."""
     try:
         value: object = json.loads(text)
     except (ValueError, RecursionError):
@@ -142,13 +144,13 @@ def _html_title(page: str) -> str | None:
     ends = _TITLE_ENDS.search(page, start) if start else None
     if ends is None:
         return None
-    # Cut before it is unescaped, too: there a character reference with thousands of digits is a ValueError.
+    # Cut before html.unescape() as well: a character reference with thousands of digits raises ValueError there.
     return html.unescape(page[start : ends.start()].strip()[: 2 * _MAX_ERROR_TEXT]).strip()
 
 
 def _error_text(error: object) -> str:
     if isinstance(error, dict):
-        # As the OpenAI-compatible routes and many gateways send it.
+        # The form of the OpenAI-compatible routes and of many gateways.
         error = cast("dict[str, object]", error).get("message", cast("object", error))
     return _showable(error) if isinstance(error, str) else json.dumps(error)
 
@@ -159,7 +161,7 @@ def _sign_in(error: ResponseError, frame: dict[str, Any]) -> None:
 
 
 def _showable(text: str) -> str:
-    """Replace halves of characters, which JSON can have and no log or terminal can take."""
+    """Replace lone surrogates, which JSON can contain and no log or terminal can print."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -172,9 +174,45 @@ def stream_error(frame: dict[str, Any], reader: ResponseReader) -> StreamError:
     return error
 
 
-def encoding_error(headers: Iterable[tuple[bytes, bytes]]) -> ProtocolError | None:
-    """Refuse a compressed answer: it was not asked for, and its size is not known before it is unpacked."""
-    for name, value in headers:
-        if name.lower() == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
-            return ProtocolError(f"the answer is encoded as {value.decode('latin-1')!r}, which was not asked for")
-    return None
+def strange_encoding(encoding: str) -> ProtocolError:
+    """Refuse a compressed answer that was not requested: its decompressed size is unknown."""
+    return ProtocolError(
+        f"the answer is encoded as {encoding[:40]!r}, which was not asked for; "
+        "headers={'Accept-Encoding': 'gzip, deflate'} allows these two"
+    )
+
+
+# How much of a path, of a value and of an answer the text of an error shows.
+_PATH, _VALUE, _ANSWER = 80, 40, 80
+
+
+def misfit(exc: ValidationError, answer: bytes) -> str:
+    """Say which field of an answer is wrong, what was expected there, and what arrived."""
+    first = exc.errors(include_url=False)[0]
+    begins = _cut(repr(answer[:_ANSWER].decode("utf-8", "replace")), 2 * _ANSWER)
+    if first["type"] == "json_invalid":
+        return f"it is not JSON: {begins}"
+    place, expected = _path(first["loc"]), first["msg"]
+    if first["type"] == "missing":
+        return f"{place} is missing; it begins with {begins}"
+    expected = expected.removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"{place}: expected {expected}, came {_came(first['input'])}; it begins with {begins}"
+
+
+def _path(place: Sequence[int | str]) -> str:
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in place]
+    return _cut("".join(parts).removeprefix(".") or "the whole", _PATH)
+
+
+def _came(value: object) -> str:
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list):
+        return "an array"
+    if isinstance(value, str):
+        return f"the text {_cut(repr(value[:_VALUE]), _VALUE)}"
+    return _cut(json.dumps(value), _VALUE)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[:length] + "..."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +12,9 @@ from ollama_async._wire.phase import Phase
 from ollama_async._wire.reader import ExchangeOutcome, Framing, ResponseReader
 from ollama_async._wire.tasks import cancel_once, join_cancelled
 from ollama_async._wire.transport import READER
+from ollama_async._wire.unpack import encoding_of
 
-from .failures import encoding_error
+from .failures import strange_encoding
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -60,7 +60,8 @@ class ForeignRequest:
         if self._socket is None or asyncio._get_running_loop() is not reader.loop:  # noqa: SLF001
             return
         try:
-            duplicate = socket.socket(fileno=os.dup(self._socket.fileno()))
+            # Not os.dup(), which on Windows knows files only.
+            duplicate = socket.socket(fileno=socket.dup(self._socket.fileno()))
         except OSError:
             return
         with duplicate:
@@ -125,11 +126,14 @@ class ForeignRequest:
         reason = response.extensions.get("reason_phrase", b"")
         version = response.extensions.get("http_version", b"HTTP/1.1")
         reader.feed_head(Head(response.status_code, reason, headers, version))
-        error = encoding_error(headers)
-        if error is not None:
-            # Not even httpx may unpack it: a block of it may become a thousand times as much.
-            raise error
-        async for block in response.aiter_bytes():
+        encoding = encoding_of(headers)
+        if encoding is not None and reader.unpacker is None:
+            raise strange_encoding(encoding)
+        if response.is_stream_consumed:
+            # A mock has made it of what httpx has unpacked by then.
+            reader.unpacker = None
+        # Not even httpx may unpack it: a block of it may become a thousand times as much.
+        async for block in response.aiter_bytes() if reader.unpacker is None else response.aiter_raw():
             reader.received_at = reader.loop.time()
             room = reader.feed_data(block)
             if not room:

@@ -1,4 +1,4 @@
-"""NDJSON framing: blocks of bytes in, whole lines out."""
+"""``LineSplitter``: blocks of bytes in, whole lines out."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ MAX_LINE_BYTES = 16 * 1024 * 1024
 class LineSplitter:
     r"""Cuts a body that arrives in blocks into lines.
 
-    It works on bytes and knows one separator, ``b"\n"``. Text-based splitters also cut at U+0085 and U+2028, which
-    Go does not escape inside JSON strings, and they have to decode a character that a block may have cut in two.
+    It works on bytes and knows one separator, ``b"\n"``. Text splitters also cut at U+0085 and U+2028, which Go does
+    not escape inside JSON strings, and they have to decode characters that a block may cut in two.
     """
 
     __slots__ = ("_limit", "_parts", "_size", "failure")
 
     def __init__(self, limit: int = MAX_LINE_BYTES) -> None:
         self._limit = limit
-        # The unfinished line as the blocks it came in: joining them at each block would cost the square of its length.
+        # The blocks of the unfinished line: joining them at each block would cost the square of its length.
         self._parts: list[bytes] = []
         self._size = 0
-        # What is wrong behind the lines that were returned; nothing can be read after it.
+        # What is wrong after the lines that were returned; nothing can be read behind it.
         self.failure: ProtocolError | None = None
 
     def feed_data(self, block: bytes) -> list[bytes]:
-        """Take the next block of the body, while there is no ``failure``.
+        """Take the next block of the body; only while there is no ``failure``.
 
         Args:
-            block: Any number of bytes, cut anywhere.
+            block: Any number of bytes; it may end anywhere.
 
         Returns:
-            The lines that are complete now, without their line ends; blank ones are left out. If a line is over the
-            limit, the lines before it, and ``failure`` is set.
+            The lines that are complete now, without line ends and without blank lines. If a line is over the limit,
+            only the lines before it, and ``failure`` is set.
         """
         reach = self._size + len(block)
         lines = block.split(b"\n")
@@ -59,7 +59,7 @@ class LineSplitter:
         return lines[:place]
 
     def flush(self) -> bytes:
-        """End the body: return the last line if it had no line end, else ``b""``."""
+        """End the body; return the last line if it has no line end, else ``b""``."""
         rest = b"".join(self._parts)
         self._parts = []
         self._size = 0

@@ -1,4 +1,4 @@
-"""A request: as bytes where nobody else's code is on its way, as a request of httpx where somebody's is."""
+"""A request: as bytes where only our code is on its way, else as an httpx request."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
     from ollama_async._wire.transport import DirectTransport
 
-# More than there are endpoints; the rest are digests, of which each is asked for once.
+# More than there are endpoints; the other URLs have digests, and each is used once.
 _HEADS = 64
 
 
 class Request:
-    """A request.
+    """A request, in the form in which it is sent.
 
     Attributes:
-        outgoing: Its bytes, if it needs nothing of httpx; else None.
+        encoded: Its bytes, if it needs nothing of httpx; else None.
     """
 
     __slots__ = ("_http", "_make", "encoded")
@@ -41,15 +41,15 @@ class Request:
 
     @property
     def http(self) -> httpx.Request:
-        """The same as a request of httpx."""
+        """The same as an httpx request."""
         if self._http is None:
             self._http = self._make()
         return self._http
 
     def discard(self, *, for_good: bool) -> None:
-        """Drop what was put into the extensions of the request of httpx; ``for_good``, all of the request.
+        """Drop the extensions that were added to the httpx request; with ``for_good``, drop the whole request.
 
-        A stream that is open for minutes does not keep what it has sent, unless that may be sent again.
+        A stream that is open for minutes does not keep what it has sent, unless it may be sent again.
         """
         if self._http is not None:
             kept = self._http.extensions.get(ABROAD)
@@ -66,8 +66,8 @@ def _gone() -> httpx.Request:
 class RequestWriter:
     """Writes the requests of a client.
 
-    httpx takes longer to make and send a request than everything else of a short call together. What it adds to a
-    request of a client without cookies is always the same; so the head is made by it once for each endpoint.
+    httpx takes longer to make and send a request than everything else in a short call together. What it adds to the
+    request of a client without cookies is always the same. So httpx makes the head once for each endpoint.
 
     Args:
         client: The httpx client.
@@ -90,19 +90,19 @@ class RequestWriter:
             try:
                 return Origin.of(request.url), Secret(encode_head(request, proxy).removesuffix(b"\r\n"))
             except (httpx.LocalProtocolError, httpx.UnsupportedProtocol):
-                # Told when it is sent, as everything that is wrong with a request.
+                # This raises again when the request is sent, like every error of a request.
                 return None
 
         self._head_of = head_of
 
     def write_abroad(self, method: str, url: str, content: Any, headers: Secret[httpx.Headers]) -> Request:
-        """Write a request to another server than the client's: none of the client's headers, cookies or parameters.
+        """Write a request to another server than the client's, without the client's headers, cookies and parameters.
 
         Args:
-            method: Its method.
-            url: Where to.
-            content: Its body, as httpx takes it.
-            headers: All that it has.
+            method: The method.
+            url: The URL.
+            content: The body, in a form that httpx takes.
+            headers: All headers of the request.
         """
 
         def make() -> httpx.Request:
@@ -114,10 +114,10 @@ class RequestWriter:
         """Write a request.
 
         Args:
-            method: Its method.
-            url: Where to.
-            content: Its body, as httpx takes it.
-            headers: In place of the client's, if it has its own.
+            method: The method.
+            url: The URL.
+            content: The body, in a form that httpx takes.
+            headers: Headers in place of the client's; ``None`` for the client's.
         """
 
         def make() -> httpx.Request:

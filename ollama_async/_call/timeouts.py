@@ -7,7 +7,7 @@ from typing import Final, Literal
 
 import httpx
 
-from ollama_async._errors import RequestError
+from ollama_async._errors import RequestError, shown
 from ollama_async._secret import showable
 from ollama_async._wire.phase import Phase
 
@@ -69,7 +69,7 @@ class Timeouts:
                 continue
             if not _is_time(value):
                 raise RequestError(
-                    f"timeout {field.name}={value!r}: give a number of seconds above 0, or None for no limit"
+                    f"timeout {field.name}={shown(value)}: give a number of seconds above 0, or None for no limit"
                 )
 
     @classmethod
@@ -91,7 +91,7 @@ class Timeouts:
         if value is None:
             return cls(connect=None, first_chunk=None, idle=None, total=None)
         if not _is_time(value):
-            raise RequestError(f"timeout={value!r}: give Timeouts(...), a number of seconds above 0, or None")
+            raise RequestError(f"timeout={shown(value)}: give Timeouts(...), a number of seconds above 0, or None")
         return cls(connect=min(10.0, value), idle=None, total=value)
 
 

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any, cast
 import anyio.to_thread
 import httpx
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, PydanticUserError, ValidationError, field_validator, model_serializer
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_serializer
 
-from ollama_async._errors import RequestError
+from ollama_async._errors import RequestError, shown
 from ollama_async._regular import read_file
 
 from .options import Options
-from .types import Message
+from .types import Message, base64_text, has_dump, plain
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
 
 def model_name(value: object, parameter: str = "model") -> str:
@@ -34,18 +34,53 @@ def model_name(value: object, parameter: str = "model") -> str:
 
 
 def encode_json(body: Mapping[str, Any]) -> bytes | JsonBody:
-    """Encode the body of a request, without the parameters that are None."""
+    """Encode the body of a request, without the parameters that are None.
+
+    Raises:
+        RequestError: Something in it cannot be written as JSON; the text says what, and where.
+    """
     given = {name: value for name, value in body.items() if value is not None}
     if _has_images(given):
+        # They are written while the request goes out, when it is too late to say what is wrong with the rest.
+        _to_json(_without_images(given))
         return JsonBody(given)
     return _to_json(given)
 
 
 def _to_json(body: Mapping[str, Any]) -> bytes:
     try:
-        return pydantic_core.to_json(body, inf_nan_mode="constants")
+        written = pydantic_core.to_json(body, inf_nan_mode="constants")
     except (ValueError, TypeError, pydantic_core.PydanticSerializationError) as exc:
-        raise RequestError(f"the request cannot be written as JSON: {exc}") from exc
+        place, flaw = next(_flaws(body), ("the request", str(exc)))
+        raise RequestError(f"{place} cannot be written as JSON: {flaw}") from exc
+    # As words they are in many a text: only then is it worth to look for numbers.
+    if b"NaN" in written or b"Infinity" in written:
+        for place, flaw in _flaws(body):
+            raise RequestError(f"{place} cannot be written as JSON: {flaw}")
+    return written
+
+
+def _flaws(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """Find what JSON does not have, and where it is."""
+    if isinstance(value, Mapping):
+        for name, field in cast("Mapping[object, object]", value).items():
+            yield from _flaws(field, f"{place}.{name}" if place else str(name))
+    elif isinstance(value, (list, tuple)):
+        for at, item in enumerate(cast("Sequence[Any]", value)):
+            yield from _flaws(item, f"{place}[{at}]")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            yield place, f"JSON has no number {value}"
+    elif not isinstance(value, Image):
+        try:
+            pydantic_core.to_json(value)
+        except (ValueError, TypeError, pydantic_core.PydanticSerializationError) as exc:
+            yield place, str(exc)
+        else:
+            if not isinstance(value, (str, int, type(None))):
+                # A set, a dataclass, a pydantic model: what is in there has no name in a request.
+                written = pydantic_core.to_jsonable_python(value, inf_nan_mode="constants")
+                yield from _flaws(written, place) if isinstance(written, (dict, list, float)) else ()
 
 
 def _has_images(body: Mapping[str, Any]) -> bool:
@@ -54,6 +89,11 @@ def _has_images(body: Mapping[str, Any]) -> bool:
         if images and any(isinstance(image, Image) for image in images):
             return True
     return False
+
+
+def _without_images(body: Mapping[str, Any]) -> dict[str, Any]:
+    messages = [{**message, "images": None} for message in body.get("messages", ())]
+    return {**body, "images": None, "messages": messages}
 
 
 class JsonBody(httpx.AsyncByteStream):
@@ -87,6 +127,8 @@ def checked(kind: str, **given: Any) -> dict[str, Any]:
         The parameters.
     """
     types, wanted = _KINDS[kind]
+    if kind == "mapping":
+        given = {name: plain(value) for name, value in given.items()}
     for name, value in given.items():
         # True is an int for Python, not for the server.
         if value is not None and (not isinstance(value, types) or (kind == "number" and isinstance(value, bool))):
@@ -120,7 +162,11 @@ def _encode_think(value: object) -> bool | str:
 
 
 # Each text can be read in one way only: with `\d+\.?\d*` digits could be split anywhere, in quadratic time.
-_GO_DURATION = re.compile(r"[-+]?((\d+(\.\d*)?|\.\d+)(ns|us|µs|μs|ms|s|m|h))+|[-+]?0")
+_GO_DURATION = re.compile(r"[-+]?((\d+(\.\d*)?|\.\d+)(ns|us|µs|μs|ms|s|m|h))+|[-+]?0", re.ASCII)
+
+
+# The server counts in nanoseconds, in 64 bits.
+_MAX_SECONDS = (2**63 - 1) // 10**9
 
 
 def _encode_keep_alive(value: object) -> float | str:
@@ -129,24 +175,25 @@ def _encode_keep_alive(value: object) -> float | str:
         return value.total_seconds()
     if isinstance(value, str) and _GO_DURATION.fullmatch(value):
         return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    # Not by isfinite(), which is for floats: of an int that is none it fails.
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _MAX_SECONDS:
         return value
-    raise RequestError(f"keep_alive={value!r}: give seconds, a timedelta, or a text such as '5m' or '1h30m'")
+    raise RequestError(f"keep_alive={shown(value)}: give seconds, a timedelta, or a text such as '5m' or '1h30m'")
 
 
 def _encode_format(value: object) -> str | dict[str, Any]:
     """Turn ``format`` into ``"json"`` or a JSON schema."""
     if isinstance(value, str) and value in ("", "json"):
         return value
-    if isinstance(value, Mapping):
-        return dict(cast("Mapping[str, Any]", value))
+    if isinstance(value, Mapping) or has_dump(value):
+        return cast("dict[str, Any]", plain(value))
     form = format_model(value)
     if form is None:
         raise RequestError(f"format={value!r}: give 'json', a JSON schema as a dict, or a pydantic model class")
     try:
         return form.model_json_schema()
-    except PydanticUserError as exc:
-        raise RequestError(f"format={form.__name__}: it has no JSON schema: {exc.message}") from exc
+    except Exception as exc:
+        raise RequestError(f"format={form.__name__}: it has no JSON schema: {exc}") from exc
 
 
 def format_model(value: object) -> type[BaseModel] | None:
@@ -158,9 +205,8 @@ def encode_options(given: Any, parameter: str = "options") -> dict[str, Any] | N
     """Check the options of a model against those that are known; others are passed on."""
     if given is None:
         return None
-    if isinstance(given, BaseModel):
-        # Of a model what is None was not given; in a dict it is there because somebody put it there.
-        given = given.model_dump(exclude_none=True)
+    # Of a model what is None was not given; in a dict it is there because somebody put it there.
+    given = plain(given)
     if not isinstance(given, Mapping):
         raise RequestError(f"{parameter}={type(given).__name__}: give a dict or Options")
     try:
@@ -222,14 +268,28 @@ def _encode_message(message: Any, place: int) -> dict[str, Any]:
         return dict(message)
     if not isinstance(message, Message):
         try:
-            message = Message.model_validate(message)
+            message = Message.model_validate(_plain_message(message))
         except ValidationError as exc:
             raise RequestError(f"messages[{place}] is no message: {first_error(exc)}") from exc
+        except RequestError as exc:
+            raise RequestError(f"messages[{place}] is no message: {exc}") from exc
     # Dumping an image reads its file.
     sent: dict[str, Any] = message.model_dump(exclude_none=True, exclude={"images"})
     if message.images is not None:
         sent["images"] = _encode_images(message.images)
     return sent
+
+
+def _plain_message(message: Any) -> Any:
+    """Return a message as a dict, its images as they are."""
+    if isinstance(message, Mapping):
+        images = cast("Mapping[str, Any]", message).get("images")
+    elif hasattr(message, "images"):
+        images = message.images
+    else:
+        return plain(message)
+    fields = plain(message, without="images")
+    return {**fields, "images": images} if isinstance(fields, dict) else fields  # pyright: ignore[reportUnknownVariableType]
 
 
 def _is_plain(message: Any) -> bool:
@@ -244,7 +304,7 @@ _PLAIN = {"role", "content"}
 
 
 class Image(BaseModel):
-    """An image to send: a path, bytes, base64 text, or a file that is open for reading bytes.
+    """An image to send: a path, bytes, base64 text, a ``data:`` URL, or a file that is open for reading bytes.
 
     A text is a path if there is such a file, else base64. Dumping it reads the file.
     """
@@ -296,11 +356,10 @@ def _text_or_path(value: str) -> str | Path:
         return Path(value)
     if value.lower().endswith(_IMAGE_SUFFIXES):
         raise ValueError(f"the file {value!r} {_flaw(value)}")
-    try:
-        base64.b64decode(value, validate=True)
-    except ValueError:
-        raise ValueError("an image given as str is neither base64 nor a file that exists") from None
-    return value
+    text = base64_text(value)
+    if text is None:
+        raise ValueError("an image given as str is neither base64 nor a file that exists, nor a data: URL")
+    return text
 
 
 def _flaw(path: str | Path) -> str:
@@ -323,6 +382,9 @@ def _encode_images(given: Any) -> list[str | Image]:
 def _encode_image(image: Any) -> Image:
     if isinstance(image, Image):
         return image
+    if has_dump(image):
+        # That of ollama-python reads its file when it is dumped: here, what it would read is taken.
+        image = image.value if hasattr(image, "value") else plain(image)
     try:
         return Image(value=image)
     except ValidationError as exc:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from pydantic import BeforeValidator, ByteSize
 
-from .types import Message, Model
+from .types import IfSent, Message, Model
 
 
 class ModelDetails(Model):
@@ -30,9 +30,9 @@ class ModelDetails(Model):
     """Number of parameters, such as ``"8.0B"``."""
     quantization_level: str | None = None
     """Such as ``"Q4_K_M"``."""
-    context_length: int | None = None
+    context_length: IfSent[int | None] = None
     """Tokens of context that it was trained with."""
-    embedding_length: int | None = None
+    embedding_length: IfSent[int | None] = None
     """Length of its embeddings."""
 
 
@@ -43,7 +43,7 @@ _Time = Annotated[datetime | None, BeforeValidator(lambda value: value or None)]
 class ListedModel(Model):
     """A model that the server has."""
 
-    name: str | None = None
+    name: IfSent[str | None] = None
     """Name with tag."""
     model: str | None = None
     """Name with tag."""
@@ -55,11 +55,11 @@ class ListedModel(Model):
     """SHA-256 of its manifest."""
     details: ModelDetails | None = None
     """What kind of model it is."""
-    capabilities: Sequence[str] | None = None
+    capabilities: IfSent[Sequence[str] | None] = None
     """What it can do, such as ``"tools"``."""
-    remote_model: str | None = None
+    remote_model: IfSent[str | None] = None
     """Name on the server that it really runs on."""
-    remote_host: str | None = None
+    remote_host: IfSent[str | None] = None
     """That server."""
 
 
@@ -130,31 +130,31 @@ class ShowResponse(Model):
     """Its default options, a line each."""
     template: str | None = None
     """Its prompt template."""
-    system: str | None = None
+    system: IfSent[str | None] = None
     """Its system prompt."""
-    renderer: str | None = None
+    renderer: IfSent[str | None] = None
     """Name of the built-in renderer of prompts."""
-    parser: str | None = None
+    parser: IfSent[str | None] = None
     """Name of the built-in parser of answers."""
     details: ModelDetails | None = None
     """What kind of model it is."""
-    messages: Sequence[Message] | None = None
+    messages: IfSent[Sequence[Message] | None] = None
     """Messages that each chat begins with."""
-    remote_model: str | None = None
+    remote_model: IfSent[str | None] = None
     """Name on the server that it really runs on."""
-    remote_host: str | None = None
+    remote_host: IfSent[str | None] = None
     """That server."""
     model_info: dict[str, Any] | None = None
     """Metadata of the model file."""
-    projector_info: dict[str, Any] | None = None
+    projector_info: IfSent[dict[str, Any] | None] = None
     """Metadata of the projector file of a vision model."""
-    tensors: Sequence[Tensor] | None = None
+    tensors: IfSent[Sequence[Tensor] | None] = None
     """Names, types and shapes of the tensors (verbose)."""
     capabilities: Sequence[str] | None = None
     """What it can do, such as ``"tools"``."""
     modified_at: _Time = None
     """When it was last changed."""
-    requires: str | None = None
+    requires: IfSent[str | None] = None
     """The server version that it needs."""
 
     @property

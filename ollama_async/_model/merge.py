@@ -126,7 +126,8 @@ def _sparse(model: type[Sparse]) -> Validators[Any]:
         try:
             for cls in complete:
                 cls.__pydantic_complete__ = False
-            made: Validators[Any] = Validators(cs.union_schema([_token(model), _schema(model)], mode="left_to_right"))
+            schema = cs.union_schema([_token(model), _schema(model)], mode="left_to_right")
+            made: Validators[Any] = Validators(schema, model.model_validate_json)
             if not (Message.__pydantic_complete__ or model.__pydantic_complete__):
                 return made
         finally:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, cast
 
 import pydantic_core
-from pydantic import BaseModel, Field, PydanticUserError, TypeAdapter
+from pydantic import BaseModel, Field, TypeAdapter
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaWarningKind
 
 from ollama_async._errors import RequestError
 
 from .input import sequence
-from .types import Model
+from .types import Model, has_dump, plain
 
 
 class Tool(Model):
@@ -84,6 +86,9 @@ def _encode_tool(tool: Any, place: int, *, legacy: bool) -> dict[str, Any]:
         return tool_schema(tool)
     except RequestError as exc:
         raise RequestError(f"tools[{place}]: {exc}") from exc
+    except Exception as exc:
+        # Of the old converter: what pydantic and Python say of annotations.
+        raise RequestError(f"tools[{place}] has no JSON schema: {_said(exc)}") from exc
 
 
 def tool_schema(tool: Any, /) -> dict[str, Any]:
@@ -94,15 +99,15 @@ def tool_schema(tool: Any, /) -> dict[str, Any]:
 
     Args:
         tool: A function (its docstring, in the style of Google, NumPy or Sphinx, describes it and its parameters), a
-            method, an object that can be called, a pydantic model class, a ``Tool``, or a schema as a dict.
+            method of an object, an object that can be called, a pydantic model class, a ``Tool`` (also
+            ollama-python's), or a schema as a dict.
 
     Raises:
-        RequestError: It is none of these, or a parameter is of a type that has no JSON schema.
+        RequestError: It is none of these, a parameter is of a type that has no JSON schema, or it is a method without
+            its object.
     """
-    if isinstance(tool, BaseModel):
-        return tool.model_dump(exclude_none=True, by_alias=True)
-    if isinstance(tool, Mapping):
-        return dict(cast("Mapping[str, Any]", tool))
+    if isinstance(tool, Mapping) or has_dump(tool):
+        return cast("dict[str, Any]", plain(tool))
     if isinstance(tool, type) and issubclass(tool, BaseModel):
         return _model_schema(tool)
     if isinstance(tool, type) or not callable(tool):
@@ -117,17 +122,30 @@ def _tool(name: str, description: str, parameters: dict[str, Any]) -> dict[str, 
     return {"type": "function", "function": {**function, "parameters": parameters}}
 
 
+class _Schemas(GenerateJsonSchema):
+    """pydantic's generator of JSON schemas, which leaves out in silence what JSON cannot say."""
+
+    ignored_warning_kinds: set[JsonSchemaWarningKind] = {"skipped-choice", "non-serializable-default"}  # noqa: RUF012  (pydantic has it so)
+
+
 def _model_schema(model: type[BaseModel]) -> dict[str, Any]:
     try:
-        schema = model.model_json_schema()
-    except PydanticUserError as exc:
-        raise RequestError(f"{model.__name__} has no JSON schema: {exc.message}") from exc
+        schema = model.model_json_schema(schema_generator=_Schemas)
+    except Exception as exc:
+        raise RequestError(f"{model.__name__} has no JSON schema: {_said(exc)}") from exc
     definitions = schema.get("$defs", {})
     resolved = _Resolver(definitions)
     # Of a model that contains itself the schema is but a reference.
     parameters = resolved(definitions[schema["$ref"].removeprefix(_DEFINITIONS)] if "$ref" in schema else schema)
     description = parameters.pop("description", "")
-    return _tool(model.__name__, description, {"type": "object", "properties": {}, **parameters, **resolved.kept()})
+    kept = resolved.kept()
+    common = {"$defs": kept} if kept else {}
+    return _tool(model.__name__, description, {"type": "object", "properties": {}, **parameters, **common})
+
+
+def _said(exc: Exception) -> str:
+    """Return the text of an error without the address of a page of pydantic's."""
+    return str(getattr(exc, "message", None) or exc) or type(exc).__name__
 
 
 # -- functions --
@@ -140,11 +158,11 @@ def _function_schema(function: Callable[..., Any]) -> dict[str, Any]:
     properties: dict[str, Any] = {}
     definitions: dict[str, Any] = {}
     required: list[str] = []
-    for parameter, hint in _parameters(function, code, name):
+    for parameter in _signature(function, inner, name):
         if parameter.name in filled:
             continue
-        schema, kept = _parameter_schema(parameter, hint, name)
-        definitions |= kept
+        hint = _hint(parameter, code, name)
+        schema = _parameter_schema(parameter, hint, name, definitions)
         said = _description(hint) or described.get(parameter.name)
         if said:
             schema["description"] = said
@@ -180,34 +198,98 @@ def _name(function: Any) -> str:
     return name
 
 
-def _parameters(function: Callable[..., Any], code: Any, name: str) -> Iterator[tuple[inspect.Parameter, Any]]:
+def _signature(function: Callable[..., Any], inner: Any, name: str) -> list[inspect.Parameter]:
+    """Return the parameters that a model can fill in."""
     try:
-        signature = inspect.signature(function)
-        hints = typing.get_type_hints(code, include_extras=True)
-    except (ValueError, TypeError, NameError) as exc:
+        parameters = list(inspect.signature(function).parameters.values())
+        first = next(iter(inspect.signature(inner).parameters), None)
+    except (ValueError, TypeError) as exc:
         raise RequestError(f"the parameters of {name}() cannot be read: {exc}") from exc
-    for parameter in signature.parameters.values():
-        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            yield parameter, hints.get(parameter.name, Any)
+    owner = _owner(inner, first)
+    if owner is not None and parameters and parameters[0].name == first:
+        raise RequestError(f"{name}() is a method of {owner}, and lacks its object: give {owner}(...).{name}")
+    return [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
-def _parameter_schema(parameter: inspect.Parameter, hint: Any, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the schema of a parameter, and the schemas that it still refers to."""
+def _owner(function: Any, first: str | None) -> str | None:
+    """Return the class that a function is a method of, if it was given as ``Class.method``."""
+    owner: type | None = getattr(function, "__objclass__", None)
+    if owner is not None:
+        return owner.__name__
+    if not inspect.isfunction(function):
+        return None
+    outer, _, _ = function.__qualname__.rpartition(".")
+    # A static method looks the same but for its parameters' names.
+    return outer.rpartition(".")[2] if first in ("self", "cls") and outer and not outer.endswith("<locals>") else None
+
+
+def _hint(parameter: inspect.Parameter, code: Any, name: str) -> Any:
+    """Return the annotation of a parameter as a type, also if it is a text.
+
+    One by one, since those of the return value and of what no model gives may be of types that exist for type checkers
+    only.
+    """
+    hint = getattr(code, "__annotations__", {}).get(parameter.name, parameter.annotation)
+    if hint is inspect.Parameter.empty:
+        return Any
+    function = inspect.unwrap(code)
+    outside = getattr(function, "__globals__", {})
+    own = {kind.__name__: kind for kind in getattr(function, "__type_params__", ())}
+    holder = SimpleNamespace(__annotations__={parameter.name: hint})
     try:
-        schema = TypeAdapter(hint).json_schema()
-    except PydanticUserError as exc:
+        return typing.get_type_hints(holder, outside, own, include_extras=True)[parameter.name]
+    except Exception as exc:
+        # It is an expression, which may fail in any way.
+        raise RequestError(f"the parameters of {name}() cannot be read: {parameter.name}: {_said(exc)}") from exc
+
+
+def _parameter_schema(
+    parameter: inspect.Parameter, hint: Any, name: str, definitions: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the schema of a parameter, and add the schemas that it still refers to."""
+    try:
+        schema = TypeAdapter(hint).json_schema(schema_generator=_Schemas)
+    except Exception as exc:
         raise RequestError(
-            f"the parameter {parameter.name!r} of {name}() is of a type that has no JSON schema: {exc.message}"
+            f"the parameter {parameter.name!r} of {name}() is of a type that has no JSON schema: {_said(exc)}"
         ) from exc
-    resolver = _Resolver(schema.get("$defs", {}))
-    resolved = resolver(schema)
-    if parameter.default not in (inspect.Parameter.empty, None):
+    resolved = _resolved(schema, definitions)
+    _add_default(resolved, parameter.default)
+    return resolved
+
+
+def _resolved(schema: dict[str, Any], definitions: dict[str, Any], number: int = 1) -> dict[str, Any]:
+    """Return a schema without references, and add the definitions of those that are left."""
+    resolver = _Resolver(schema.get("$defs", {}), f"_{number}" if number > 1 else "")
+    resolved, kept = resolver(schema), resolver.kept()
+    # Another parameter may have another class of that name.
+    if any(definitions.get(name, same) != same for name, same in kept.items()):
+        return _resolved(schema, definitions, number + 1)
+    definitions |= kept
+    return resolved
+
+
+def _add_default(schema: dict[str, Any], default: Any) -> None:
+    if default is not inspect.Parameter.empty and default is not None:
         try:
-            resolved["default"] = pydantic_core.to_jsonable_python(parameter.default)
-        except pydantic_core.PydanticSerializationError:
+            schema["default"] = _as_json(default)
+        except ValueError:
             # It cannot be told to the model, which may leave the parameter out all the same.
-            resolved.pop("default", None)
-    return resolved, resolver.kept().get("$defs", {})
+            schema.pop("default", None)
+
+
+def _as_json(value: Any) -> Any:
+    """Return a value as it is when it has been written as JSON and read again.
+
+    Raises:
+        ValueError: JSON has no such value: it is no number, no text, or something of Python.
+    """
+    try:
+        written = pydantic_core.to_json(value, inf_nan_mode="constants")
+    except Exception as exc:
+        # Also what a property of somebody's object raises.
+        raise ValueError(str(exc)) from exc
+    return pydantic_core.from_json(written, allow_inf_nan=False)
 
 
 def _description(hint: Any) -> str | None:
@@ -222,11 +304,23 @@ def _description(hint: Any) -> str | None:
 _DEFINITIONS = "#/$defs/"
 
 
+# Keys whose value is a schema, a list of schemas, or schemas by name.
+_ONE = {
+    *("items", "additionalProperties", "propertyNames", "contains", "not", "if", "then", "else"),
+    *("additionalItems", "unevaluatedItems", "unevaluatedProperties"),
+}
+_SEVERAL = {"oneOf", "anyOf", "allOf", "prefixItems"}
+_NAMED = {"properties", "patternProperties", "dependentSchemas"}
+_OF_NO_USE = {"title", "$defs", "discriminator"}
+
+
 class _Resolver:
     """Puts what a schema refers to in place of the references, and leaves out what is of no use to a model."""
 
-    def __init__(self, definitions: Mapping[str, Any]) -> None:
+    def __init__(self, definitions: Mapping[str, Any], suffix: str = "") -> None:
         self._definitions = definitions
+        # What the names of the definitions get that are kept.
+        self._suffix = suffix
         self._recursive = {name for name in definitions if name in self._reached(definitions[name], set())}
         self._used: set[str] = set()
 
@@ -234,34 +328,42 @@ class _Resolver:
         """Return the schema without references, but for those to types that contain themselves."""
         resolved: dict[str, Any] = {}
         for key, value in schema.items():
-            if key == "$ref":
+            if key == "$ref" and isinstance(value, str):
                 resolved = {**self._refer(value), **resolved}
-            elif key == "const":
-                resolved["enum"] = [value]
-            elif key in ("oneOf", "anyOf", "allOf", "prefixItems"):
-                resolved["anyOf" if key == "oneOf" else key] = [self(part) for part in value]
-            elif key in ("properties", "patternProperties"):
-                resolved[key] = {name: self(part) for name, part in value.items()}
-            elif key in ("items", "additionalProperties") and isinstance(value, Mapping):
-                resolved[key] = self(cast("Mapping[str, Any]", value))
-            elif key not in ("title", "$defs", "discriminator"):
-                resolved[key] = value
+            elif key in _SEVERAL and isinstance(value, list):
+                resolved["anyOf" if key == "oneOf" else key] = [self._part(part) for part in value]  # pyright: ignore[reportUnknownVariableType]
+            elif key in _NAMED and isinstance(value, Mapping):
+                parts = cast("Mapping[str, Any]", value)
+                resolved[key] = {name: self._part(part) for name, part in parts.items()}
+            elif key in _ONE:
+                resolved[key] = self._part(value)
+            elif key not in _OF_NO_USE:
+                try:
+                    resolved["enum" if key == "const" else key] = _as_json([value] if key == "const" else value)
+                except ValueError:
+                    # A default, an example or a limit that JSON does not have, such as infinity.
+                    continue
         return resolved
 
+    def _part(self, part: Any) -> Any:
+        # True and False are schemas, too.
+        return self(cast("Mapping[str, Any]", part)) if isinstance(part, Mapping) else part
+
     def kept(self) -> dict[str, Any]:
-        """Return the ``$defs`` of the references that are left."""
+        """Return the definitions that references are left to."""
         definitions: dict[str, Any] = {}
         while self._used - set(definitions):
             name = min(self._used - set(definitions))
             definitions[name] = self(self._definitions[name])
-        return {"$defs": definitions} if definitions else {}
+        return {name + self._suffix: schema for name, schema in definitions.items()}
 
     def _refer(self, reference: str) -> dict[str, Any]:
         name = reference.removeprefix(_DEFINITIONS)
         if name in self._recursive:
             self._used.add(name)
-            return {"$ref": reference}
-        return self(self._definitions[name])
+            return {"$ref": reference + self._suffix}
+        # What somebody's own schema refers to leads to where only they know.
+        return self(self._definitions[name]) if name in self._definitions else {"$ref": reference}
 
     def _reached(self, node: Any, seen: set[str]) -> set[str]:
         """Return the names of all definitions that a part of a schema refers to, directly or not."""

@@ -8,22 +8,135 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Callable, Mapping, Sequence  # noqa: TC003  (pydantic reads the annotations)
+import urllib.parse
+from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import cache
 from types import GetSetDescriptorType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Protocol, Self, TypeAlias, TypeVar, cast
 
 import httpx
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_serializer,
 )
+from pydantic_core import from_json
 
 from ollama_async._call.chunk import ResponseInfo  # noqa: TC001  (so that typing.get_type_hints() finds it)
-from ollama_async._errors import ParseError
+from ollama_async._errors import ParseError, RequestError
+
+T = TypeVar("T")
+
+
+# -- what others give --
+
+
+class Dumpable(Protocol):
+    """An object of a pydantic model, such as one of ollama-python's, or of anything else that can be dumped."""
+
+    def model_dump(self) -> Any:
+        """Return what it consists of."""
+        ...
+
+
+def has_dump(value: object) -> bool:
+    """Whether it is an object of a pydantic model, or of anything else with ``model_dump()``."""
+    return not isinstance(value, type) and callable(getattr(value, "model_dump", None))
+
+
+def plain(value: Any, *, without: str | None = None) -> Any:
+    """Return dicts, lists and plain values in place of the objects with ``model_dump()`` that a value is made of.
+
+    Args:
+        value: Anything.
+        without: A field to leave out of the value itself, before it is dumped.
+
+    Raises:
+        RequestError: An object cannot be dumped, or it is nested too deeply.
+    """
+    try:
+        return _plain(value, without)
+    except RecursionError:
+        raise RequestError(f"{type(value).__name__}: it contains itself, or is nested too deeply") from None
+
+
+def _plain(value: Any, without: str | None = None) -> Any:
+    if isinstance(value, Mapping):
+        fields = cast("Mapping[object, object]", value)
+        return {name: _plain(field) for name, field in fields.items() if name != without}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in cast("Sequence[Any]", value)]
+    if not has_dump(value):
+        return value
+    dumped = _dumped(value, without)
+    # Not what stands for anything, such as a mock, whose model_dump() returns another one without end.
+    return value if has_dump(dumped) else _plain(dumped, without)
+
+
+def _dumped(value: Any, without: str | None) -> Any:
+    try:
+        if isinstance(value, BaseModel):
+            return value.model_dump(exclude_none=True, by_alias=True, exclude=None if without is None else {without})
+        dumped = value.model_dump()
+    except Exception as exc:
+        raise RequestError(f"{type(value).__name__}.model_dump() failed: {exc}") from exc
+    if not isinstance(dumped, Mapping):
+        return dumped
+    return {name: field for name, field in cast("Mapping[object, object]", dumped).items() if field is not None}
+
+
+def base64_text(text: str) -> str | None:
+    """Return the base64 that a server takes, out of any kind of base64 or a ``data:`` URL; ``None`` if it is neither.
+
+    Line ends do not count, as for the server and for the programs that write them. Of the alphabet of URLs the server
+    knows nothing, nor of ``data:``.
+    """
+    text = text.strip()
+    if text[:5].lower() == "data:":
+        head, comma, data = text.partition(",")
+        if not comma:
+            return None
+        if not head.lower().endswith(";base64"):
+            return base64.b64encode(urllib.parse.unquote_to_bytes(data)).decode("ascii")
+        text = urllib.parse.unquote(data).strip()
+    if "\n" in text or "\r" in text:
+        text = text.replace("\r", "").replace("\n", "")
+    if "-" in text or "_" in text:
+        text = text.replace("-", "+").replace("_", "/")
+    try:
+        base64.b64decode(text, validate=True)
+    except ValueError:
+        return None
+    return text
+
+
+# -- the base of all models --
+
+
+class _OnlyIfSent:
+    """Marks a field that ollama-python's model does not have.
+
+    A program that was written for that one sees the field where it looks for all there is (``model_dump()``,
+    ``dict()``) only if it was sent.
+    """
+
+
+IfSent = Annotated[T, _OnlyIfSent()]
+
+
+@cache
+def _only_if_sent(model: type[BaseModel]) -> Mapping[str, str]:
+    """Return names and aliases of the fields that are marked."""
+    return {
+        name: field.alias or name
+        for name, field in model.model_fields.items()
+        if any(isinstance(mark, _OnlyIfSent) for mark in field.metadata)
+    }
 
 
 class Model(BaseModel):
@@ -89,6 +202,22 @@ class Model(BaseModel):
         if info is not None:
             copied.set_response_info(info)
         return copied
+
+    if not TYPE_CHECKING:
+        # Without annotations, since pydantic would take what it returns for what the schema says.
+
+        @model_serializer(mode="wrap")
+        def _without_unsent(self, handler):
+            dumped = handler(self)
+            for name, alias in _only_if_sent(type(self)).items():
+                if name not in self.model_fields_set:
+                    dumped.pop(name, None)
+                    dumped.pop(alias, None)
+            return dumped
+
+    def __iter__(self) -> Generator[tuple[str, Any], None, None]:
+        marked, sent = _only_if_sent(type(self)), self.model_fields_set
+        return ((name, value) for name, value in super().__iter__() if name not in marked or name in sent)
 
     def __getitem__(self, key: str) -> Any:
         if key in self:
@@ -183,6 +312,16 @@ class _Absent(NamedTuple):
 _absent: dict[type[Sparse], _Absent] = {}
 
 
+def _read_arguments(given: Any) -> Any:
+    # Some servers send them as OpenAI does: as the text of a JSON object, and an empty one for none.
+    if not isinstance(given, str):
+        return given
+    try:
+        return from_json(given, allow_inf_nan=False) if given.strip() else {}
+    except ValueError:
+        return given
+
+
 class ToolCall(Model):
     """A tool that the model wants called."""
 
@@ -191,12 +330,12 @@ class ToolCall(Model):
 
         name: str
         """Name of the function."""
-        arguments: dict[str, Any] = Field(default_factory=dict)
+        arguments: Annotated[dict[str, Any], BeforeValidator(_read_arguments)] = Field(default_factory=dict)
         """Arguments by name, in the model's order."""
-        index: int | None = None
+        index: IfSent[int | None] = None
         """Place of this call among those of one answer."""
 
-    id: str | None = None
+    id: IfSent[str | None] = None
     """Names the call; goes into ``Message.tool_call_id`` of the message with its result."""
     function: Function
     """The function to call."""
@@ -222,11 +361,11 @@ class Message(Sparse):
     """What the model thought before it answered; of a chunk, the part that is new."""
     images: Sequence[Any] | None = None
     """Images, each as base64."""
-    tool_calls: Sequence[_ToolCall] | None = None
+    tool_calls: Annotated[Sequence[_ToolCall] | None, BeforeValidator(plain)] = None
     """The tools that the model wants called."""
     tool_name: str | None = None
     """Of a message with role ``"tool"``: whose result it is."""
-    tool_call_id: str | None = None
+    tool_call_id: IfSent[str | None] = None
     """Of a message with role ``"tool"``: the id of the call whose result it is."""
 
     @field_validator("images")
@@ -240,11 +379,7 @@ class Message(Sparse):
 
 
 def _is_base64(image: object) -> bool:
-    if not isinstance(image, str):
-        return False
-    try:
-        base64.b64decode(image, validate=True)
-    except ValueError:
+    if not isinstance(image, str) or base64_text(image) is None:
         return False
     # "//etc/passwd" is base64, too.
     return len(image) > _MAX_PATH or not os.path.lexists(image)
@@ -261,7 +396,7 @@ class TokenLogprob(Model):
     """The token's text."""
     logprob: float
     """Natural logarithm of its probability."""
-    bytes: Sequence[int] | None = None
+    bytes: IfSent[Sequence[int] | None] = None
     """The token's UTF-8 bytes."""
 
 
@@ -306,11 +441,11 @@ class _Answer(Sparse):
     """Nanoseconds for writing the answer."""
     logprobs: Sequence[Logprob] | None = None
     """Log probabilities, if asked for."""
-    remote_model: str | None = None
+    remote_model: IfSent[str | None] = None
     """Name of the model on the server that it really runs on."""
-    remote_host: str | None = None
+    remote_host: IfSent[str | None] = None
     """That server."""
-    debug_info: DebugInfo | None = Field(default=None, alias="_debug_info")
+    debug_info: IfSent[DebugInfo | None] = Field(default=None, alias="_debug_info")
     """What the model would have read, if that was asked for."""
 
     def _text(self) -> str:
@@ -351,7 +486,7 @@ class GenerateResponse(_Answer):
     """What the model thought before it answered; of a chunk, the part that is new."""
     context: Sequence[int] | None = None
     """The conversation as tokens (deprecated by the server); on the last chunk."""
-    tool_calls: Sequence[ToolCall] | None = None
+    tool_calls: IfSent[Sequence[ToolCall] | None] = None
     """The tools that the model wants called."""
     image: str | None = None
     """The image that was made, as base64 (image models); on the last chunk."""

@@ -1,4 +1,4 @@
-"""How a connection is made: names, addresses, sockets, TLS. Every socket is known to the caller from the start."""
+"""How a connection is made: names, addresses, sockets, TLS; the caller knows every socket from the start."""
 
 from __future__ import annotations
 
@@ -26,14 +26,17 @@ if TYPE_CHECKING:
 # RFC 8305, section 5: how long one address may take before the next one is tried beside it.
 _STAGGER = 0.25
 
-# After how long a unix socket is tried again whose server has not taken those before.
+# Python on Windows does not have this name.
+_AF_UNIX: int | None = getattr(socket, "AF_UNIX", None)
+
+# How long to wait before a unix socket whose server has a full queue is tried again.
 _QUEUE_FULL = 0.01
 
 _STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-9][0-9]{2})(?: ([^\r\n]*))?\r\n")
 
 
 class Sockets:
-    """The sockets of a connection in the making, which can all be severed: those that there are, and those to come."""
+    """The sockets of a connection in the making; all of them can be shut down, also those still to come."""
 
     __slots__ = ("_open", "_shut_down")
 
@@ -44,7 +47,8 @@ class Sockets:
     def add(self, sock: GuardedSocket) -> None:
         """Take in a socket, before it connects."""
         self._open.add(sock)
-        # sever() sets the mark first and then looks at the set; this does it the other way round. One of both sees it.
+        # shutdown() sets the mark first and then looks at the set; this does it the other way round. One of the two
+        # sees the other.
         if self._shut_down:
             sock.shutdown()
 
@@ -53,13 +57,13 @@ class Sockets:
         self._open.discard(sock)
 
     def shutdown(self) -> None:
-        """Put a FIN on its way on each; from any thread or signal handler."""
+        """Send the FIN on each socket; from any thread or signal handler."""
         self._shut_down = True
         for sock in list(self._open):
             sock.shutdown()
 
     def close(self) -> None:
-        """Close them; when their loop is closed."""
+        """Close the sockets, after their loop was closed."""
         self.shutdown()
         for sock in list(self._open):
             sock.close()
@@ -74,12 +78,14 @@ async def open_socket(
         loop: The event loop.
         origin: Where to.
         uds: Path of a unix socket, or None.
-        sockets: Each socket is put in here before it is used, so that it can be severed.
+        sockets: Takes in each socket before it connects, so that it can be shut down.
 
     Cancellation: safe; all sockets are closed.
     """
     if uds is not None:
-        return await _connect_socket(loop, socket.AF_UNIX, 0, uds, sockets)
+        if _AF_UNIX is None:
+            raise OSError("this system has no unix sockets")
+        return await _connect_socket(loop, _AF_UNIX, 0, uds, sockets)
     addresses = await _resolve(loop, origin)
     if len(addresses) == 1:
         return await _connect_socket(loop, *addresses[0], sockets)
@@ -89,14 +95,14 @@ async def open_socket(
 async def start_tls(
     connection: TlsConnection, create: Any, sock: GuardedSocket, context: ssl.SSLContext | None, name: str
 ) -> None:
-    """Make a TLS connection in two steps; without a context there is none.
+    """Make a TLS connection in two steps; raise if there is no context.
 
-    In one step (``create_connection(ssl=...)``) uvloop, cancelled between the two, leaves a future behind with an
-    exception that nobody looks at.
+    In one step (``create_connection(ssl=...)``) uvloop, cancelled between the two, leaves a future behind whose
+    exception is never retrieved.
     """
     if not isinstance(context, ssl.SSLContext):
         sock.close()
-        raise httpx.ConnectError("TLS has no context: without one the connection would be in the clear")
+        raise httpx.ConnectError("there is no TLS context, and the connection would not be encrypted")
     plain = _Plain()
     try:
         await create(lambda: plain, sock=sock)
@@ -111,7 +117,7 @@ async def start_tls(
 
 
 class _Plain(asyncio.Protocol):
-    """What a connection is until TLS has been agreed on; it knows its transport as soon as there is one."""
+    """The protocol of a connection until its TLS handshake; it keeps the transport as soon as there is one."""
 
     transport: Any = None
 
@@ -120,10 +126,10 @@ class _Plain(asyncio.Protocol):
 
 
 async def open_tunnel(loop: asyncio.AbstractEventLoop, sock: GuardedSocket, origin: Origin, proxy: HttpProxy) -> None:
-    """Have a proxy, with which the socket is connected, pass on to an origin whatever follows.
+    """Ask the proxy at the other end of a socket for a tunnel to an origin.
 
     Raises:
-        httpx.ProxyError: It does not.
+        httpx.ProxyError: The proxy refuses.
 
     Cancellation: safe; the socket is closed.
     """
@@ -134,31 +140,31 @@ async def open_tunnel(loop: asyncio.AbstractEventLoop, sock: GuardedSocket, orig
         await loop.sock_sendall(sock, b"CONNECT %b HTTP/1.1\r\n%b\r\n" % (where, headers.value))
         status, rest = await _answer_to_connect(loop, sock)
         if not status[1].startswith(b"2"):
-            # Whatever else it says, it may have come with the head, or not.
+            # The body is not shown: it may have come with the head, or not.
             raise httpx.ProxyError(b" ".join(filter(None, status.groups())).decode("ascii", "replace"))
         if rest:
-            # Behind the tunnel nobody speaks before we do: more than a head is no tunnel.
-            raise httpx.ProxyError("what it answered to CONNECT is more than a head of HTTP")
+            # In a tunnel we speak first, so an answer with more than a head is not a tunnel.
+            raise httpx.ProxyError("its answer to CONNECT has more than an HTTP head")
     except BaseException:
         sock.close()
         raise
 
 
 async def _answer_to_connect(loop: asyncio.AbstractEventLoop, sock: GuardedSocket) -> tuple[re.Match[bytes], bytes]:
-    """Return the status line of the final answer, and what came after its head."""
+    """Return the status line of the final answer, and the bytes after its head."""
     rest, left = b"", MAX_HEAD_BYTES
     while True:
-        # All heads together are bounded: what has come is taken without a pause, so a proxy that never came to an end
-        # with them would hold up the loop.
+        # All heads together are bounded: bytes that have arrived are read without a pause, so a proxy that never ends
+        # its heads would block the loop.
         while b"\r\n\r\n" not in rest:
             block = await loop.sock_recv(sock, MAX_HEAD_BYTES)
             rest, left = rest + block, left - len(block)
             if not block or left < 0:
-                raise httpx.ProxyError("what it answered to CONNECT is no head of HTTP")
+                raise httpx.ProxyError("its answer to CONNECT does not have a complete HTTP head")
         head, _, rest = rest.partition(b"\r\n\r\n")
         status = _STATUS_LINE.match(head + b"\r\n")
         if status is None:
-            raise httpx.ProxyError("what it answered to CONNECT is not HTTP")
+            raise httpx.ProxyError("its answer to CONNECT is not HTTP")
         if not status[1].startswith(b"1") or status[1] == b"101":
             return status, rest
 
@@ -182,7 +188,7 @@ async def _connect_socket(
         if family in (socket.AF_INET, socket.AF_INET6):
             # asyncio sets it only on sockets that name their protocol; without it a second small write waits 40 ms.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if family == socket.AF_UNIX:
+        if family == _AF_UNIX:
             await _connect_unix(sock, address)
         else:
             await loop.sock_connect(sock, address)
@@ -194,8 +200,8 @@ async def _connect_socket(
 
 
 async def _connect_unix(sock: GuardedSocket, path: str) -> None:
-    # It is done at once, or the server's queue is full; that, asyncio and uvloop take for "in progress", and then for
-    # connected.
+    # A unix socket connects at once, or the server's queue is full. asyncio and uvloop take that for "in progress", and
+    # then for connected.
     while True:
         try:
             sock.connect(path)
@@ -208,7 +214,7 @@ async def _connect_unix(sock: GuardedSocket, path: str) -> None:
 async def _first_connected(
     loop: asyncio.AbstractEventLoop, addresses: Iterable[tuple[int, int, Any]], sockets: Sockets
 ) -> GuardedSocket:
-    """Connect to the addresses in order, each beside the slow ones before it; return the first that succeeds."""
+    """Connect to the addresses in order, starting the next beside a slow one; return the first that succeeds."""
     waiting = list(addresses)
     running: set[asyncio.Task[GuardedSocket]] = set()
     error: BaseException | None = None
@@ -252,15 +258,15 @@ def _close_late(task: asyncio.Task[GuardedSocket]) -> None:
 
 
 def explain_error(exc: OSError) -> str:
-    """Say what went wrong."""
-    # asyncio's own text is a tuple of the address in brackets.
+    """Return a readable text for an ``OSError``."""
+    # asyncio's text contains the address as a tuple.
     return os.strerror(exc.errno) if exc.errno and exc.errno > 0 else str(exc) or "the connection was lost"
 
 
 def explain_tls_error(exc: ssl.SSLError) -> str:
-    """Say what went wrong with TLS."""
+    """Return a readable text for an error of TLS."""
     if isinstance(exc, ssl.SSLCertVerificationError):
         return f"the certificate is not accepted: {exc.verify_message}"
     if exc.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"):
-        return f"the server does not speak TLS there; is it http:// rather than https://? ({exc.reason})"
+        return f"the server does not speak TLS at this port; try http:// instead of https:// ({exc.reason})"
     return str(exc.reason or exc)

@@ -1,4 +1,4 @@
-"""The last word over httpx: what of a request crosses to another origin, and how much of a body httpx may hold."""
+"""Limits on httpx: what a request may carry to another origin, and how much of a body httpx may hold."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from .http1 import Origin
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
 
-    # Of which it is a part; httpx2's is alike.
+    # The class it is mixed into; that of httpx2 is alike.
     _Client = httpx.AsyncClient
 else:
     _Client = object
 
-# An answer that is no stream is held as a whole. 1,000 embeddings of 4,096 numbers are about 50 MB of JSON.
+# A non-streaming answer is held as a whole. 1,000 embeddings of 4,096 numbers are about 50 MB of JSON.
 MAX_BODY_BYTES = 512 * 1024 * 1024
 
-# The body of a redirect, of a challenge, of an error: a page at most.
+# The body of a redirect, a challenge or an error is at most a page.
 MAX_PAGE_BYTES = 1024 * 1024
 
-# Under this name a redirected request says in its extensions where the first one went.
+# Under this name, the extensions of a redirected request have the origin of the first request.
 _HOME = "ollama_async.home"
 
-# Under this name a request to another server than the client's says what it is to have, and nobody else adds to that.
+# Under this name, the extensions of a request to another server than the client's have all headers it may carry.
 ABROAD = "ollama_async.abroad"
 
-# What httpx reads by itself: answers that lead to another request.
+# httpx reads these answers itself: they lead to another request.
 LEADS_ON = {301, 302, 303, 307, 308, 401}
 
-# What another origin may see, however it is redirected to: nothing that a key could be in, whatever that is called.
+# The headers that another origin may see after a redirect. A header of any other name could contain a key.
 _CROSSES = {
     "host", "accept", "accept-encoding", "content-type", "content-length", "transfer-encoding", "user-agent",
 }  # fmt: skip
@@ -42,10 +42,10 @@ _USERINFO = re.compile(r"//[^/?#]*@")
 
 
 class _Guard(_Client):
-    """A layer on an httpx client, of httpx or of httpx2, below everything that writes headers and reads bodies.
+    """A layer on a client of httpx or httpx2, below everything that writes headers and reads bodies.
 
-    Cookies come from the jar after the headers of a redirect are made, auth flows and event hooks write later still,
-    and each of them may read an answer. They all end in ``_send_single_request``.
+    httpx adds cookies after it has made the headers of a redirect; auth flows and event hooks write even later, and
+    each of them may read an answer. All of them end in ``_send_single_request``.
     """
 
     def _redirect_method(self, request: Any, response: Any) -> Any:
@@ -57,10 +57,10 @@ class _Guard(_Client):
 
     def _build_redirect_request(self, request: Any, response: Any) -> Any:
         try:
-            # The rules of httpx, which fails in many ways with what a server may write there.
+            # httpx's rules; they raise many kinds of errors for what a server may send here.
             made = super()._build_redirect_request(request, response)
             here, there = Origin.of(request.url), Origin.of(made.url)
-            # Some transports ask for it as text, which is none if its label cannot be decoded.
+            # Some transports ask for the host as text, which fails if a label cannot be decoded.
             _ = made.url.host
         except Exception as exc:
             why = str(exc) if isinstance(exc, httpx.UnsupportedProtocol) else type(exc).__name__
@@ -75,10 +75,10 @@ class _Guard(_Client):
             made.extensions = {**made.extensions, _HOME: request.extensions.get(_HOME, here)}
             return made
         where = _USERINFO.sub("//", response.headers.get("location", ""))[:100]
-        raise httpx.RemoteProtocolError(f"the server redirects to {where!r}, where nothing can be asked: {why}")
+        raise httpx.RemoteProtocolError(f"the server redirects to {where!r}, which is not a usable URL: {why}")
 
     def _build_request_auth(self, request: Any, auth: Any = httpx.USE_CLIENT_DEFAULT) -> Any:
-        # The default is of another class in httpx2, and means the same.
+        # The default has another class in httpx2, and means the same.
         given = () if auth is httpx.USE_CLIENT_DEFAULT else (auth,)
         if ABROAD in request.extensions:
             # The client's credentials are for its own server.
@@ -104,19 +104,19 @@ class _Guard(_Client):
     async def send(self, request: Any, **options: Any) -> Any:
         response = await super().send(request, **options)
         if options.get("stream"):
-            # Its reader is this library from here on, which has limits for each kind of answer.
+            # From here on this library reads it, with limits for each kind of answer.
             response.stream = getattr(response.stream, "unlimited", response.stream)
         return response
 
 
 class HttpClient(_Guard, httpx.AsyncClient):
-    """httpx's client, guarded."""
+    """An ``httpx.AsyncClient`` with this guard."""
 
 
 def guarded(client: Any) -> Any:
-    """Return a client that does as the given one, with the same state, and is guarded.
+    """Return a guarded client that shares the state of the given one.
 
-    The given one stays as it is for whoever else uses it. What is no client of httpx's making is returned itself.
+    The given client stays as it is for its other users. An object that is not an httpx client is returned unchanged.
     """
     kind = cast("Any", type(client))
     if not hasattr(kind, "_send_single_request"):
@@ -128,7 +128,7 @@ def guarded(client: Any) -> Any:
 
 @lru_cache(16)
 def _guarded_kind(kind: type) -> type:
-    # One that closes itself when it is dropped must not do so for this one.
+    # A client whose __del__ closes it must not be closed when this view of it is dropped.
     return type(kind.__name__, (_Guard, kind), {"__del__": _nothing} if hasattr(kind, "__del__") else {})
 
 
@@ -137,12 +137,12 @@ def _nothing(_: object) -> None:
 
 
 def _at_home(home: Origin, there: Origin) -> bool:
-    # The step up to TLS on the same host is what such a redirect is mostly for.
+    # A redirect from http to https on the same host stays at home.
     return home == there or (home, there) == (("http", there.host, 80), ("https", home.host, 443))
 
 
 class _Digest:
-    """httpx's flow of Digest, which fails in many ways with what a server may ask for."""
+    """httpx's Digest flow, which raises many kinds of errors for what a server may ask."""
 
     def __init__(self, auth: Any) -> None:
         self._auth = auth
@@ -161,14 +161,14 @@ class _Digest:
                     kind = type(exc).__name__
                 else:
                     continue
-                # Out here: frames of httpx, on the way of that error, have the password.
-                raise httpx.RemoteProtocolError(f"the server asks for credentials in no way that is known: {kind}")
+                # Raised outside of the handler: httpx's frames in that traceback hold the password.
+                raise httpx.RemoteProtocolError(f"the server asks for credentials in an unknown way: {kind}")
         finally:
             await flow.aclose()
 
 
 class _Limited:
-    """A body up to a limit, and one that is not packed: what it would be unpacked, nobody knows before."""
+    """A body with a limit, and without compression: its decompressed size cannot be known in advance."""
 
     def __init__(self, stream: Any, status: int, encoding: str | None) -> None:
         self.unlimited = stream
@@ -179,7 +179,7 @@ class _Limited:
     async def __aiter__(self) -> AsyncIterator[bytes]:
         if self._encoding is not None:
             if self._leads_on:
-                # Nobody needs its body: whoever reads it finds it empty.
+                # Its body is not needed: a reader finds it empty.
                 return
             raise httpx.RemoteProtocolError(f"the answer is encoded as {self._encoding!r}, which was not asked for")
         left = self._limit
@@ -203,12 +203,12 @@ class _Limited:
 
 
 def limited(stream: Any, status: int, encoding: str | None) -> Any:
-    """Return a body of httpx or httpx2 that is an error beyond what an answer with that status may have."""
+    """Return a body of httpx or httpx2 that raises beyond the limit of answers with that status."""
     return like_stream(_Limited, stream)(stream, status, encoding)
 
 
 def like_stream(kind: type, stream: Any) -> Any:
-    """Return a class that is ``kind`` and of a stream's family: httpx and httpx2 take only streams of their own."""
+    """Return a subclass of ``kind`` in a stream's family: httpx and httpx2 take only streams of their own kind."""
     ancestors = cast("Any", type(stream)).__mro__
     return _in_family(kind, next((each for each in ancestors if each.__name__ == "AsyncByteStream"), object))
 

@@ -1,4 +1,4 @@
-"""``ResponseParser``: the bytes of one answer in, its head and body out. No socket, no event loop."""
+"""``ResponseParser``: the bytes of one answer in, its head and body out; no socket, no event loop."""
 
 from __future__ import annotations
 

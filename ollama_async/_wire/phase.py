@@ -1,4 +1,4 @@
-"""``Phase``: how far an attempt is. The one table from which the picture in docs/design.md is drawn."""
+"""``Phase``: how far an attempt is, and the table from which the picture in docs/design.md is drawn."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ class Phase(IntEnum):
     """Nothing is held any more: no connection, no timer, no registration."""
 
 
-# From HEAD back to CONNECTING, SENDING or WAITING: a redirect, or a 401 that is answered with credentials.
+# From HEAD back to CONNECTING, SENDING or WAITING: a redirect, or a 401 that is answered with credentials. From WAITING
+# to SENDING: a foreign transport does not say when it is connected, but when it takes the first block of the body.
 TRANSITIONS: dict[Phase, frozenset[Phase]] = {
     Phase.NEW: frozenset({Phase.BACKOFF, Phase.CONNECTING, Phase.SENDING, Phase.WAITING, Phase.CLOSED}),
     Phase.BACKOFF: frozenset({Phase.CONNECTING, Phase.SENDING, Phase.WAITING, Phase.CLOSED}),
     Phase.CONNECTING: frozenset({Phase.SENDING, Phase.WAITING, Phase.HEAD, Phase.CLOSED}),
     Phase.SENDING: frozenset({Phase.WAITING, Phase.HEAD, Phase.CLOSED}),
-    Phase.WAITING: frozenset({Phase.HEAD, Phase.CLOSED}),
+    Phase.WAITING: frozenset({Phase.HEAD, Phase.SENDING, Phase.CLOSED}),
     Phase.HEAD: frozenset({Phase.BODY, Phase.EOF, Phase.CONNECTING, Phase.SENDING, Phase.WAITING, Phase.CLOSED}),
     Phase.BODY: frozenset({Phase.EOF, Phase.CONNECTING, Phase.SENDING, Phase.WAITING, Phase.CLOSED}),
     Phase.EOF: frozenset({Phase.CONNECTING, Phase.SENDING, Phase.WAITING, Phase.CLOSED}),

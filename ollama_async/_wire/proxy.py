@@ -1,4 +1,4 @@
-"""Proxies: what ``DirectTransport`` has to know of one of HTTP, and a transport through any other, which is httpx's."""
+"""Proxies: what ``DirectTransport`` has to know of an HTTP proxy, and httpx's transport for any other."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _SCHEMES = ("http://", "https://", "socks5://", "socks5h://")
 
 
 def http_proxy(given: str | httpx.Proxy) -> HttpProxy | None:
-    """Return a proxy that is spoken to in plain HTTP, as ``DirectTransport`` takes it; ``None`` for any other.
+    """Return a proxy that takes plain HTTP, in the form that ``DirectTransport`` uses; ``None`` for any other.
 
     Raises:
-        RequestError: It is not a proxy. The text does not show its password.
+        RequestError: The proxy is invalid. The text does not show its password.
     """
     proxy, flaw = _read(Secret(given))
     del given
@@ -37,11 +37,14 @@ def http_proxy(given: str | httpx.Proxy) -> HttpProxy | None:
 
 
 def _read(given: Secret[str | httpx.Proxy]) -> tuple[HttpProxy | None, str]:
-    """Return a proxy, or what is wrong with it."""
-    # Nothing of what httpx says is shown but of a URL without a host: it may have the password in it. Of one without a
-    # scheme it takes the user for that, and shows the rest.
+    """Return the proxy, or what is wrong with it."""
+    # httpx's texts are not shown, since they may contain the password: of a URL without a scheme it takes the user for
+    # the scheme and shows the rest. Only our own text about the origin is shown.
     try:
         proxy = given.value if isinstance(given.value, httpx.Proxy) else httpx.Proxy(given.value)
+        if proxy.url.port == 0:
+            # httpx would take it for none, and dial the port of the scheme.
+            return None, "its URL has the port 0, which is not from 1 to 65535"
         if proxy.url.scheme != "http":
             return None, ""
         headers = list(proxy.headers.raw)
@@ -53,7 +56,7 @@ def _read(given: Secret[str | httpx.Proxy]) -> tuple[HttpProxy | None, str]:
     except UnicodeEncodeError:
         return None, "its user or password cannot be encoded"
     except ValueError:
-        return None, f"its URL begins with none of {', '.join(_SCHEMES)}"
+        return None, f"its URL does not begin with one of {', '.join(_SCHEMES)}"
     except (TypeError, AttributeError):
         return None, f"proxy={type(given.value).__name__}: give a URL as str, or an httpx.Proxy"
     except httpx.UnsupportedProtocol as exc:
@@ -67,7 +70,7 @@ _LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=20)
 class ProxyTransport(httpx.AsyncBaseTransport):
     """Sends requests through a proxy that speaks TLS or SOCKS; usable in several event loops, in turn or at once.
 
-    A pool of httpx belongs to the loop that it was first used in, and says so by an error of asyncio's in the next.
+    A pool of httpx belongs to the loop in which it was first used; in another loop it raises an error of asyncio.
     """
 
     def __init__(self, proxy: str | httpx.Proxy, *, tls: TlsOptions) -> None:
@@ -75,14 +78,14 @@ class ProxyTransport(httpx.AsyncBaseTransport):
         del proxy
         self._context = tls.context()
         try:
-            # The first pool, and so an error in the options, is made before anything is sent.
+            # The first pool is made now, so that an error in the options is raised before anything is sent.
             self._spare: httpx.AsyncHTTPTransport | None = self._make()
         except (ImportError, ValueError) as exc:
             flaw = str(exc)
         else:
             flaw = ""
         if flaw:
-            # Raised out here: frames of httpx, on the way of that error, have the proxy's password.
+            # Raised outside of the handler: httpx's frames in that traceback hold the proxy's password.
             raise RequestError(f"the proxy cannot be used: {flaw}")
         self._pools: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Pool] = weakref.WeakKeyDictionary()
 
@@ -92,7 +95,7 @@ class ProxyTransport(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request.
 
-        Cancellation: as httpx has it.
+        Cancellation: as in httpx.
         """
         loop = asyncio.get_running_loop()
         pool = self._pools.get(loop)
@@ -105,10 +108,10 @@ class ProxyTransport(httpx.AsyncBaseTransport):
     async def aclose(self) -> None:
         """Close all connections, of every event loop.
 
-        Cancellation: as httpx has it.
+        Cancellation: as in httpx.
         """
         here = asyncio.get_running_loop()
-        # keyrefs() is one step; a walk would meet what other threads add and take away.
+        # keyrefs() is one step; other threads change the dict while it is walked.
         for reference in self._pools.keyrefs():
             loop = reference()
             pool = None if loop is None else self._pools.pop(loop, None)
@@ -129,7 +132,7 @@ class _Pool:
 
     def __init__(self, http: httpx.AsyncHTTPTransport) -> None:
         self.http = http
-        # A loop holds its tasks weakly.
+        # A loop holds its tasks only weakly.
         self.closing: asyncio.Task[None] | None = None
         # asyncio.run() finishes the loop's async generators before it closes the loop.
         self.guard = _open_until_the_end(http)

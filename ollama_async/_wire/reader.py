@@ -15,12 +15,15 @@ from enum import Enum
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from ollama_async._cancel import SetOnce, in_loop, resolve
+from ollama_async._errors import ProtocolError
 
 from .parser import Head
 from .phase import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from .unpack import Unpacker
 
 _log = logging.getLogger("ollama_async.exchange")
 
@@ -98,6 +101,7 @@ class ResponseReader:
         phase: How far the attempt is.
         head: The head of the answer, once it has arrived.
         framing: What the body is made of.
+        unpacker: Unpacks the body, where it is compressed.
         paused: Whether the connection has been told to read no more.
         entered_at: When the attempt entered its phase, by the loop's clock; from HEAD on, when it entered the one
             before that: from there the limits of connecting, of the upload and of the first chunk are counted.
@@ -128,6 +132,7 @@ class ResponseReader:
         "phase",
         "received_at",
         "tidied",
+        "unpacker",
     )
 
     def __init__(
@@ -137,6 +142,7 @@ class ResponseReader:
         self.phase = Phase.NEW
         self.head = _NO_HEAD
         self.framing = framing
+        self.unpacker: Unpacker | None = None
         self.paused = False
         self.entered_at = 0.0
         self.first_line_at = 0.0
@@ -167,6 +173,7 @@ class ResponseReader:
     def restart(self) -> None:
         """Begin anew: the answer was a redirect, or asked for credentials, and another one follows."""
         self.head = _NO_HEAD
+        self.unpacker = None
         self.paused = False
         self.first_line_at = 0.0
         self._blocks = []
@@ -212,6 +219,10 @@ class ResponseReader:
         Returns:
             Whether there is room for more; if not, the link's ``resume_reading()`` is called when there is.
         """
+        if self.unpacker is not None:
+            block = self._unpacked(self.unpacker, block)
+            if not block:
+                return not self.paused
         # A byte now and then is not an answer: whole lines count where the answer is made of lines.
         if self.framing is not _LINES or b"\n" in block:
             if not self.first_line_at:
@@ -232,8 +243,22 @@ class ResponseReader:
                 return not self.paused
         return not self.paused
 
+    def _unpacked(self, unpacker: Unpacker, block: bytes) -> bytes:
+        if self._outcome.slot:
+            return b""
+        try:
+            return unpacker.feed(block)
+        except ProtocolError as exc:
+            # Released in the next round: the writer is in the middle of a read.
+            self.close_threadsafe(ExchangeOutcome("error", exc))
+            return b""
+
     def feed_eof(self) -> None:
         """Note that the whole answer has arrived."""
+        if self.unpacker is not None and not self.unpacker.whole:
+            self.detach()
+            self.set_exception(ProtocolError("the answer ends in the middle of what is packed in it"))
+            return
         self.enter(Phase.EOF)
         if self.framing is Framing.WHOLE:
             self.decide(ExchangeOutcome("complete"))

@@ -1,4 +1,4 @@
-"""``GuardedSocket``: a socket that any thread can shut down. The FIN of every abort is sent here."""
+"""``GuardedSocket``: a socket that any thread can shut down; here the FIN of every abort is sent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the certificate of a server is checked: what was given for it, and the context that is made of that."""
+"""How the server's certificate is checked: the options that were given, and the context made from them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 class TlsOptions:
-    """What was given for TLS; nothing but ``verify=False`` turns the check off.
+    """The options of TLS; only ``verify=False`` turns the check off.
 
     Attributes:
-        verify: True, False, a path, or a context. ``None`` was not given, as httpx has it, and so is True.
-        cert: A client certificate, or None, as httpx takes it.
-        trust_env: Whether ``SSL_CERT_FILE`` and ``SSL_CERT_DIR`` are followed.
+        verify: True, False, a path, or a context. ``None`` means not given, as in httpx, so it is True.
+        cert: A client certificate in the forms of httpx, or None.
+        trust_env: Whether ``SSL_CERT_FILE`` and ``SSL_CERT_DIR`` are used.
 
     Raises:
-        RequestError: One of them is something else. What is merely false must not pass for False.
+        RequestError: One of them is something else. A value that is merely falsy does not count as False.
     """
 
     def __init__(self, verify: object, cert: Secret[Any], trust_env: object) -> None:
@@ -37,7 +37,7 @@ class TlsOptions:
                 f"cert={type(cert.value).__name__}: give the path of a certificate, or (certificate, key[, password])"
             )
         self.verify: ssl.SSLContext | str | bool = verify
-        # It may have a password in it.
+        # It may contain a password.
         self.cert = cert
         self.trust_env = bool(trust_env)
 
@@ -45,7 +45,7 @@ class TlsOptions:
         """Read the certificates, which takes tens of milliseconds.
 
         Raises:
-            RequestError: They cannot be read.
+            RequestError: The certificates cannot be read.
         """
         try:
             made = self._verifying()
@@ -62,7 +62,7 @@ class TlsOptions:
             return self.verify
         if isinstance(self.verify, bool):
             return httpx.create_ssl_context(verify=self.verify, trust_env=self.trust_env)
-        # httpx can do this as well, and warns that it will not for ever.
+        # httpx can do this too, but warns that it will stop.
         if os.path.isdir(self.verify):
             return ssl.create_default_context(capath=self.verify)
         return ssl.create_default_context(cafile=self.verify)

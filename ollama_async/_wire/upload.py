@@ -41,8 +41,8 @@ async def _upload(
             reader.last_activity_at = reader.loop.time()
             await connection.writable()
     finally:
-        # The caller's generator holds files: it is closed here, in the task that ran it. httpx wraps it in an iterator
-        # whose end does not end it (and has no other name for it than this one).
+        # The caller's generator holds files, so it is closed here, in the task that ran it. httpx wraps it in an
+        # iterator that does not close it, and offers no other name for it than this one.
         for source in (iterator, getattr(blocks, "_stream", None)):
             close = getattr(source, "aclose", None)
             if close is not None:
@@ -69,7 +69,7 @@ class Upload:
         self._task.add_done_callback(partial(self._ended, reader))
 
     async def finished(self, reader: ResponseReader) -> None:
-        """Wait until the body is out, or until an answer comes, which ends it.
+        """Wait until the body is sent, or until an answer arrives, which ends the upload.
 
         Cancellation: the connection is closed at once.
         """
@@ -94,11 +94,11 @@ class Upload:
         cancel_once(self._task)
 
     def shutdown_for(self, reader: ResponseReader) -> None:
-        """Put the FIN on its way."""
+        """Send the FIN; from any thread."""
         self._connection.shutdown_for(reader)
 
     def close_for(self, reader: ResponseReader) -> None:
-        """Give everything back."""
+        """Stop the task and close the connection."""
         self.stop()
         self._connection.close_for(reader)
 

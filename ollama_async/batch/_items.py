@@ -286,7 +286,7 @@ class Reader:
         if self._rows is not None:
             for item in self._items(self._rows()):
                 yield item
-        elif isinstance(self._source, AsyncIterable):
+        elif self.waits:
             index = 0
             async for row in cast("AsyncIterable[object]", self._source):
                 if self._limit is not None and index >= self._limit:

@@ -45,7 +45,7 @@ class PoolStream(Stream[ChunkT]):
 
     def __init__(self, calls: Calls, call: Call) -> None:  # not Stream's: its state is that of the client's stream
         self._calls = calls
-        self._call = call
+        self._pooled = call
         self._lease: Lease | None = None
         self._inner: Stream[ChunkT] | None = None
         # What ended it before it was opened.
@@ -68,7 +68,7 @@ class PoolStream(Stream[ChunkT]):
             self._raise_again(self._failure)
         self._reading = True
         try:
-            self._lease, inner = await self._calls.begin(self._call, self._attempt)
+            self._lease, inner = await self._calls.begin(self._pooled, self._attempt)
             self._inner = inner
             self._lease.hold_for(inner)
             return inner  # noqa: TRY300  (Ctrl-C at this line is a failure like any other)
@@ -156,7 +156,7 @@ class PoolStream(Stream[ChunkT]):
         if inner is None or lease is None or inner.outcome is None:
             return
         if isinstance(exc, PhaseTimeout) and exc.phase == "first_chunk":
-            self._calls.note_failure(lease.server, self._call, exc)
+            self._calls.note_failure(lease.server, self._pooled, exc)
         elif inner.outcome == "done":
             self._calls.note_answer(lease, inner.response)
         lease.release()
@@ -174,7 +174,7 @@ class PoolStream(Stream[ChunkT]):
     def abort(self, reason: object = None) -> bool:
         """End the stream now, also while it waits, from any task, thread or signal handler; as ``Stream`` does."""
         if self._inner is None:
-            return self._failure is None and self._call.own.abort(reason)
+            return self._failure is None and self._pooled.own.abort(reason)
         aborted = self._inner.abort(reason)
         self.left()
         return aborted
@@ -182,7 +182,7 @@ class PoolStream(Stream[ChunkT]):
     async def aclose(self) -> None:
         """Close the stream, also while it waits; as ``Stream`` does."""
         if self._inner is None:
-            self._call.own.abort(_CLOSED)
+            self._pooled.own.abort(_CLOSED)
             return
         try:
             await self._inner.aclose()
@@ -217,7 +217,7 @@ class PoolStream(Stream[ChunkT]):
         """How the stream ended, as ``Stream`` has it; ``None`` while it waits or is open."""
         if self._inner is not None:
             return self._inner.outcome
-        failure, own = self._failure, self._call.own
+        failure, own = self._failure, self._pooled.own
         if isinstance(failure, StreamClosed) or (failure is None and own.aborted and own.reason is _CLOSED):
             return "closed"
         if isinstance(failure, AbortError) or (failure is None and own.aborted):
@@ -233,7 +233,7 @@ class PoolStream(Stream[ChunkT]):
         """Why it ended, as ``Stream`` has it."""
         if self._inner is not None:
             return self._inner.reason
-        failure, own = self._failure, self._call.own
+        failure, own = self._failure, self._pooled.own
         if isinstance(failure, AbortError):
             return failure.reason
         if isinstance(failure, PhaseTimeout):
@@ -250,7 +250,7 @@ class PoolStream(Stream[ChunkT]):
     @property
     def token(self) -> CancelToken:
         """The token that was given to the call; if none was, one of the stream's own."""
-        return self._call.given or self._call.own
+        return self._pooled.given or self._pooled.own
 
     @property
     def status_code(self) -> int | None:
@@ -265,7 +265,7 @@ class PoolStream(Stream[ChunkT]):
     def __repr__(self) -> str:
         if self._inner is not None:
             return f"<Pool{repr(self._inner)[1:-1]} at {self.host}>"
-        return f"<PoolStream of {self._call.kind}: {self.outcome or ('waiting' if self._reading else 'not started')}>"
+        return f"<PoolStream of {self._pooled.kind}: {self.outcome or ('waiting' if self._reading else 'not started')}>"
 
     def __del__(self) -> None:
         # Without one if Ctrl-C came before it was made.

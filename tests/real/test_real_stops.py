@@ -48,7 +48,7 @@ class Watch:
 
 @pytest_asyncio.fixture
 async def nothing_left(real_ollama: RealOllama) -> AsyncIterator[Baseline]:
-    async with nothing_left_behind() as baseline:
+    async with nothing_left_behind(limit=5.0) as baseline:
         yield baseline
 
 
