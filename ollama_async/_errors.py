@@ -7,6 +7,7 @@
     ├── RequestError          the request cannot be sent as given (also a ValueError)
     │   └── HostError         the host is not a usable address
     ├── ConnectError          no connection to the server (also a builtin ConnectionError)
+    │   └── NoHost                no host of a pool could take the call
     ├── ConnectionBroken      the connection was lost before the answer was complete
     ├── PhaseTimeout          one of the Timeouts passed (also a builtin TimeoutError)
     ├── ProtocolError         the answer is not what an Ollama server sends
@@ -29,7 +30,10 @@ Each error that ends a stream has the partial answer in ``partial``.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 # Word for word what ollama-python says: programs compare it.
 CONNECTION_ERROR_MESSAGE = (
@@ -116,6 +120,21 @@ class ConnectError(OllamaError, ConnectionError):
 
     def __str__(self) -> str:
         return f"{CONNECTION_ERROR_MESSAGE} ({self.detail})" if self.detail else CONNECTION_ERROR_MESSAGE
+
+
+class NoHost(ConnectError):
+    """No host of a ``Pool`` could take the call.
+
+    Attributes:
+        errors: What went wrong at each host, by its URL.
+    """
+
+    def __init__(self, errors: Mapping[str, str]) -> None:
+        super().__init__("; ".join(f"{url}: {error}" for url, error in errors.items()))
+        self.errors = dict(errors)
+
+    def __str__(self) -> str:
+        return f"no host can take the call: {self.detail}"
 
 
 class ConnectionBroken(OllamaError):

@@ -19,7 +19,7 @@ _DEFAULT_PORT = {"http": 80, "https": 443}
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
 
 
-class Host(NamedTuple):
+class ServerAddress(NamedTuple):
     """A server's address.
 
     Attributes:
@@ -33,10 +33,10 @@ class Host(NamedTuple):
     credentials: str | None
 
     def __repr__(self) -> str:
-        return f"<Host {self.url}>"
+        return f"<ServerAddress {self.url}>"
 
 
-def parse_host(given: str | None) -> Host:
+def parse_host(given: str | None) -> ServerAddress:
     """Read an address in the form of ``OLLAMA_HOST``.
 
     Scheme, port and path may be left out: the defaults are ``http``, 11434 and no path; with a scheme, the port is that
@@ -67,7 +67,7 @@ def parse_host(given: str | None) -> Host:
         _ = httpx.URL(url).host
     except (httpx.InvalidURL, UnicodeError) as exc:
         raise HostError(f"invalid host {address!r}: {exc}") from exc
-    return Host(url, name, credentials.value)
+    return ServerAddress(url, name, credentials.value)
 
 
 def _taken_apart(given: Secret[str | None]) -> tuple[str | None, str, str, Secret[str | None]]:
@@ -170,7 +170,7 @@ def is_loopback(name: str) -> bool:
         return False
 
 
-def env_proxy(host: Host, *, even_local: bool = False) -> str | None:
+def env_proxy(host: ServerAddress, *, even_local: bool = False) -> str | None:
     """Return the proxy that the environment names for a host; none for this machine unless ``even_local``."""
     return EnvironmentProxies(even_local=even_local).for_url(httpx.URL(host.url))
 
@@ -236,13 +236,13 @@ def _in_network(name: str, network: str) -> bool:
         return False
 
 
-def env_api_key(host: Host, *, anywhere: bool = False) -> str | None:
+def env_api_key(host: ServerAddress, *, anywhere: bool = False) -> str | None:
     """Return ``OLLAMA_API_KEY`` if the host is ollama.com over TLS; for any other host only if ``anywhere``."""
     if not anywhere and not is_ollama_com(host):
         return None
     return os.environ.get("OLLAMA_API_KEY", "").strip() or None
 
 
-def is_ollama_com(host: Host) -> bool:
+def is_ollama_com(host: ServerAddress) -> bool:
     """Whether a host is ollama.com over TLS."""
     return host.url.startswith("https://") and (host.name == "ollama.com" or host.name.endswith(".ollama.com"))

@@ -87,7 +87,7 @@ def test_a_module_of_the_core_is_short_enough_to_be_read(module: str) -> None:
 
 def test_the_core_never_imports_a_leaf_or_an_optional_package() -> None:
     optional = {"typer", "rich", "prompt_toolkit", "markdown_it", "pytest", "uvloop", "redis", "starlette", "fastapi"}
-    optional |= {"uvicorn", "httpx2"}
+    optional |= {"uvicorn", "httpx2", "pyarrow"}
     for path in core_files():
         for node in ast.walk(ast.parse(path.read_text())):
             names = (
@@ -101,7 +101,7 @@ def test_the_core_never_imports_a_leaf_or_an_optional_package() -> None:
 
 
 # What each leaf may import of the library, besides the core's modules.
-LEAVES = {"asgi": {"registry"}, "registry": set[str]()}
+LEAVES = {"asgi": {"registry"}, "batch": {"pool"}, "pool": set[str](), "registry": set[str]()}
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
@@ -116,10 +116,10 @@ def test_a_leaf_imports_the_core_and_what_it_is_built_on(leaf: str) -> None:
                 assert name in CORE or name.partition(".")[0] in LEAVES[leaf], (file, module)
 
 
-@pytest.mark.parametrize("leaf", ["asgi", "registry"])
+@pytest.mark.parametrize("leaf", LEAVES)
 def test_a_leaf_needs_only_its_own_extra(leaf: str) -> None:
     program = (
-        f"import sys; sys.modules['redis'] = sys.modules['uvicorn'] = sys.modules['fastapi'] = None\n"
+        f"import sys; sys.modules['redis'] = sys.modules['uvicorn'] = sys.modules['pyarrow'] = None\n"
         f"import ollama_async.{leaf} as leaf\n"
         "from ollama_async.registry import AbortRegistry; AbortRegistry.from_url('memory://')"
     )
