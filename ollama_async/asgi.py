@@ -15,28 +15,15 @@ import secrets
 import socket
 import types
 from contextlib import AsyncExitStack, suppress
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ._errors import (
-    CONNECTION_ERROR_MESSAGE,
-    AbortError,
-    ConnectError,
-    ConnectionBroken,
-    HostError,
-    OllamaError,
-    PhaseTimeout,
-    ProtocolError,
-    RequestError,
-    ResponseError,
-    StreamClosed,
-    StreamTruncated,
-)
-from .registry import RegistryClosed, RegistryUnavailable
+from ._errors import AbortError, ConnectError, OllamaError, RequestError, ResponseError
+from .durable._told import ABOUT_THE_REQUEST, MAX_TEXT, NOT_SENT, STATUSES, Told, summary, tell
 from .registry._local import checked_reason
 
 if TYPE_CHECKING:
@@ -276,7 +263,7 @@ class _Delivery:
             await self._stream
             await self._begin()
             async for chunk in self._stream:
-                await self._send(self._event("chunk", chunk.model_dump_json(exclude_none=True, exclude=_NOT_SENT)))
+                await self._send(self._event("chunk", chunk.model_dump_json(exclude_none=True, exclude=NOT_SENT)))
         except OllamaError as exc:
             error = exc
         if self._left:
@@ -322,7 +309,7 @@ class _Delivery:
 
     async def _refuse(self, error: OllamaError) -> None:
         """Send an error: as the whole response if that has not begun, else as its last event."""
-        told = _told(error, self._response.explain)
+        told = tell(error, self._response.explain)
         _record(self._id, error, told)
         async with self._sending:
             begun, self._begun = self._begun, True
@@ -331,8 +318,8 @@ class _Delivery:
         if begun:
             await self._end(told)
 
-    async def _end(self, told: _Told | None) -> None:
-        await self._send(self._event("end", json.dumps(self._summary(told))), more=False)
+    async def _end(self, told: Told | None) -> None:
+        await self._send(self._event("end", json.dumps(summary(self._stream, told))), more=False)
 
     async def _say_goodbye(self) -> None:
         """Leave a status to what stands between the client and us: nobody else will see it."""
@@ -350,26 +337,6 @@ class _Delivery:
 
     def _ping(self) -> bytes:
         return b": ping\n\n" if self._response.format == "sse" else b'{"event":"ping"}\n'
-
-    def _summary(self, told: _Told | None) -> dict[str, Any]:
-        stream = self._stream
-        timing, merged, outcome = stream.timing, stream.response, stream.outcome
-        return {
-            "outcome": outcome,
-            "reason": None if outcome == "error" else _told_reason(stream.reason),
-            "error": None if told is None else told.text,
-            "error_type": None if told is None else told.kind,
-            "text": stream.text,
-            "timing": {
-                "first_chunk": timing.first_chunk,
-                "total": timing.total,
-                "chunks": timing.chunks,
-                "chunks_per_second": timing.chunks_per_second,
-            },
-            "response": None
-            if merged is None
-            else merged.model_dump(mode="json", exclude_none=True, exclude=_NOT_SENT),
-        }
 
 
 # -- sending, for so long --
@@ -492,97 +459,25 @@ def _limit_buffer(connection: asyncio.Transport) -> None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
 
 
-# -- what the client is told of an error --
+# -- errors --
 
-# The address of another server.
-_NOT_SENT = {"remote_host"}
-
-
-class _Told(NamedTuple):
-    """What the client is told of an error."""
-
-    status: int
-    text: str
-    kind: str
-
-
-# By the class of the error, the first in its line of descent. The text of an error is for whoever runs this server: it
-# names addresses, files and what other servers said. Nothing of it is sent but what _told() lets through.
-_KINDS: dict[type[BaseException], tuple[int, str]] = {
-    ConnectError: (502, CONNECTION_ERROR_MESSAGE),
-    ConnectionBroken: (502, "the connection to the model's server was lost before the answer was complete"),
-    ProtocolError: (502, "the model's server sent something that cannot be read"),
-    StreamTruncated: (502, "the model's server ended the answer before it was complete"),
-    HostError: (502, "the model's server cannot be reached under its address"),
-    RequestError: (400, "the request cannot be sent to the model's server as it is"),
-    StreamClosed: (503, "the answer was closed; this server may be about to end"),
-    RegistryClosed: (503, "this server is about to end"),
-    RegistryUnavailable: (503, "the registry of streams does not answer"),
-    OllamaError: (502, "the answer failed"),
-}
-_PHASES = {
-    "connect": "no connection to the model's server in time (connect timeout)",
-    "first_chunk": "the model did not begin to answer in time (first_chunk timeout)",
-    "idle": "the model's server was silent for too long (idle timeout)",
-    "total": "the answer was not complete in time (total timeout)",
-}
-# These statuses are passed on.
-_STATUSES = {
-    400: "the model's server does not accept the request",
-    404: "the model's server does not have what was asked for",
-    413: "the request is too large for the model's server",
-    429: "too many requests; try again later",
-    503: "the model's server is busy; try again later",
-}
-# With these, the text of the server is passed on, too: it speaks of the request, which is the client's. What it says
-# with others is about our access to it, or about its inside.
-_ABOUT_THE_REQUEST = {400, 404, 413}
-# Even so: something between us and the server may have written it.
-_PLACE_OR_KEY = re.compile(
-    r"://|@|\*\*\*|\bsk-|\d\.\d{1,3}\.\d{1,3}\.\d|:\d{2,5}(?!\w)|\.(?:internal|lan|local|svc)\b|(?<!\S)[\"'(]?/\w|:\\"
-)
-_MAX_TEXT = 500
 _RETRY_AFTER = re.compile(r"[A-Za-z0-9 ,:]{1,40}")
 
 
-def _told(error: OllamaError, explain: Callable[[OllamaError], str] | None = None) -> _Told:
-    """Decide what the client is told of an error: the only place that does."""
-    # The name that is in the documentation: a class of somebody else's derived from it says nothing to the client.
-    kind = next(cls.__name__ for cls in type(error).__mro__ if cls.__module__.startswith("ollama_async."))
-    if isinstance(error, ResponseError):
-        status, text = error.status_code, _STATUSES.get(error.status_code)
-        if text is None:
-            status, text = 502, "the model's server failed"
-        elif status in _ABOUT_THE_REQUEST and not _PLACE_OR_KEY.search(error.error):
-            text = error.error[:_MAX_TEXT]
-    elif isinstance(error, PhaseTimeout):
-        status, text = 504, _PHASES.get(error.phase, "the model's server took too long")
-    else:
-        status, text = next(_KINDS[cls] for cls in type(error).__mro__ if cls in _KINDS)
-    return _Told(status, text if explain is None else explain(error), kind)
-
-
-def _told_reason(reason: object) -> str | None:
-    """Decide what the client is told of why a stream ended: a text was written to be shown, an exception was not."""
-    if reason is None or isinstance(reason, str):
-        return reason
-    return str(reason) if isinstance(reason, (int, float)) else type(reason).__name__
-
-
-def _refusal(error: OllamaError, told: _Told) -> JSONResponse:
+def _refusal(error: OllamaError, told: Told) -> JSONResponse:
     wait = error.headers.get("retry-after", "") if isinstance(error, ResponseError) else ""
     known = told.status in (429, 503) and _RETRY_AFTER.fullmatch(wait)
     return _error(told.status, told.text, {"Retry-After": wait} if known else None)
 
 
-def _record(stream_id: str, error: OllamaError, told: _Told) -> None:
+def _record(stream_id: str, error: OllamaError, told: Told) -> None:
     """Log what the client is not told."""
     level, status, about = logging.WARNING, told.status, str(error)
     if isinstance(error, ResponseError):
         status, about = error.status_code, error.error
-        if status in _ABOUT_THE_REQUEST:
+        if status in ABOUT_THE_REQUEST:
             # The client's own fault, and the prompt may be in the text.
-            level, about = logging.INFO, _STATUSES[status]
+            level, about = logging.INFO, STATUSES[status]
     elif isinstance(error, ConnectError):
         about = error.detail or about
     else:
@@ -593,7 +488,7 @@ def _record(stream_id: str, error: OllamaError, told: _Told) -> None:
 
 def _loggable(text: str) -> str:
     """Cut what others wrote to one short line without keys."""
-    words = text[:_MAX_TEXT].split()
+    words = text[:MAX_TEXT].split()
     shown = " ".join("[...]" if _like_a_key(word) else word for word in words)
     return "".join(letter if letter.isprintable() else "?" for letter in shown)
 
@@ -635,7 +530,7 @@ def stop_route(path: str, registry: AbortRegistry, *, owner: Owner | None = None
         try:
             stopped = await registry.abort(stream_id, reason, owner=who) if _ID.fullmatch(stream_id) else "kept"
         except OllamaError as exc:
-            told = _told(exc)
+            told = tell(exc)
             _record("(a Stop)", exc, told)
             return _refusal(exc, told)
         if stopped == "stopped":

@@ -69,7 +69,7 @@ def test_the_core_never_imports_a_leaf_or_an_optional_package() -> None:
 
 
 # What each leaf may import of the library, besides the core's modules.
-LEAVES = {"asgi": {"registry"}, "registry": set[str]()}
+LEAVES = {"asgi": {"durable", "registry"}, "durable": {"registry"}, "registry": set[str]()}
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
@@ -84,7 +84,7 @@ def test_a_leaf_imports_the_core_and_what_it_is_built_on(leaf: str) -> None:
                 assert module.removeprefix("ollama_async.").partition(".")[0] in core | LEAVES[leaf], (file, module)
 
 
-@pytest.mark.parametrize("leaf", ["asgi", "registry"])
+@pytest.mark.parametrize("leaf", LEAVES)
 def test_a_leaf_needs_only_its_own_extra(leaf: str) -> None:
     program = (
         f"import sys; sys.modules['redis'] = sys.modules['uvicorn'] = sys.modules['fastapi'] = None\n"
