@@ -403,8 +403,8 @@ async def test_an_answer_that_is_too_long(site: Site, monkeypatch: pytest.Monkey
     async with DurableAnswers.from_url("memory://", max_bytes=1000, on_end=site.results.append) as small:
         site.fake.script("/api/chat", ENDLESS)
         answer = await small.begin(site.stream(), "one")
-        await site.model_saw_leave()
         await answer.wait()
+        await site.model_saw_leave()
         events = await rest_of(answer.attach())
     assert (site.results[0].outcome, site.results[0].reason) == ("aborted", TOO_LONG)
     check_whole(events, site.results[0].text)

@@ -28,7 +28,7 @@ from ._errors import (
     RedisTooOld,
     UnknownAnswer,
 )
-from ._events import Event
+from ._events import Event, split
 from ._log import Viewer
 from ._memory import Memory
 from ._producer import CLOSED, SUPERSEDED, TOO_LONG, UNATTENDED, AnswerOutcome, Producer, Result, Terms
@@ -99,9 +99,25 @@ class Answer(LiveObject):
         return self._producer.claimed.result()
 
     @property
+    def opened(self) -> Event:
+        """Its first event."""
+        return Event(1, *split(self._producer.log.fragments[0]))
+
+    @property
     def error(self) -> OllamaError | None:
         """What ended it, if it was an error; ``None`` while it runs, and after any other end."""
         return self._producer.failure
+
+    def stop(self, reason: object = None) -> bool:
+        """Stop it, before this returns; from any thread.
+
+        Args:
+            reason: What the ``reason`` in its ``end`` will be.
+
+        Returns:
+            True if this call ended it.
+        """
+        return self._producer.abort(reason)
 
     def attach(self, *, after: int = 0) -> Viewer:
         """Watch it from here; that needs no Redis.

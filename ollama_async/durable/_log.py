@@ -148,6 +148,11 @@ class Viewer(LiveObject):
         """The number of the last event that was handed out: where to attach to go on."""
         return self._at - len(self._ready)
 
+    @property
+    def at_end(self) -> bool:
+        """Whether the event ``end`` was handed out, here or before."""
+        return self._log.ended and self.after == len(self._log)
+
     async def read(self) -> list[Event]:
         """Return all events that are there, at least one; none when there will be none any more.
 
@@ -162,7 +167,7 @@ class Viewer(LiveObject):
         if self._ready:
             events, self._ready = self._ready[::-1], []
             return events
-        while self._attached and not self._over:
+        while self._attached and not self._over and not self.at_end:
             events = self._take()
             if events:
                 return events

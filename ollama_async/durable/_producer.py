@@ -121,9 +121,9 @@ class Producer(LiveObject):
         self._superseded = False
         self.task = loop.create_task(self._run(), name=f"ollama_async answer {name.id[:40]}")
 
-    def abort(self, reason: str) -> None:
+    def abort(self, reason: object) -> bool:
         """End the answer; its log gets an ``end``, and ``on_end`` is called, as ever."""
-        self._stream.abort(reason)
+        return self._stream.abort(reason)
 
     def supersede(self) -> None:
         """End it because somebody else's log stands under its name: what comes now is nobody's."""

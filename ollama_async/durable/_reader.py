@@ -118,8 +118,10 @@ class Reader:
         try:
             if mirror.filling is not None:
                 await asyncio.wait({mirror.filling})
-            if mirror.log.failure is not None and not mirror.log.fragments:
-                raise copy(mirror.log.failure)
+            failure = mirror.log.failure
+            # Of a log that is damaged, viewers get what is before the damage.
+            if failure is not None and not (mirror.log.fragments and isinstance(failure, AnswerGap)):
+                raise copy(failure)
         finally:
             asyncio.get_running_loop().call_soon(mirror.log.attend, -1)
         return mirror.log
@@ -158,15 +160,18 @@ class Reader:
 
     async def aclose(self) -> None:
         """End the tasks and the connections."""
-        tasks = {*self._jobs} | ({self._task} if self._task is not None else set[Any]())
-        self._task = None
-        for task in tasks:
-            task.cancel()
+        task, self._task = self._task, None
+        tasks: set[asyncio.Task[Any]] = {*self._jobs} if task is None else {*self._jobs, task}
+        for each in tasks:
+            each.cancel()
         if tasks:
             await asyncio.wait(tasks)
         for mirror in list(self._mirrors.values()):
             mirror.log.fail(AnswersClosed("the durable answers are closed"))
         self._mirrors.clear()
+        if task is not None:
+            with suppress(*LOST):
+                await self._commands.delete(self._wake_key)
         for client in (self._blocking, self._commands):
             await client.connection_pool.disconnect()
 
