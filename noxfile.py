@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import nox
@@ -12,25 +13,59 @@ nox.needs_version = ">=2025.10.14"
 nox.options.default_venv_backend = "venv"
 nox.options.download_python = "never"
 nox.options.error_on_missing_interpreters = False  # they are skipped, and named in nox's summary
-nox.options.sessions = ["lint", "types", "dropin", "teardown", "tests", "tests-min-deps"]
+nox.options.sessions = ["lint", "types", "dropin", "tests", "tests-min-deps"]
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = nox.project.python_versions(PYPROJECT)
 OLDEST = PYTHONS[0]
 EXTRAS = ",".join(PYPROJECT["project"]["optional-dependencies"])
-# What runs beside the whole on the oldest Python: nothing with the real server or the browser, and nothing that is the
-# same on every Python and with every version of our dependencies. On uvloop only every way to stop, on one newer
-# Python; on the one in the middle least. All of it on each would take CI an hour.
-CUT = "not (test_soak or test_costs or test_hostile or test_model or test_matrix or test_injection)"
-CUT_OF = {
-    "3.12": f"not uvloop and not tls and not (test_endpoints or test_web or test_chat) and {CUT}",
-    "3.13": f"(not uvloop or test_stops) and {CUT}",
-}
 TEARDOWN = ["tests/teardown", "tests/test_cancel.py"]
 INJECTION = "tests/injection"
-# All of it waits more than it works: for pools that have lost a place, and for sockets that nobody closes.
+# All of it waits more than it works: for sockets, servers, programs on a terminal, and pools that have lost a place.
+# What belongs together stays in one process: tests/conftest.py says what.
+AT_ONCE = ["-n", "4", "--dist", "loadgroup"]
 FULL = ["-n", "4", *TEARDOWN]
-WITHOUT_TEARDOWN = [f"--ignore={path}" for path in (*TEARDOWN, INJECTION)]
+
+
+# The whole runs on the oldest Python. Beside it each other one, and the oldest dependencies, run a cut: nothing with
+# the real server or the browser, and nothing that is the same everywhere. What each is there for is not cut.
+def files(*names: str) -> str:
+    return " or ".join(f"test_{name}.py" for name in names)
+
+
+SAME_EVERYWHERE = files(
+    "cli_markdown", "costs", "hostile", "injection", "layers", "linear", "matrix", "model", "output", "soak"
+)
+NOT_ASYNCIO = files("asgi", "chat", "docs", "endpoints", "web")
+CUT_OF = {
+    # The newest: the code as it is today, and every way to stop on uvloop as well.
+    "3.13": f"(not uvloop or test_stops.py) and not ({SAME_EVERYWHERE})",
+    # In between: what rests on asyncio.
+    "3.12": f"not uvloop and not tls and not ({SAME_EVERYWHERE} or {NOT_ASYNCIO})",
+    # What rests on others: httpx, anyio, pydantic, typer, rich, starlette, redis.
+    "min-deps": f"not uvloop and (not tls or test_foreign.py) and not ({SAME_EVERYWHERE} or test_docs.py)",
+    # 3.14 and 3.15, where they are installed.
+    "other": f"not uvloop and not ({SAME_EVERYWHERE})",
+}
+# What every system has, without a terminal, without /proc and without a server that somebody has to install.
+PLATFORM = [
+    f"tests/{name}.py"
+    for name in (
+        "test_batches",
+        "test_client",
+        "test_host",
+        "test_input",
+        "test_ndjson",
+        "test_platforms",
+        "test_registry",
+        "test_request",
+        "test_retry",
+        "test_sparse",
+        "test_tools",
+        # Windows does not tell which descriptors are open.
+        *(["test_teardown_kit"] if sys.platform != "win32" else []),
+    )
+]
 # The release of ollama-python that we can stand in for.
 OLLAMA_PYTHON = "0.6.3"
 COVERAGE = Path(".nox", "coverage-data").absolute()
@@ -42,7 +77,8 @@ def is_installed(python: str) -> bool:
     return command is not None and subprocess.run([command, "-c", ""], capture_output=True, check=False).returncode == 0
 
 
-if os.environ.get("CI") == "true" and not is_installed(OLDEST):
+# On the other systems CI runs one session, on the Python that it has.
+if os.environ.get("CI") == "true" and sys.platform == "linux" and not is_installed(OLDEST):
     raise SystemExit(f"with CI=true, Python {OLDEST} has to be there")
 
 
@@ -65,19 +101,23 @@ def types(session: nox.Session) -> None:
     session.install(f".[{EXTRAS}]", *group("types"))
     session.run("mypy")
     session.run("pyright")
+    # Where no test of ours has run, the types at least are looked at.
+    session.run("mypy", "--platform", "win32")
+    session.run("mypy", "--platform", "darwin")
+    session.run("pyright", "--pythonplatform", "Windows")
+    session.run("pyright", "--pythonplatform", "Darwin")
 
 
 @nox.session(python=OLDEST)
 def teardown(session: nox.Session) -> None:
-    """Every way to stop, on every path, and cuts of the matrix and of `injection`.
+    """Every way to stop, on every path, and cuts of the matrix and of `injection`; `tests` has them as well.
 
     `-- --full` runs all of the matrix, on each installed Python.
     """
     session.install(f".[{EXTRAS}]", *group("tests"))
     if "--full" not in session.posargs:
-        run_tests(session, *TEARDOWN, *session.posargs, measured=True)
+        run_tests(session, *AT_ONCE, *TEARDOWN, *session.posargs)
         if not session.posargs:
-            # Not measured: coverage sits where the instrument has to.
             run_tests(session, "-n", "2", INJECTION)
         return
     run_tests(session, *FULL, *session.posargs)
@@ -109,24 +149,32 @@ def injection(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
-    """The tests, against the built and installed wheel: all of them on the oldest Python, a cut on the others.
-
-    On the oldest Python those of teardown have a session of their own.
-    """
+    """The tests, against the built and installed wheel: all of them on the oldest Python, a cut on the others."""
     session.install(f".[{EXTRAS}]", *group("tests"))
-    if session.python == OLDEST:
-        run_tests(session, *(session.posargs or WITHOUT_TEARDOWN), measured=True)
-        if not session.posargs:
-            session.notify("coverage")
+    if session.posargs:
+        run_tests(session, *session.posargs)
+    elif session.python == OLDEST:
+        run_tests(session, *AT_ONCE, f"--ignore={INJECTION}", "tests", measured=True)
+        # Not measured: coverage sits where the instrument has to.
+        run_tests(session, "-n", "2", INJECTION)
+        session.notify("coverage")
     else:
-        run_tests(session, *(session.posargs or beside(session)))
+        run_tests(session, *cut(str(session.python)))
 
 
 @nox.session(name="tests-min-deps", python=OLDEST)
 def tests_min_deps(session: nox.Session) -> None:
-    """The tests with the oldest versions of our dependencies that pyproject.toml allows."""
+    """A cut of the tests with the oldest versions of our dependencies that pyproject.toml allows."""
     session.install(f".[{EXTRAS}]", *group("tests"), *map(oldest_version, requirements()))
-    run_tests(session, *(session.posargs or beside(session)))
+    run_tests(session, *(session.posargs or cut("min-deps")))
+
+
+@nox.session(name="tests-platform")
+def tests_platform(session: nox.Session) -> None:
+    """What can be tested on macOS and Windows as well, on the Python that nox has; not part of the gate on Linux."""
+    session.install(f".[{EXTRAS}]", *group("tests"))
+    # On Windows nothing tells which descriptors are open, and the checks say so.
+    run_tests(session, "-W", "default:not checked", *(session.posargs or PLATFORM))
 
 
 @nox.session(python=OLDEST)
@@ -200,14 +248,12 @@ def coverage(session: nox.Session) -> None:
     """What the tests have covered."""
     session.install("coverage[toml]")
     session.env["COVERAGE_FILE"] = str(COVERAGE / ".coverage")
-    session.run("coverage", "combine", "--keep", *map(str, [*COVERAGE.glob("tests-3*"), *COVERAGE.glob("teardown*")]))
+    session.run("coverage", "combine", "--keep", *map(str, COVERAGE.glob("tests-3*")))
     session.run("coverage", "report")
 
 
-def beside(session: nox.Session) -> tuple[str, ...]:
-    # In two processes: nothing in the cut looks at more than its own.
-    cut = CUT_OF.get(str(session.python), f"not uvloop and {CUT}")
-    return "-n", "2", "-m", "not real and not browser", "-k", cut
+def cut(of: str) -> tuple[str, ...]:
+    return *AT_ONCE, "-m", "not real and not browser", "-k", CUT_OF.get(of, CUT_OF["other"])
 
 
 def run_tests(session: nox.Session, *arguments: str, measured: bool = False) -> None:
@@ -220,7 +266,8 @@ def run_tests(session: nox.Session, *arguments: str, measured: bool = False) -> 
     shutil.rmtree(data, ignore_errors=True)
     data.mkdir(parents=True)
     env["COVERAGE_FILE"] = str(data / ".coverage")
-    session.run("coverage", "run", "-m", "pytest", "-q", *arguments, env=env)
+    # By pytest-cov, which measures in each of the processes.
+    session.run("python", "-m", "pytest", "-q", "--cov", "--cov-report=", *arguments, env=env)
 
 
 def requirements() -> list[str]:

@@ -16,10 +16,10 @@ import httptools
 from load_server import token
 
 from ollama_async import ChatResponse
-from ollama_async._channel import Channel
-from ollama_async._merge import ChatMerge, validators
-from ollama_async._ndjson import LineSplitter
-from ollama_async._stream import _parse_together
+from ollama_async._call.decoder import NdjsonDecoder
+from ollama_async._call.ndjson import MAX_LINE_BYTES, LineSplitter
+from ollama_async._model.merge import ChatMerge, validators
+from ollama_async._wire.reader import Framing, ResponseReader
 
 TOGETHER = 64
 LINE = token("ollama").split(b"\r\n")[1].rstrip(b"\n")
@@ -82,16 +82,15 @@ def parsing(tokens: int) -> float:
 
 
 def passing_on(tokens: int) -> float:
-    channel = Channel(asyncio.new_event_loop())
-    channel.by_line = True
+    reader = ResponseReader(asyncio.new_event_loop(), framing=Framing.LINES)
     body = (LINE + b"\n") * tokens
 
     def go() -> None:
-        channel.push(body)
-        channel.at_hand()
+        reader.feed_data(body)
+        reader.read_nowait()
 
     took = timed(go, tokens)
-    channel.loop.close()
+    reader.loop.close()
     return took
 
 
@@ -109,16 +108,17 @@ async def waking(rounds: int = 20_000) -> float:
 def splitting(tokens: int) -> float:
     splitter = LineSplitter()
     body = (LINE + b"\n") * tokens
-    return timed(lambda: splitter.feed(body), tokens)
+    return timed(lambda: splitter.feed_data(body), tokens)
 
 
 def validating(tokens: int) -> float:
     if tokens == 1:
         one = validators(ChatResponse).one
         return timed(lambda: one(LINE))
-    merge, lines = ChatMerge(), [LINE] * tokens
-    assert len(_parse_together(merge, lines)) == tokens
-    return timed(lambda: _parse_together(merge, lines), tokens)
+    decoder = NdjsonDecoder(validators(ChatResponse), tokens, MAX_LINE_BYTES)
+    decoder.lines = [LINE] * tokens
+    assert len(decoder.decode(alone=False)[0]) == tokens
+    return timed(lambda: decoder.decode(alone=False), tokens)
 
 
 def merging() -> float:
@@ -134,7 +134,7 @@ def main() -> None:
         "kernel: two looks for events": (2 * looking(), 2 * looking() / TOGETHER),
         "asyncio: the reader's task is woken": ((woken := asyncio.run(waking())), woken / TOGETHER),
         "httptools: HTTP chunks": (parsing(1), parsing(TOGETHER)),
-        "channel: put in, taken out": (passing_on(1), passing_on(TOGETHER)),
+        "reader: put in, taken out": (passing_on(1), passing_on(TOGETHER)),
         "NDJSON: lines": (splitting(1), splitting(TOGETHER)),
         "pydantic: JSON to a typed chunk": (validating(1), validating(TOGETHER)),
         "stream: merged into the answer": (merging(), merging()),

@@ -27,7 +27,10 @@ async def work(client: AsyncClient, questions: Iterator[str]) -> None:
 
 async def main() -> None:
     shutdown = CancelToken()
+    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
+        # A signal that comes just before the loop goes to sleep wakes it only if the loop knows of the signal.
+        loop.add_signal_handler(number, lambda: None)
         # In the very handler: the sockets are closed when it returns, whatever the event loop is busy with.
         signal.signal(number, lambda *_: shutdown.abort("the service is shutting down"))
     questions = iter([f"What is {number} times {number}?" for number in range(1, 7)])

@@ -4,6 +4,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ._call.stream import Stream, Timing
+    from ._call.timeouts import Timeouts
     from ._cancel import CancelToken, Registration
     from ._client import AsyncClient
     from ._errors import (
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
         StreamError,
         StreamTruncated,
     )
-    from ._input import Image
-    from ._manage_types import (
+    from ._model.input import Image
+    from ._model.manage_types import (
         CloudStatus,
         CloudStatusResponse,
         ListedModel,
@@ -48,10 +50,9 @@ if TYPE_CHECKING:
         WebSearchResponse,
         WebSearchResult,
     )
-    from ._options import Options
-    from ._progress import Progress, ProgressResponse
-    from ._stream import Stream, Timing
-    from ._systemone import (
+    from ._model.options import Options
+    from ._model.progress import Progress, ProgressResponse
+    from ._model.systemone import (
         SystemOneAnswer,
         SystemOneChoiceAnswer,
         SystemOneChoiceQuestion,
@@ -65,10 +66,8 @@ if TYPE_CHECKING:
         SystemOneScoreQuestion,
         SystemOneUsage,
     )
-    from ._timeouts import Timeouts
-    from ._tools import Tool, convert_function_to_tool, tool_schema
-    from ._transport import DirectTransport
-    from ._types import (
+    from ._model.tools import Tool, convert_function_to_tool, tool_schema
+    from ._model.types import (
         ChatResponse,
         DebugInfo,
         EmbeddingsResponse,
@@ -80,6 +79,7 @@ if TYPE_CHECKING:
         TokenLogprob,
         ToolCall,
     )
+    from ._wire.transport import DirectTransport
 
 __all__ = [
     "AbortError",
@@ -158,31 +158,35 @@ __all__ = [
 ]
 
 
+__version__ = "0.1.0"
+
+
 # Not for type checkers, which would take any misspelt name for one that is there.
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        # Imported when something is first asked for: who imports this for its types, as a plugin (of pytest), or on the
-        # way to something else does not pay for it. By statements, which those that pack programs can follow.
+        # Imported when something is first asked for: a program that imports this package for its types, as a plugin (of
+        # pytest), or on the way to something else does not pay for it. By statements, which tools that pack programs
+        # can follow.
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from . import _client  # noqa: F401  (and with it all the others)
+        from . import _client  # noqa: F401  (and with it all others but the next two)
 
-        _publish("cancel", "client", "errors", "input", "options", "progress")
-        _publish("stream", "timeouts", "tools", "transport", "types")
+        _publish()
         if name not in globals():
             # What only some endpoints take and give is half of all models, and of the time that it takes to make them.
-            from . import _manage_types, _systemone  # noqa: F401
+            from ._model import manage_types, systemone  # noqa: F401
 
-            _publish("manage_types", "systemone")
+            _publish()
         return globals()[name]
 
 
-def _publish(*homes: str) -> None:
-    for home in homes:
-        module = sys.modules[f"{__name__}._{home}"]
-        for public in set(module.__all__).intersection(__all__):
-            globals().setdefault(public, getattr(module, public))
+def _publish() -> None:
+    """Take over the public names of the modules that have been imported."""
+    for path, module in tuple(sys.modules.items()):
+        if path.startswith(f"{__name__}._"):
+            for public in vars(module).keys() & __all__:
+                globals().setdefault(public, vars(module)[public])
 
 
 def __dir__() -> list[str]:

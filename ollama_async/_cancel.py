@@ -1,8 +1,8 @@
-"""``CancelToken``: the handle with which calls are stopped, from anywhere.
+"""``CancelToken``: the handle that aborts calls, from anywhere.
 
-Nothing here holds a lock. A token is aborted by other tasks, by threads, and by signal handlers, which run between any
-two bytecodes of the thread they interrupt, also in the middle of this module. A lock would deadlock there or, if
-reentrant, let the handler in on half-made state. So all shared state changes by single dict operations that are atomic
+Nothing here holds a lock. Other tasks, threads and signal handlers abort a token. A signal handler runs between any two
+bytecodes of the thread that it interrupts, also in the middle of this module. A lock would deadlock there. A reentrant
+lock would let the handler in on half-changed state. So all shared state changes by single atomic dict operations
 (``setdefault`` decides, ``pop`` claims a callback), and every order of them is right.
 """
 
@@ -21,56 +21,44 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import anyio
 
-from ._errors import AbortError, RequestError
+from ._errors import AbortError, RequestError, shown
 from ._secret import showable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Generator, Sequence
     from typing import Self, SupportsIndex
 
-__all__ = [
-    "CancelToken",
-    "EmptyContext",
-    "LiveObject",
-    "Once",
-    "Registration",
-    "Watch",
-    "in_loop",
-    "raise_in_loop",
-    "resolve",
-]
-
-# Thirty years: what is later is never.
+# Thirty years: a later deadline is no deadline.
 _ENDLESS = 1e9
 
 _order = itertools.count()
 
-# What a timer of ours runs in. A loop keeps a timer that was cancelled until its time comes, and with it the context
-# that it was made in: the caller's request, user, database session.
+# Our timers run in an empty context. A loop keeps a cancelled timer until its time comes, and with it the context in
+# which it was made: the caller's request, user, database session.
 EmptyContext = contextvars.Context
 
 
-class Once:
-    """A value that is decided once, by whichever task, thread or signal handler comes first."""
+class SetOnce:
+    """A value that is set once, by the task, thread or signal handler that comes first."""
 
     __slots__ = ("slot",)
 
     def __init__(self) -> None:
-        # Empty while undecided; to look at it is the cheapest question there is.
+        # Empty until the value is set; checking a dict is the cheapest check there is.
         self.slot: dict[int, Any] = {}
 
-    def decide(self, value: object) -> bool:
-        """Set the value if none is set; return whether this call decided. Each call must bring an object of its own."""
+    def try_set(self, value: object) -> bool:
+        """Set the value if it is not set; return whether this call set it. Each call must pass a different object."""
         return self.slot.setdefault(0, value) is value
 
     @property
     def value(self) -> Any:
-        """The value, ``None`` while undecided."""
+        """The value; ``None`` until it is set."""
         return self.slot.get(0)
 
 
 class _Decision:
-    """That a token is aborted, why, and when compared with other tokens."""
+    """Why a token was aborted, and when, compared with other tokens."""
 
     __slots__ = ("order", "reason")
 
@@ -80,9 +68,9 @@ class _Decision:
 
 
 class LiveObject:
-    """Something that stands for work under way: a copy of it is the object itself, and it cannot be pickled.
+    """An object that stands for running work: a copy of it is the object itself, and it cannot be pickled.
 
-    A real copy would be one that nothing reaches: a Stop on one of both would leave the work of the other going on.
+    Nothing would reach a real copy: a Stop on one of the two would leave the work of the other running.
     """
 
     __slots__ = ()
@@ -101,7 +89,7 @@ class LiveObject:
 
 
 class Registration(LiveObject):
-    """A callback that waits for a token's abort; ``remove()`` takes it back."""
+    """A callback that runs when a token is aborted; ``remove()`` removes it."""
 
     __slots__ = ("_callback", "_timers", "_token")
 
@@ -111,11 +99,11 @@ class Registration(LiveObject):
         self._timers: Sequence[_Timer] = ()
 
     def remove(self) -> bool:
-        """Take the callback back; idempotent, from any thread.
+        """Remove the callback; idempotent, from any thread.
 
         Returns:
-            True if this call kept the callback from being called; False if it has been called, is being called in
-            another thread, or had been removed before.
+            True if this call prevented the callback; False if it has run, is running in another thread, or was removed
+            before.
         """
         token = self._token
         claimed = token._registrations.pop(self, None) is not None
@@ -129,7 +117,7 @@ class Registration(LiveObject):
         return claimed
 
     def _arm(self) -> Self:
-        """Wait for the abort; fire at once, if it has come."""
+        """Register for the abort; fire at once if the token is aborted."""
         token = self._token
         tokens = (token, *token._ancestors()) if token._parents else (token,)
         try:
@@ -139,7 +127,7 @@ class Registration(LiveObject):
                 self._timers = [_Timer(each) for each in tokens if each._expires_later()]
                 for timer in self._timers:
                     timer.start()
-            # An abort that came before all this was in place has not seen it; one that comes now will.
+            # An abort that came before this point has not seen the registration; an abort that comes now will.
             decision = token._decision()
             if decision is not None:
                 self._fire(decision.reason)
@@ -149,10 +137,10 @@ class Registration(LiveObject):
             raise
 
     def _fire(self, reason: object) -> None:
-        """Call the callback, unless another thread does or it has been removed."""
+        """Call the callback, unless another thread does, or it was removed."""
         callback, claimed = self._callback, None
         try:
-            # Whoever takes the registration out of its own token may call the callback; nobody else can.
+            # Only the caller that takes the registration out of its token may call the callback.
             claimed = self._token._registrations.pop(self, None)
             if claimed and callback is not None:
                 callback(reason)
@@ -169,10 +157,10 @@ class Registration(LiveObject):
 
 
 class Watch(Registration):
-    """A registration of the library itself, by which an abort ends something.
+    """A registration of the library itself: an abort ends something through it.
 
-    What ``end()`` does can be repeated. So it is in place until it has been done: an abort that did not get through
-    (Ctrl-C, no memory, a stack that is full) raises, and the next one does the rest.
+    ``end()`` can be repeated. So the registration stays until ``end()`` has returned: an interrupted abort (Ctrl-C, no
+    memory, a full stack) raises, and the next abort does the rest.
     """
 
     __slots__ = ()
@@ -181,11 +169,11 @@ class Watch(Registration):
         super().__init__(token, None)
 
     def arm(self) -> None:
-        """Wait for the abort; at once, if it has come."""
+        """Register for the abort; run ``end()`` at once if the token is aborted."""
         self._arm()
 
     def end(self, reason: object) -> None:
-        """Do what the abort is to bring about; from any thread or signal handler."""
+        """End what the abort is to end; from any thread or signal handler."""
         raise NotImplementedError
 
     def _fire(self, reason: object) -> None:
@@ -195,7 +183,7 @@ class Watch(Registration):
 
 
 class _Waker(Watch):
-    """Calls a function in a loop."""
+    """Calls a function in a loop when a token is aborted."""
 
     __slots__ = ("_args", "_function", "_loop")
 
@@ -217,17 +205,17 @@ class _Waker(Watch):
         try:
             self.remove()
         except BaseException:
-            # The second time for what Ctrl-C kept it from.
+            # Once more, for what Ctrl-C interrupted.
             self.remove()
             raise
 
 
 @showable
 class CancelToken(LiveObject):
-    """A handle to give to calls, with which they are aborted.
+    """A handle that aborts the calls it was given to.
 
-    A token is aborted once and stays aborted. The first reason stays. One token can serve any number of calls, on any
-    number of event loops, and be aborted by any task, thread or signal handler. To drop a token aborts nothing.
+    A token is aborted once and stays aborted. Its first reason stays. One token can serve any number of calls, on any
+    number of event loops, and any task, thread or signal handler can abort it. Dropping a token aborts nothing.
 
     Example:
         >>> token = CancelToken()
@@ -240,12 +228,12 @@ class CancelToken(LiveObject):
     __slots__ = ("__weakref__", "_deadline", "_decided", "_parents", "_registrations", "_seconds")
 
     def __init__(self) -> None:
-        self._decided = Once()
+        self._decided = SetOnce()
         # Its own, and those of tokens that were derived from it.
         self._registrations: dict[Registration, bool] = {}
-        # A derived token is not registered on its parents by itself (a long-lived parent would collect the remains
-        # of short-lived children): it looks at them when it is asked, and each of its own registrations is in the
-        # dicts of all its ancestors as well. Nothing here recurses: users build chains of any length.
+        # A derived token is not registered on its parents (a long-lived parent would collect the remains of short-lived
+        # children). It looks at its parents when it is asked, and each of its registrations is also in the dicts of all
+        # its ancestors. Nothing here recurses: users build chains of any length.
         self._parents: tuple[CancelToken, ...] = ()
         self._deadline: float | None = None
         self._seconds = 0.0
@@ -254,11 +242,11 @@ class CancelToken(LiveObject):
     def any(cls, *tokens: CancelToken) -> CancelToken:
         """Return a token that is aborted as soon as one of the given tokens is, with its reason.
 
-        The new token can also be aborted by itself, which does not touch the given ones. It leaves nothing on them
-        once its users are done, so that it can be made anew for each call.
+        You can also abort the new token alone, which does not touch the given ones. Once its calls are done it leaves
+        nothing on them, so you can make a new one for each call.
 
         Raises:
-            RequestError: No token was given, or something that is no ``CancelToken``.
+            RequestError: No token was given, or one of them is not a ``CancelToken``.
         """
         if not tokens:
             raise RequestError("CancelToken.any() needs at least one token")
@@ -272,19 +260,19 @@ class CancelToken(LiveObject):
 
     @classmethod
     def timeout(cls, seconds: float) -> CancelToken:
-        """Return a token that is aborted by the passing of time, with a ``TimeoutError`` as reason.
+        """Return a token that is aborted when its time has passed, with a ``TimeoutError`` as reason.
 
-        The clock starts now. A timer runs only while calls or callbacks are registered.
+        The time starts now. A timer runs only while calls or callbacks are registered.
 
         Args:
-            seconds: From now; 0 or less is an aborted token, infinity one without a deadline.
+            seconds: Seconds from now; 0 or less returns an aborted token, infinity a token without a deadline.
 
         Raises:
-            RequestError: That is no number.
+            RequestError: ``seconds`` is not a number, or is too large for a clock.
         """
         given: object = seconds
-        if isinstance(given, bool) or not isinstance(given, (int, float)) or math.isnan(given):
-            raise RequestError(f"CancelToken.timeout({seconds!r}): give a number of seconds")
+        if isinstance(given, bool) or not isinstance(given, (int, float)) or not _is_comparable(given):
+            raise RequestError(f"CancelToken.timeout({shown(seconds)}): give a number of seconds")
         token = cls()
         if seconds < _ENDLESS:
             token._seconds = float(seconds)
@@ -292,23 +280,23 @@ class CancelToken(LiveObject):
         return token
 
     def child(self) -> CancelToken:
-        """Return a token that is aborted with this one, and can be aborted by itself without touching this one."""
+        """Return a token that is aborted with this one; aborting it does not touch this one."""
         return CancelToken.any(self)
 
     def abort(self, reason: object = None) -> bool:
-        """Abort every call that this token was given to, and call the callbacks.
+        """Abort every call that this token was given to, and run the callbacks.
 
-        When it returns, the sockets of these calls have been shut down and they deliver no further chunk, also when
-        it was called from another thread or a signal handler.
+        When it returns, the sockets of these calls have been shut down, and the calls deliver no further chunk. This
+        also holds in another thread or a signal handler.
 
         Args:
-            reason: Any object; it is what ``AbortError.reason`` will be.
+            reason: Any object; it becomes ``AbortError.reason``.
 
         Returns:
-            True if this call aborted the token, False if it had been aborted before (its first reason stays).
+            True if this call aborted the token, False if the token was aborted before (its first reason stays).
         """
-        decided = self._decision() is None and self._decided.decide(_Decision(reason))
-        # Also by a call that comes second: the first one may be in another thread, or interrupted, and not through yet.
+        decided = self._decision() is None and self._decided.try_set(_Decision(reason))
+        # A second call fires too: the first one may still be running in another thread, or may have been interrupted.
         self._fire()
         return decided
 
@@ -319,7 +307,7 @@ class CancelToken(LiveObject):
 
     @property
     def reason(self) -> Any:
-        """What was given to the first ``abort()``; ``None`` while not aborted, or if nothing was given."""
+        """The reason given to the first ``abort()``; ``None`` if it is not aborted or no reason was given."""
         decision = self._decision()
         return None if decision is None else decision.reason
 
@@ -348,18 +336,18 @@ class CancelToken(LiveObject):
         return self.reason
 
     def on_abort(self, callback: Callable[[Any], object]) -> Registration:
-        """Have a function called when the token is aborted.
+        """Call a function when the token is aborted.
 
-        It is called once, with the reason, in the thread that aborts and before ``abort()`` returns; at once if the
-        token is aborted already. For a deadline it is called in the event loop that was running at registration, in a
-        thread if none was. What it raises is reported (to the running loop's exception handler, else to
-        ``sys.unraisablehook``) and keeps neither ``abort()`` nor the other callbacks from going on.
+        The callback runs once, with the reason, in the thread that aborts and before ``abort()`` returns; at once if
+        the token is already aborted. For a deadline it runs in the event loop that was running at registration, or in a
+        thread if no loop was. If it raises, the error is reported (to the exception handler of the running loop, else
+        to ``sys.unraisablehook``); ``abort()`` and the other callbacks go on.
 
         Args:
             callback: Called with the reason. It may register, remove and abort.
 
         Returns:
-            A registration; ``remove()`` it when the token outlives what the callback is for.
+            The registration. Call its ``remove()`` if the token lives longer than you need the callback.
         """
         return Registration(self, callback)._arm()
 
@@ -367,12 +355,11 @@ class CancelToken(LiveObject):
     def scope(self) -> Generator[anyio.CancelScope]:
         """Put other awaits under this token: ``with token.scope(): await anything()``.
 
-        The block is cancelled when the token is aborted, through an ``anyio.CancelScope`` of its own, which leaves
-        ``task.cancelling()`` balanced.
+        An abort cancels the block through its own ``anyio.CancelScope``, which leaves ``task.cancelling()`` balanced.
 
         Raises:
-            AbortError: The token was aborted before or during the block and that ended it. A cancellation from
-                outside that comes at the same time wins, and so does an exception that the block raises.
+            AbortError: The token was aborted before or during the block, and that ended the block. An external
+                cancellation at the same time wins, and so does an exception that the block raises.
         """
         self.raise_if_aborted()
         loop = asyncio.get_running_loop()
@@ -394,31 +381,31 @@ class CancelToken(LiveObject):
         return waiting
 
     def _decision(self) -> _Decision | None:
-        # As its value, without the call: each registration asks.
+        # As SetOnce.value, without the call: each registration asks.
         decided: _Decision | None = self._decided.slot.get(0)
         if decided is None and (self._parents or self._deadline is not None):
             decided = self._derive()
         return decided
 
     def _derive(self) -> _Decision | None:
-        """Look whether an ancestor has been aborted or the deadline has passed, and keep the earliest of them."""
+        """Check whether an ancestor was aborted or a deadline has passed, and keep the earliest decision."""
         first: _Decision | None = None
         waiting: list[CancelToken] = [self]
         seen = set(waiting)
         # It grows while it is walked.
         for token in waiting:
             if token._deadline is not None and time.monotonic() >= token._deadline:
-                token._decided.decide(token._timed_out())
+                token._decided.try_set(token._timed_out())
             decided: _Decision | None = token._decided.slot.get(0)
             if decided is None:
                 new = [parent for parent in token._parents if parent not in seen]
                 waiting += new
                 seen.update(new)
             elif first is None or decided.order < first.order:
-                # Its own decision stands for all that it is derived from: the walk does not go on behind it.
+                # Its decision already covers its ancestors, so the walk stops here.
                 first = decided
         if first is not None:
-            self._decided.decide(first)
+            self._decided.try_set(first)
         kept: _Decision | None = self._decided.slot.get(0)
         return kept
 
@@ -426,8 +413,8 @@ class CancelToken(LiveObject):
         return self._deadline is not None and self._decided.slot.get(0) is None
 
     def _expire(self) -> None:
-        # The timer says that it is time: clocks with a coarse grain may disagree by a hair.
-        self._decided.decide(self._timed_out())
+        # The timer has fired, so the deadline has passed, even if a coarse clock says a moment less.
+        self._decided.try_set(self._timed_out())
         self._fire()
 
     def _timed_out(self) -> _Decision:
@@ -442,7 +429,7 @@ class CancelToken(LiveObject):
                 try:
                     registration._fire(reason if token is self else token.reason)
                 except BaseException as exc:
-                    # Ctrl-C inside a callback, a stack that is full: the other calls are aborted.
+                    # Ctrl-C inside a callback, or a full stack: still abort the other calls.
                     failure = exc
             if failure is not None:
                 raise failure
@@ -458,8 +445,8 @@ class CancelToken(LiveObject):
 
 def in_loop(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object) -> None:
     """Call a function in a loop, from any thread; not at all if the loop is closed."""
-    # Also from a task of that loop, which seems to be awake: this may be a signal handler, and a loop that runs within
-    # a task, as nest_asyncio does, sleeps there.
+    # Also in the thread of that loop, although the loop seems to be awake: this may be a signal handler, and the loop
+    # may sleep inside a task (nest_asyncio does that).
     try:
         loop.call_soon_threadsafe(function, *args)
     except RuntimeError:
@@ -468,10 +455,10 @@ def in_loop(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *a
 
 
 def raise_in_loop(loop: asyncio.AbstractEventLoop, exc: BaseException) -> None:
-    """Have an exception come out of a loop, from where Python or a library below would drop it.
+    """Raise an exception out of a loop, where Python or a library below would drop it.
 
-    Ctrl-C and ``sys.exit()`` in a signal handler are raised wherever the program is at that moment. Python prints and
-    drops what comes out of a ``__del__``; uvloop takes what comes out of a protocol for an error of the connection.
+    Ctrl-C and ``sys.exit()`` in a signal handler raise wherever the program is at that moment. Python prints and drops
+    an exception from a ``__del__``; uvloop takes an exception from a protocol for an error of the connection.
     """
     in_loop(loop, _raise, exc)
 
@@ -481,25 +468,25 @@ def _raise(exc: BaseException) -> NoReturn:
 
 
 def _was_called(exc: BaseException) -> bool:
-    """Whether an exception is the callback's, not one that kept it from being called."""
+    """Whether the callback raised the exception, and not the attempt to call it."""
     if isinstance(exc, (RecursionError, MemoryError)) or not isinstance(exc, Exception):
-        # From the frame that has caught it into the callback's.
+        # Its traceback then leads from the frame that caught it into the callback's.
         return exc.__traceback__ is not None and exc.__traceback__.tb_next is not None
     return True
 
 
 def resolve(future: asyncio.Future[None]) -> None:
-    """Wake whoever waits for a future, unless something else has."""
+    """Wake the task that waits for a future, unless something else has."""
     if not future.done():
         try:
             future.set_result(None)
         except asyncio.InvalidStateError:
-            # A signal handler has cancelled the waiting task in between, as that of asyncio.run() does at Ctrl-C.
+            # A signal handler has cancelled the waiting task in between, as asyncio.run() does at Ctrl-C.
             return
 
 
 class _Timer:
-    """Lets a token's deadline pass, in the loop that is running at the start, or else in a thread."""
+    """Fires at a token's deadline, in the loop that was running when it was made, or else in a thread."""
 
     __slots__ = ("_context", "_loop", "_running", "_token")
 
@@ -524,11 +511,11 @@ class _Timer:
     def _pass(self) -> None:
         context = self._context
         if context is not None:
-            # The callbacks see what those who registered had in their context variables.
+            # The callbacks see the context variables of the code that registered them.
             context.run(self._token._expire)
 
     def cancel(self) -> None:
-        """Take it back, from any thread; idempotent."""
+        """Stop it; from any thread, idempotent."""
         self._context = None
         running, loop = self._running, self._loop
         if running is None:
@@ -554,3 +541,11 @@ def _report(exc: Exception, callback: object) -> None:
                 ),
             )
         )
+
+
+def _is_comparable(number: float) -> bool:
+    """Whether the clock can be compared with a number: not with NaN, nor with an int that no float holds."""
+    try:
+        return not math.isnan(number)
+    except OverflowError:
+        return False

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Unpack, overload
 
 from pydantic import ValidationError
 
-from ._errors import RequestError
-from ._input import (
+from ._errors import ProtocolError, RequestError
+from ._manage import ModelManagement
+from ._model.input import (
     Image,
     checked_stream,
     encode_input,
@@ -17,11 +18,10 @@ from ._input import (
     format_model,
     model_name,
 )
-from ._manage import ModelManagement
-from ._merge import ChatMerge, GenerateMerge
-from ._session import CallOptions, hide
-from ._tools import encode_tools
-from ._types import ChatResponse, EmbeddingsResponse, EmbedResponse, GenerateResponse, Message
+from ._model.merge import ChatMerge, GenerateMerge
+from ._model.tools import encode_tools
+from ._model.types import ChatResponse, EmbeddingsResponse, EmbedResponse, GenerateResponse, Message, plain
+from ._session import CallOptions, deferred, hide
 
 if TYPE_CHECKING:
     import os
@@ -31,17 +31,16 @@ if TYPE_CHECKING:
 
     from pydantic import BaseModel
 
-    from ._options import Options
-    from ._stream import Stream
-    from ._systemone import SystemOneContent, SystemOneQuestion, SystemOneResponse
+    from ._call.stream import Stream
+    from ._model.options import Options
+    from ._model.systemone import SystemOneContent, SystemOneQuestion, SystemOneResponse
+    from ._model.types import Dumpable
 
-    Messages: TypeAlias = str | Sequence[Mapping[str, Any] | Message] | None
-    OptionsLike: TypeAlias = Mapping[str, Any] | Options | None
-    Format: TypeAlias = str | Mapping[str, Any] | type[BaseModel] | None
+    Messages: TypeAlias = str | Sequence[Mapping[str, Any] | Message | Dumpable] | None
+    OptionsLike: TypeAlias = Mapping[str, Any] | Options | Dumpable | None
+    Format: TypeAlias = str | Mapping[str, Any] | Dumpable | type[BaseModel] | None
     KeepAlive: TypeAlias = float | str | timedelta | None
-    ImageLike: TypeAlias = str | bytes | os.PathLike[str] | BinaryIO | Image
-
-__all__ = ["AsyncClient"]
+    ImageLike: TypeAlias = str | bytes | os.PathLike[str] | BinaryIO | Image | Dumpable
 
 
 class _AnswerOptions(CallOptions, total=False):
@@ -145,6 +144,7 @@ class AsyncClient(ModelManagement):
         **options: Unpack[_ChatOptions],
     ) -> Coroutine[Any, Any, ChatResponse] | Stream[ChatResponse]: ...
 
+    @deferred(ChatMerge)
     def chat(
         self,
         model: str = "",
@@ -191,7 +191,7 @@ class AsyncClient(ModelManagement):
             The answer; with ``stream=True`` a stream of its chunks.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once, so that the server stops.
 
@@ -217,9 +217,9 @@ class AsyncClient(ModelManagement):
         }
         form = format_model(format)
         if stream:
-            return self._stream(ChatMerge(), "/api/chat", body, call, until, form=form)
+            return self._stream(ChatMerge(), "/api/chat", body, call, until, response_model=form)
         _only_for_streams(until)
-        return self._request(ChatResponse, "POST", "/api/chat", body, call, form=form)
+        return self._request(ChatResponse, "POST", "/api/chat", body, call, response_model=form)
 
     @overload
     def generate(
@@ -256,6 +256,7 @@ class AsyncClient(ModelManagement):
         **options: Unpack[_GenerateOptions],
     ) -> Coroutine[Any, Any, GenerateResponse] | Stream[GenerateResponse]: ...
 
+    @deferred(GenerateMerge)
     def generate(
         self,
         model: str = "",
@@ -316,7 +317,7 @@ class AsyncClient(ModelManagement):
             The answer; with ``stream=True`` a stream of its chunks.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once, so that the server stops.
 
@@ -350,9 +351,9 @@ class AsyncClient(ModelManagement):
         }
         form = format_model(format)
         if stream:
-            return self._stream(GenerateMerge(), "/api/generate", body, call, until, form=form)
+            return self._stream(GenerateMerge(), "/api/generate", body, call, until, response_model=form)
         _only_for_streams(until)
-        return self._request(GenerateResponse, "POST", "/api/generate", body, call, form=form)
+        return self._request(GenerateResponse, "POST", "/api/generate", body, call, response_model=form)
 
     async def embed(
         self,
@@ -376,7 +377,7 @@ class AsyncClient(ModelManagement):
             **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -388,7 +389,9 @@ class AsyncClient(ModelManagement):
             "input": encode_input(input),
             **encoded(options=options, keep_alive=keep_alive, truncate=truncate, dimensions=dimensions),
         }
-        return await self._request(EmbedResponse, "POST", "/api/embed", body, call)
+        reply = await self._request(EmbedResponse, "POST", "/api/embed", body, call)
+        _check_vectors(reply, body["input"])
+        return reply
 
     async def embeddings(
         self,
@@ -408,7 +411,7 @@ class AsyncClient(ModelManagement):
             **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -427,7 +430,7 @@ class AsyncClient(ModelManagement):
             **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once; the server then gives the load up.
 
@@ -445,7 +448,7 @@ class AsyncClient(ModelManagement):
             **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -458,7 +461,7 @@ class AsyncClient(ModelManagement):
         self,
         model: str,
         state: SystemOneContent,
-        questions: Mapping[str, SystemOneQuestion | Mapping[str, Any]],
+        questions: Mapping[str, SystemOneQuestion | Mapping[str, Any] | Dumpable],
         keep_alive: KeepAlive = None,
         **call: Unpack[CallOptions],
     ) -> SystemOneResponse:
@@ -472,7 +475,7 @@ class AsyncClient(ModelManagement):
             **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -480,10 +483,10 @@ class AsyncClient(ModelManagement):
         """
         hide(call)
         # Not at the top: see the package's __getattr__.
-        from ._systemone import SystemOneRequest, SystemOneResponse
+        from ._model.systemone import SystemOneRequest, SystemOneResponse
 
-        given = {"model": model_name(model), "state": state, "questions": questions}
         try:
+            given = {"model": model_name(model), "state": plain(state), "questions": plain(questions)}
             request = SystemOneRequest.model_validate({**given, **encoded(keep_alive=keep_alive)})
         except ValidationError as exc:
             raise RequestError(f"systemone: {first_error(exc)}") from exc
@@ -495,3 +498,15 @@ class AsyncClient(ModelManagement):
 def _only_for_streams(until: object) -> None:
     if until is not None:
         raise RequestError("until= needs stream=True")
+
+
+def _check_vectors(reply: EmbedResponse, texts: str | list[str]) -> None:
+    """Refuse an answer that has not one vector for each text: each would be taken for that of another text."""
+    count = 1 if isinstance(texts, str) else len(texts)
+    came = len(reply.embeddings)
+    # Without a text the model is only loaded.
+    if came != count and (texts != "" or came):
+        raise ProtocolError(f"the server sent {came} vectors for {count} texts", reply)
+    empty = next((at for at, vector in enumerate(reply.embeddings) if not vector), None)
+    if empty is not None:
+        raise ProtocolError(f"the server sent an empty vector for input[{empty}]", reply)

@@ -3,13 +3,13 @@
 ::
 
     OllamaError
-    ├── AbortError            a token or a stream was aborted by you
-    ├── RequestError          the request cannot be sent as it is (also a ValueError)
-    │   └── HostError         the host is no usable address
+    ├── AbortError            you aborted a token, a stream or a client
+    ├── RequestError          the request cannot be sent as given (also a ValueError)
+    │   └── HostError         the host is not a usable address
     ├── ConnectError          no connection to the server (also a builtin ConnectionError)
-    ├── ConnectionBroken      the connection was lost before the answer was complete (also a ConnectionError)
+    ├── ConnectionBroken      the connection was lost before the answer was complete
     ├── PhaseTimeout          one of the Timeouts passed (also a builtin TimeoutError)
-    ├── ProtocolError         what came is not what an Ollama server sends
+    ├── ProtocolError         the answer is not what an Ollama server sends
     ├── ResponseError         the server answered with an error status
     │   ├── BadRequestError           400
     │   ├── AuthenticationError       401
@@ -19,42 +19,17 @@
     │   ├── ServerError               5xx
     │   │   └── ServerBusyError       503
     │   └── StreamError               an error frame inside a stream that had begun
-    ├── ParseError            the answer is not what ``format=`` asked for (also a ValueError)
+    ├── ParseError            the answer does not match ``format=`` (also a ValueError)
     ├── StreamTruncated       the stream ended without ``done`` (only with ``strict=True``)
     ├── StreamClosed          a stream or client was used after it was closed (also a RuntimeError)
     └── StreamBusy            a second task read a stream that another one is reading (also a RuntimeError)
 
-Each error that ends a stream carries what had arrived until then in ``partial``.
+Each error that ends a stream has the partial answer in ``partial``.
 """
 
 from __future__ import annotations
 
 from typing import Any
-
-__all__ = [
-    "AbortError",
-    "AuthenticationError",
-    "BadRequestError",
-    "ConnectError",
-    "ConnectionBroken",
-    "HostError",
-    "NotFoundError",
-    "OllamaError",
-    "ParseError",
-    "PermissionDeniedError",
-    "PhaseTimeout",
-    "ProtocolError",
-    "RateLimitError",
-    "RequestError",
-    "ResponseError",
-    "ServerBusyError",
-    "ServerError",
-    "StreamBusy",
-    "StreamClosed",
-    "StreamError",
-    "StreamTruncated",
-    "response_error",
-]
 
 # Word for word what ollama-python says: programs compare it.
 CONNECTION_ERROR_MESSAGE = (
@@ -63,14 +38,27 @@ CONNECTION_ERROR_MESSAGE = (
 )
 
 
+def shown(value: object) -> str:
+    """Return a wrong parameter in the form that error messages show."""
+    try:
+        text = repr(value)
+    except Exception:
+        # An int with more than 4,300 digits has no repr.
+        return f"({type(value).__name__})"
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."
+
+
+_MAX_SHOWN = 100
+
+
 class OllamaError(Exception):
-    """Base of all errors of this library."""
+    """The base of all errors of this library."""
 
     partial: Any = None
-    """The merged answer up to the error, such as a ``ChatResponse``; ``None`` if nothing had come."""
+    """The partial answer, merged, such as a ``ChatResponse``; ``None`` if nothing had arrived."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exceptions are copied and pickled by calling their class with their text. Ours are made of other things.
+        # Python copies and pickles an exception by calling its class with its text. Our classes take other arguments.
         return _remade, (type(self), self.args), self.__dict__
 
 
@@ -81,11 +69,11 @@ def _remade(kind: type[OllamaError], args: tuple[Any, ...]) -> OllamaError:
 
 
 class AbortError(OllamaError):
-    """The call was ended by ``abort()`` on its token, its stream or its client.
+    """``abort()`` on its token, its stream or its client ended the call.
 
     Attributes:
-        reason: What was given to ``abort()``, the very same object; ``None`` if nothing was given.
-            When it is an exception it is also the ``__cause__``.
+        reason: The object that was given to ``abort()``; ``None`` if none was given. If it is an exception, it is also
+            the ``__cause__``.
     """
 
     def __init__(self, reason: object = None, partial: Any = None) -> None:
@@ -96,12 +84,12 @@ class AbortError(OllamaError):
             self.__cause__ = reason
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The cause is of no other error's making.
+        # Its class sets the cause again.
         return type(self), (self.reason, self.partial), self.__dict__
 
 
 class RequestError(OllamaError, ValueError):
-    """The request cannot be sent as it is: a parameter is missing, of the wrong type, or not allowed.
+    """The request cannot be sent as given: a parameter is missing, has the wrong type, or is not allowed.
 
     Attributes:
         error: The text of the error.
@@ -113,24 +101,29 @@ class RequestError(OllamaError, ValueError):
 
 
 class HostError(RequestError):
-    """The host given to the client, or in ``OLLAMA_HOST``, is no usable address."""
+    """The host given to the client, or in ``OLLAMA_HOST``, is not a usable address."""
 
 
 class ConnectError(OllamaError, ConnectionError):
     """No connection to the server could be made.
 
-    The text is the one of ollama-python; what went wrong, and with which address, is in ``detail`` and in a note.
+    The text begins as that of ollama-python does, and ends with ``detail``: what went wrong, and with which address.
     """
 
     def __init__(self, detail: str = "") -> None:
         super().__init__(CONNECTION_ERROR_MESSAGE)
         self.detail = detail
-        if detail:
-            self.add_note(detail)
+
+    def __str__(self) -> str:
+        return f"{CONNECTION_ERROR_MESSAGE} ({self.detail})" if self.detail else CONNECTION_ERROR_MESSAGE
 
 
-class ConnectionBroken(OllamaError, ConnectionError):
-    """The connection was lost before the answer was complete."""
+class ConnectionBroken(OllamaError):
+    """The connection was lost before the answer was complete.
+
+    Not a ``ConnectionError``: code that was written for ollama-python takes that for "no server", and would drop the
+    partial answer.
+    """
 
     def __init__(self, message: str, partial: Any = None) -> None:
         super().__init__(message)
@@ -138,11 +131,11 @@ class ConnectionBroken(OllamaError, ConnectionError):
 
 
 class PhaseTimeout(OllamaError, TimeoutError):
-    """One of the ``Timeouts`` of the call passed.
+    """A limit of the call's ``Timeouts`` passed.
 
     Attributes:
-        phase: ``"connect"``, ``"first_chunk"``, ``"idle"`` or ``"total"``.
-        seconds: How long that phase was allowed to last.
+        phase: ``"connect"``, ``"upload"``, ``"first_chunk"``, ``"idle"`` or ``"total"``: the limit that passed.
+        seconds: That limit, in seconds.
     """
 
     def __init__(self, phase: str, seconds: float, partial: Any = None) -> None:
@@ -154,10 +147,11 @@ class PhaseTimeout(OllamaError, TimeoutError):
 
 _PHASE_TEXT = {
     "connect": "no connection to the server within {seconds} s (connect timeout)",
+    "upload": "the body of the request was not sent within {seconds} s (upload timeout)",
     "first_chunk": (
         "the server sent nothing within {seconds} s of the request (first_chunk timeout): "
         "the model may still be loading, or the server's queue may be full; if /api/version and /api/ps answer, the "
-        "model is listed there and the server does nothing, its slots may be lost to earlier aborts: unload the model "
+        "model is listed there and the server does nothing, earlier aborts may have cost its slots: unload the model "
         "(keep_alive=0) and ask again"
     ),
     "idle": "the server neither sent nor took anything for {seconds} s (idle timeout)",
@@ -166,7 +160,7 @@ _PHASE_TEXT = {
 
 
 class ProtocolError(OllamaError):
-    """What the server sent is not HTTP, not NDJSON, not what Ollama sends, or over a limit."""
+    """The server's answer is not HTTP, not NDJSON, not what Ollama sends, or over a limit."""
 
     def __init__(self, message: str, partial: Any = None) -> None:
         super().__init__(message)
@@ -177,10 +171,10 @@ class ResponseError(OllamaError):
     """The server answered with an error status.
 
     Attributes:
-        error: The server's own text.
+        error: The text that the server sent.
         status_code: The HTTP status.
-        signin_url: Where to sign in, when the server sent one with a 401.
-        headers: The headers of the answer, as a mapping; empty when there was no answer at hand.
+        signin_url: Where to sign in, if the server sent it with a 401.
+        headers: The headers of the answer, as a mapping; empty if there was no answer.
     """
 
     def __init__(self, error: str, status_code: int = -1) -> None:
@@ -191,7 +185,7 @@ class ResponseError(OllamaError):
         self.headers: Any = {}
 
     def __str__(self) -> str:
-        return f"{self.error} (status code: {self.status_code})"
+        return self.error if self.status_code == -1 else f"{self.error} (status code: {self.status_code})"
 
 
 class BadRequestError(ResponseError):
@@ -203,11 +197,11 @@ class AuthenticationError(ResponseError):
 
 
 class PermissionDeniedError(ResponseError):
-    """Status 403: forbidden; a local server says this to a ``Host`` header that is not its own."""
+    """Status 403: forbidden; a local server answers this to a ``Host`` header that is not its own."""
 
 
 class NotFoundError(ResponseError):
-    """Status 404: no such model, blob or route."""
+    """Status 404: the model, blob or route does not exist."""
 
 
 class RateLimitError(ResponseError):
@@ -225,25 +219,25 @@ class ServerBusyError(ServerError):
 class StreamError(ResponseError):
     """The server sent an error frame inside a stream that had begun.
 
-    ``status_code`` is the one in the frame when there is one, else the HTTP status of the answer.
+    ``status_code`` is that of the frame if it has one, else -1, as in ollama-python: the HTTP status was a success.
     """
 
 
 class ParseError(OllamaError, ValueError):
-    """The text of an answer is not an instance of the pydantic model that was given as ``format=``.
+    """The text of an answer does not match the pydantic model that was given as ``format=``.
 
     Attributes:
-        text: The text as it came.
+        text: The text of the answer.
     """
 
     def __init__(self, name: str, text: str, partial: Any = None) -> None:
-        super().__init__(f"the answer is no {name}: {text[:200]!r}{'...' if len(text) > 200 else ''}")
+        super().__init__(f"the answer does not match {name}: {text[:200]!r}{'...' if len(text) > 200 else ''}")
         self.text = text
         self.partial = partial
 
 
 class StreamTruncated(OllamaError):
-    """The stream ended properly but without a last chunk that says ``done`` (raised with ``strict=True``)."""
+    """The stream ended properly, but no chunk said ``done`` (raised with ``strict=True``)."""
 
     def __init__(self, message: str, partial: Any = None) -> None:
         super().__init__(message)
@@ -251,7 +245,7 @@ class StreamTruncated(OllamaError):
 
 
 class StreamClosed(OllamaError, RuntimeError):
-    """A stream or a client was used after it had been closed."""
+    """A stream or a client was used after it was closed."""
 
     def __init__(self, message: str, partial: Any = None) -> None:
         super().__init__(message)
@@ -259,7 +253,7 @@ class StreamClosed(OllamaError, RuntimeError):
 
 
 class StreamBusy(OllamaError, RuntimeError):
-    """A second task wanted to read a stream that another task is reading."""
+    """A second task tried to read a stream that another task is reading."""
 
 
 _BY_STATUS: dict[int, type[ResponseError]] = {
@@ -273,6 +267,6 @@ _BY_STATUS: dict[int, type[ResponseError]] = {
 
 
 def response_error(error: str, status_code: int) -> ResponseError:
-    """Make the ``ResponseError`` of the class that belongs to an HTTP status."""
+    """Return a ``ResponseError`` of the class that belongs to an HTTP status."""
     kind = _BY_STATUS.get(status_code, ServerError if status_code >= 500 else ResponseError)
     return kind(error, status_code)

@@ -16,18 +16,16 @@ import anyio
 import anyio.to_thread
 import httpx
 
+from ._call.timeouts import Timeouts
 from ._cancel import CancelToken
 from ._errors import NotFoundError, PhaseTimeout, RequestError
-from ._progress import Meter, ProgressResponse
+from ._model.progress import Meter, ProgressResponse
 from ._regular import RegularFile
 from ._secret import Secret
 from ._session import CallOptions, Session, check_call, given_headers, hide
-from ._timeouts import Timeouts
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
-
-__all__ = ["FileTransfer", "Job", "ModelFile"]
 
 _DIGEST = re.compile("sha256[:-][0-9a-fA-F]{64}")
 
@@ -111,7 +109,7 @@ class FileTransfer(Session):
 
         Raises:
             RequestError: The file cannot be read.
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection and the file at once.
 
@@ -145,7 +143,7 @@ class FileTransfer(Session):
 
         Raises:
             RequestError: The file cannot be read.
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection and the file at once.
 
@@ -167,7 +165,7 @@ class FileTransfer(Session):
 
         Raises:
             RequestError: It is no digest.
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -322,6 +320,13 @@ def _files_of(given: Path, *, follow_links: bool) -> list[ModelFile]:
 def _checked_file(path: Path, within: tuple[str, ...]) -> ModelFile:
     # All are looked at before the first one is hashed, which may take minutes; and each again when it is opened to be
     # read.
+    try:
+        path.name.encode()
+    except UnicodeEncodeError:
+        # The server is told the names, in JSON.
+        raise RequestError(
+            f"cannot send {str(path)!r}: the file's name is not UTF-8; give the file another one"
+        ) from None
     with RegularFile(path, within) as file:
         file.open()
         return ModelFile(path.name, path, within, file.size)

@@ -1,4 +1,4 @@
-"""Which server: the rules of ``OLLAMA_HOST``, as the server itself and ollama-python read it."""
+"""The server's address: the rules of ``OLLAMA_HOST``, as the server and ollama-python read it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ import httpx
 from ._errors import HostError
 from ._secret import Secret
 
-__all__ = ["Host", "env_api_key", "env_proxy", "parse_host"]
-
 _DEFAULT_PORT = {"http": 80, "https": 443}
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
 
@@ -25,9 +23,9 @@ class Host(NamedTuple):
     """A server's address.
 
     Attributes:
-        url: Base URL, without credentials, without a slash at its end.
+        url: Base URL, without credentials and without a slash at its end.
         name: Host name or IP address.
-        credentials: The value of an ``Authorization`` header, if the address had a user name in it.
+        credentials: The value of an ``Authorization`` header, if the address has a user name.
     """
 
     url: str
@@ -39,24 +37,24 @@ class Host(NamedTuple):
 
 
 def parse_host(given: str | None) -> Host:
-    """Read an address as ``OLLAMA_HOST`` may have it.
+    """Read an address in the form of ``OLLAMA_HOST``.
 
-    Scheme, port and path may be left out (``http``, 11434, none); with a scheme the port is that scheme's. An address
-    that only a server can listen on (``0.0.0.0``, ``::``) is dialled as loopback.
+    Scheme, port and path may be left out: the defaults are ``http``, 11434 and no path; with a scheme, the port is that
+    scheme's. An address that only a server can listen on (``0.0.0.0``, ``::``) is dialled as loopback.
 
     Args:
         given: The address; ``None`` and ``""`` are ``http://127.0.0.1:11434``.
 
     Raises:
-        HostError: It is not an address. The text never shows credentials.
+        HostError: The address is invalid. The text never shows credentials.
     """
     secret, given = Secret(given), None
     scheme, address, path, credentials = _taken_apart(secret)
     if scheme is None:
         # Not shown: it may be a password.
-        raise HostError("the host has an '@' in the wrong place; write a '/' in a password as %2F")
+        raise HostError("invalid host: it has an '@' in the wrong place; write a '/' in a password as %2F")
     if scheme not in ("", "http", "https"):
-        raise HostError(f"the host has the scheme {scheme!r}; Ollama is reached over http or https")
+        raise HostError(f"invalid host: it has the scheme {scheme!r}; give http or https")
     name, port = _split_port(address)
     if name.lower() == "ollama.com" and not scheme and not port:
         scheme = "https"
@@ -65,15 +63,15 @@ def parse_host(given: str | None) -> Host:
     shown = f"[{name}]" if ":" in name else name
     url = f"{scheme or 'http'}://{shown}:{number}{_path(path)}"
     try:
-        # Some labels cannot be decoded, which httpx tries only when it is asked for the name.
+        # Some labels cannot be decoded; httpx finds out only when it is asked for the name.
         _ = httpx.URL(url).host
     except (httpx.InvalidURL, UnicodeError) as exc:
-        raise HostError(f"the host {address!r} is no address: {exc}") from exc
+        raise HostError(f"invalid host {address!r}: {exc}") from exc
     return Host(url, name, credentials.value)
 
 
 def _taken_apart(given: Secret[str | None]) -> tuple[str | None, str, str, Secret[str | None]]:
-    """Return scheme, address, path and the value of an ``Authorization`` header; no scheme if that cannot be told."""
+    """Return scheme, address, path and ``Authorization`` value; the scheme is ``None`` if that is unclear."""
     text = (given.value or "").strip().strip("\"'").strip()
     scheme, separator, rest = text.partition("://")
     if not separator:
@@ -90,7 +88,7 @@ def _split_port(address: str) -> tuple[str, str]:
     if address.startswith("["):
         name, bracket, port = address[1:].partition("]")
         if not bracket or (port and not port.startswith(":")):
-            raise HostError(f"the host {address!r} is no address: an IPv6 address looks like [::1]:11434")
+            raise HostError(f"invalid host {address!r}: write an IPv6 address as [::1]:11434")
         return name, port[1:]
     if address.count(":") > 1:
         return address, ""
@@ -101,7 +99,7 @@ def _split_port(address: str) -> tuple[str, str]:
 def _port(text: str) -> int:
     # isdecimal() alone also takes digits of other scripts.
     if not (text.isascii() and text.isdecimal()) or len(text) > 5 or not 0 < int(text) < 65536:
-        raise HostError(f"the host has the port {text[:20]!r}; a port is a number from 1 to 65535")
+        raise HostError(f"invalid host: it has the port {text[:20]!r}; give a number from 1 to 65535")
     return int(text)
 
 
@@ -123,19 +121,19 @@ def _loose_ipv6(name: str) -> str:
     # Leading zeros ("0001:002:...") and zones are for the resolver to judge.
     if re.fullmatch(r"[0-9A-Fa-f:.]+(%[A-Za-z0-9_.-]+)?", name):
         return name
-    raise HostError(f"the host {name!r} is no IPv6 address")
+    raise HostError(f"invalid host {name!r}: it is not an IPv6 address")
 
 
 def _dns_name(name: str) -> str:
     try:
         ascii_name = name if name.isascii() else name.encode("idna").decode("ascii")
     except UnicodeError as exc:
-        raise HostError(f"the host {name!r} is no host name") from exc
+        raise HostError(f"invalid host {name!r}: it is not a host name") from exc
     if ascii_name != name and _is_address(ascii_name):
-        # Of letters that IDNA drops or changes: no name looks like this.
-        raise HostError(f"the host {name!r} is no host name")
+        # Made of letters that IDNA drops or changes: no real name looks like this.
+        raise HostError(f"invalid host {name!r}: it is not a host name")
     if not _HOST_NAME.fullmatch(ascii_name):
-        raise HostError(f"the host {name!r} is no host name")
+        raise HostError(f"invalid host {name!r}: it is not a host name")
     return ascii_name.lower()
 
 
@@ -152,13 +150,13 @@ def _path(path: str) -> str:
     if not path:
         return ""
     if re.search(r"[\x00-\x20\x7f?#]", path):
-        raise HostError("the host has a path with characters that a path cannot have")
+        raise HostError("invalid host: its path has a character that is not allowed in a path")
     return "/" + path
 
 
 def _basic(userinfo: str) -> str:
     plain = urllib.parse.unquote(userinfo)
-    # Halves of characters cannot be written; whoever has them in a password finds out by a 401.
+    # Lone surrogates cannot be encoded; a password that has one gets a 401.
     return "Basic " + base64.b64encode(plain.encode("utf-8", "replace")).decode("ascii")
 
 
@@ -173,25 +171,26 @@ def is_loopback(name: str) -> bool:
 
 
 def env_proxy(host: Host, *, even_local: bool = False) -> str | None:
-    """Return the proxy that the environment names for a host: never one for this machine, unless wanted."""
+    """Return the proxy that the environment names for a host; none for this machine unless ``even_local``."""
     if is_loopback(host.name) and not even_local:
         return None
     url = httpx.URL(host.url)
     proxies = urllib.request.getproxies_environment()
     proxy = proxies.get(url.scheme) or proxies.get("all")
-    # With its port, which NO_PROXY may name.
-    if not proxy or _bypassed(f"{host.name}:{url.port or _DEFAULT_PORT[url.scheme]}", proxies):
+    # With the port, which NO_PROXY may name.
+    port = _DEFAULT_PORT[url.scheme] if url.port is None else url.port
+    if not proxy or _bypassed(f"{host.name}:{port}", proxies):
         return None
     return proxy if "://" in proxy else f"http://{proxy}"
 
 
 def _bypassed(address: str, proxies: dict[str, str]) -> bool:
-    # In the standard library since 3.4, though its type stubs do not know it.
+    # In the standard library since 3.4, but not in its type stubs.
     return bool(urllib.request.proxy_bypass_environment(address, proxies))  # type: ignore[attr-defined]
 
 
 def env_api_key(host: Host, *, anywhere: bool = False) -> str | None:
-    """Return ``OLLAMA_API_KEY`` if the host is ollama.com over TLS: it is sent nowhere else, unless wanted."""
+    """Return ``OLLAMA_API_KEY`` if the host is ollama.com over TLS; for any other host only if ``anywhere``."""
     if not anywhere and not is_ollama_com(host):
         return None
     return os.environ.get("OLLAMA_API_KEY", "").strip() or None

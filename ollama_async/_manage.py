@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, cast, overload
 
 from ._errors import ProtocolError, RequestError
 from ._files import FileTransfer
-from ._input import (
+from ._model.input import (
     checked,
     checked_stream,
+    encode_json,
     encode_messages,
     encode_options,
     encoded,
     model_name,
     sequence,
 )
-from ._merge import ProgressMerge
-from ._progress import ProgressResponse
-from ._session import CallOptions, hide
+from ._model.merge import ProgressMerge
+from ._model.progress import ProgressResponse
+from ._session import CallOptions, deferred, hide
 
 if TYPE_CHECKING:
     import os
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
     from pydantic import BaseModel
 
-    from ._manage_types import (
+    from ._call.stream import Stream
+    from ._model.manage_types import (
         CloudStatusResponse,
         ListResponse,
         ProcessResponse,
@@ -39,10 +41,7 @@ if TYPE_CHECKING:
         WebFetchResponse,
         WebSearchResponse,
     )
-    from ._stream import Stream
-    from ._types import Message, StatusResponse
-
-__all__ = ["ModelManagement"]
+    from ._model.types import Message, StatusResponse
 
 WebT = TypeVar("WebT", "WebSearchResponse", "WebFetchResponse")
 
@@ -79,14 +78,14 @@ class ModelManagement(FileTransfer):
         """Return the models that the server has.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
         Server: ``GET /api/tags``
         """
         hide(call)
-        from ._manage_types import ListResponse
+        from ._model.manage_types import ListResponse
 
         return await self._request(ListResponse, "GET", "/api/tags", None, call)
 
@@ -94,14 +93,14 @@ class ModelManagement(FileTransfer):
         """Return the models that are loaded.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
         Server: ``GET /api/ps``
         """
         hide(call)
-        from ._manage_types import ProcessResponse
+        from ._model.manage_types import ProcessResponse
 
         return await self._request(ProcessResponse, "GET", "/api/ps", None, call)
 
@@ -109,14 +108,14 @@ class ModelManagement(FileTransfer):
         """Return the server's version.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
         Server: ``GET /api/version``
         """
         hide(call)
-        from ._manage_types import VersionResponse
+        from ._model.manage_types import VersionResponse
 
         return await self._request(VersionResponse, "GET", "/api/version", None, call)
 
@@ -124,14 +123,14 @@ class ModelManagement(FileTransfer):
         """Return whether the server uses models in the cloud.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
         Server: ``GET /api/status``
         """
         hide(call)
-        from ._manage_types import CloudStatusResponse
+        from ._model.manage_types import CloudStatusResponse
 
         return await self._request(CloudStatusResponse, "GET", "/api/status", None, call)
 
@@ -139,14 +138,14 @@ class ModelManagement(FileTransfer):
         """Return the models that the server recommends.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
         Server: ``GET /api/experimental/model-recommendations``
         """
         hide(call)
-        from ._manage_types import RecommendationsResponse
+        from ._model.manage_types import RecommendationsResponse
 
         path = "/api/experimental/model-recommendations"
         return await self._request(RecommendationsResponse, "GET", path, None, call)
@@ -156,14 +155,14 @@ class ModelManagement(FileTransfer):
 
         Raises:
             AuthenticationError: To none; ``signin_url`` says where to sign in.
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
         Server: ``POST /api/me``
         """
         hide(call)
-        from ._manage_types import UserResponse
+        from ._model.manage_types import UserResponse
 
         return await self._request(UserResponse, "POST", "/api/me", None, call)
 
@@ -172,7 +171,7 @@ class ModelManagement(FileTransfer):
 
         Raises:
             AuthenticationError: It is not signed in.
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -202,14 +201,14 @@ class ModelManagement(FileTransfer):
             **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
         Server: ``POST /api/show``
         """
         hide(call)
-        from ._manage_types import ShowResponse
+        from ._model.manage_types import ShowResponse
 
         given = encoded(options=options, verbose=verbose, system=system, template=template)
         body = {"model": model_name(model), **given}
@@ -219,7 +218,7 @@ class ModelManagement(FileTransfer):
         """Give a model a second name.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -233,7 +232,7 @@ class ModelManagement(FileTransfer):
         """Delete a model.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
@@ -296,6 +295,7 @@ class ModelManagement(FileTransfer):
         **options: Unpack[_CreateOptions],
     ) -> Coroutine[Any, Any, ProgressResponse] | Stream[ProgressResponse]: ...
 
+    @deferred(ProgressMerge)
     def create(
         self,
         model: str,
@@ -346,24 +346,33 @@ class ModelManagement(FileTransfer):
             The last step; with ``stream=True`` a stream of all steps.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
         Server: ``POST /api/create``
         """
         hide(call)
-        body = {
-            "model": model_name(model),
-            "stream": checked_stream(stream),
-            "from": from_ if from_ is None else model_name(from_, "from_"),
-            "license": _licenses(license),
-            "parameters": encode_options(parameters, "parameters"),
-            "messages": None if messages is None else encode_messages(messages),
-            **checked("text", quantize=quantize, template=template, system=system, renderer=renderer, parser=parser),
-            **checked("text", requires=requires, remote_host=remote_host, draft_quantize=draft_quantize),
-            **checked("mapping", files=files, adapters=adapters, info=info, draft_files=draft_files),
-        }
+        body = _create_body(
+            model,
+            stream=stream,
+            from_=from_,
+            license=license,
+            parameters=parameters,
+            messages=messages,
+            quantize=quantize,
+            template=template,
+            system=system,
+            renderer=renderer,
+            parser=parser,
+            requires=requires,
+            remote_host=remote_host,
+            draft_quantize=draft_quantize,
+            files=files,
+            adapters=adapters,
+            info=info,
+            draft_files=draft_files,
+        )
         return self._progress("/api/create", body, call)
 
     async def create_from(
@@ -393,7 +402,7 @@ class ModelManagement(FileTransfer):
         Raises:
             RequestError: A file cannot be read, is no regular file, or is outside of the folder; or the folder has no
                 model in it.
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection and the file at once.
 
@@ -410,6 +419,11 @@ class ModelManagement(FileTransfer):
         job = self._job(call, on_progress)
         files = await self._find(job, path, follow_links=follow_links)
         adapters = None if adapter is None else await self._find(job, adapter, follow_links=follow_links)
+        # What create() would refuse when all has been uploaded.
+        named = [
+            None if found is None else dict.fromkeys((file.name for file in found), "") for found in (files, adapters)
+        ]
+        encode_json(_create_body(model, stream=True, files=named[0], adapters=named[1], **given))
         job.expect([*files, *(adapters or [])])
         uploaded = await self._upload_all(files, job)
         extra = None if adapters is None else await self._upload_all(adapters, job)
@@ -455,6 +469,7 @@ class ModelManagement(FileTransfer):
         **call: Unpack[CallOptions],
     ) -> Coroutine[Any, Any, ProgressResponse] | Stream[ProgressResponse]: ...
 
+    @deferred(ProgressMerge)
     def pull(
         self,
         model: str,
@@ -480,7 +495,7 @@ class ModelManagement(FileTransfer):
             The last step; with ``stream=True`` a stream of all steps.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once; the server may finish the part that it is at.
 
@@ -511,6 +526,7 @@ class ModelManagement(FileTransfer):
         self, model: str, *, insecure: bool = False, stream: bool, **call: Unpack[CallOptions]
     ) -> Coroutine[Any, Any, ProgressResponse] | Stream[ProgressResponse]: ...
 
+    @deferred(ProgressMerge)
     def push(
         self, model: str, *, insecure: bool = False, stream: bool = False, **call: Unpack[CallOptions]
     ) -> Coroutine[Any, Any, ProgressResponse] | Stream[ProgressResponse]:
@@ -526,7 +542,7 @@ class ModelManagement(FileTransfer):
             The last step; with ``stream=True`` a stream of all steps.
 
         Raises:
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once; the server may finish the part that it is at.
 
@@ -550,14 +566,14 @@ class ModelManagement(FileTransfer):
 
         Raises:
             RequestError: There is no key.
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
         Server: ``POST https://ollama.com/api/web_search``, ``POST /api/experimental/web_search``
         """
         hide(call)
-        from ._manage_types import WebSearchResponse
+        from ._model.manage_types import WebSearchResponse
 
         body = {"query": _required(query, "query"), **checked("number", max_results=max_results)}
         return await self._web(WebSearchResponse, "search", body, call, via_server=via_server)
@@ -576,14 +592,14 @@ class ModelManagement(FileTransfer):
 
         Raises:
             RequestError: There is no key.
-            OllamaError: See the tree in the reference.
+            OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
 
         Server: ``POST https://ollama.com/api/web_fetch``, ``POST /api/experimental/web_fetch``
         """
         hide(call)
-        from ._manage_types import WebFetchResponse
+        from ._model.manage_types import WebFetchResponse
 
         return await self._web(WebFetchResponse, "fetch", {"url": _required(url, "url")}, call, via_server=via_server)
 
@@ -606,6 +622,39 @@ class ModelManagement(FileTransfer):
         if body["stream"]:
             return self._stream(ProgressMerge(), path, body, call)
         return self._request(ProgressResponse, "POST", path, body, call)
+
+
+def _create_body(
+    model: str,
+    *,
+    stream: object,
+    from_: object = None,
+    license: object = None,
+    parameters: object = None,
+    messages: object = None,
+    **given: object,
+) -> dict[str, Any]:
+    """Check what ``create`` was given, and return the body of its request."""
+    kinds = {kind: {name: given[name] for name in names if name in given} for kind, names in _CREATE_KINDS.items()}
+    return {
+        "model": model_name(model),
+        "stream": checked_stream(stream),
+        "from": from_ if from_ is None else model_name(from_, "from_"),
+        "license": _licenses(license),
+        "parameters": encode_options(parameters, "parameters"),
+        "messages": None if messages is None else encode_messages(messages),
+        **checked("text", **kinds["text"]),
+        **checked("mapping", **kinds["mapping"]),
+    }
+
+
+_CREATE_KINDS = {
+    "text": (
+        *("quantize", "template", "system", "renderer", "parser", "requires"),
+        *("remote_host", "draft_quantize"),
+    ),
+    "mapping": ("files", "adapters", "info", "draft_files"),
+}
 
 
 def _required(value: object, parameter: str) -> str:

@@ -1,4 +1,4 @@
-"""Files of this machine that are sent: regular ones only, opened and read in worker threads."""
+"""Local files that are sent: regular files only, opened and read in worker threads."""
 
 from __future__ import annotations
 
@@ -17,29 +17,27 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-__all__ = ["RegularFile", "read_file"]
-
 Result = TypeVar("Result")
 
-# How much of a file is read, and hashed or sent, in one go in a worker thread.
+# How many bytes of a file one step reads, hashes or sends in a worker thread.
 _BLOCK = 1024 * 1024
 
-# What is read as a whole, into memory; a thread that a stop leaves behind reads it to its end.
+# An image is read as a whole, into memory. A thread that a stop leaves behind reads it to its end.
 _MAX_IMAGE = 256 * 1024 * 1024
 
-# What each system has of these. A FIFO that nobody writes to would else be waited for.
+# Those that the system has. Without O_NONBLOCK, opening a FIFO would wait for a writer.
 _FLAGS: int = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"))
 
 
 class RegularFile:
     """A file that is read from its beginning to its end, in steps, each in a worker thread.
 
-    A stop leaves a step behind at once, whatever the file system does to it. Who is done with the file closes it; a
-    step that has been left behind does so when it comes back.
+    A stop leaves a step behind at once, however long the file system holds it up. The user of the file closes it; if a
+    step was left behind, that step closes the file when it returns.
 
     Args:
         path: The file.
-        within: Real paths of folders, in one of which it must be, wherever links lead; empty for anywhere.
+        within: Real paths of folders. The file must be in one of them after all links; empty allows any place.
     """
 
     def __init__(self, path: str | bytes | os.PathLike[Any], within: tuple[str, ...] = ()) -> None:
@@ -52,7 +50,7 @@ class RegularFile:
         self._within = within
         self._done = 0
         self._file: FileIO | None = None
-        # Held by the thread of a step, also of one that has been left behind: two would read from one position.
+        # Held by the thread of a step, also of one that was left behind: two steps would share one position.
         self._busy = threading.Lock()
         self._closed = False
 
@@ -66,7 +64,7 @@ class RegularFile:
         return await anyio.to_thread.run_sync(self._run, step, args, abandon_on_cancel=True)
 
     def close(self) -> None:
-        """Close the file; if a step is still at it, when that comes back."""
+        """Close the file; if a step still runs, the file is closed when it returns."""
         self._closed = True
         self._close_if_free()
 
@@ -83,7 +81,7 @@ class RegularFile:
             with self._busy:
                 return step(*args)
         finally:
-            # After the lock is free: close() sets the mark before it asks for the lock, so one of both closes.
+            # After the lock is free: close() sets the mark before it tries the lock, so one of the two closes the file.
             if self._closed:
                 self._close_if_free()
 
@@ -103,8 +101,8 @@ class RegularFile:
         if self._closed:
             return
         try:
-            # Before it is opened, since to open a device may set it going; and after that, since what is there may
-            # have been exchanged meanwhile.
+            # Before it is opened, since opening a device may start it; and after that, since the file may have been
+            # replaced in between.
             self._check_kind(os.stat(self.path))
             descriptor = os.open(self.path, _FLAGS)
             try:
@@ -150,10 +148,10 @@ class RegularFile:
             block: bytes | None = self._file.read(_BLOCK)
         except OSError as exc:
             raise RequestError(f"cannot read {self.path!r}: {exc}") from exc
-        # Some files of /proc and /sys are regular by their looks, and wait for what is to come.
+        # Some files of /proc and /sys look regular, and wait for more data.
         self._done += len(block or b"")
         if block is None or self._done > self.size or (not block and self._done < self.size):
-            raise RequestError(f"cannot read {self.path!r}: it changes meanwhile; give a file that is complete")
+            raise RequestError(f"cannot read {self.path!r}: it changed while it was read; give a complete file")
         return block
 
 
@@ -167,22 +165,22 @@ _KINDS = {
 
 
 def _place(descriptor: int, path: str, opened: os.stat_result) -> str:
-    """Return the real path of what has been opened."""
+    """Return the real path of the opened file."""
     try:
         return os.readlink(f"/proc/self/fd/{descriptor}")
     except OSError:
         place = os.path.realpath(path)
     if not os.path.samestat(os.lstat(place), opened):
-        raise RequestError(f"cannot read {path!r}: it was exchanged meanwhile; try again")
+        raise RequestError(f"cannot read {path!r}: it was replaced while it was opened; try again")
     return place
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
-    """Return what is in a regular file; in a worker thread."""
+    """Return the content of a regular file; call it in a worker thread."""
     with RegularFile(path) as file:
         file.open()
         if file.size > _MAX_IMAGE:
             raise RequestError(
-                f"cannot read {file.path!r}: it has {file.size:,} bytes, and an image at most {_MAX_IMAGE:,}"
+                f"cannot read {file.path!r}: it has {file.size:,} bytes; the limit for an image is {_MAX_IMAGE:,}"
             )
         return b"".join(iter(file.read, b""))

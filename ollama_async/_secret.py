@@ -1,4 +1,4 @@
-"""What is never shown: crash reporters take the local variables of every frame on an error's way."""
+"""``Secret``: keeps keys out of reports, since crash reporters show the local variables of every frame."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Secret", "showable"]
-
 T = TypeVar("T")
 Kind = TypeVar("Kind", bound=type)
 
 
 class Secret(Generic[T]):
-    """Something that may be a key, or have one in it.
+    """A value that may be a key, or may contain one.
 
-    Functions have such things in their variables in this form only. Those that take it out return what is wrong with
-    it, and leave it to their callers to raise the error: a frame that has returned is in no traceback.
+    Functions hold such values only in this form. A function that takes the value out returns what is wrong with it, and
+    its caller raises the error: a frame that has returned is not in the traceback.
     """
 
     __slots__ = ("value",)
@@ -30,7 +28,7 @@ class Secret(Generic[T]):
 
 
 def showable(kind: Kind) -> Kind:
-    """Give objects of a class a ``repr`` from the first moment on: their ``__init__`` may be what has failed."""
+    """Give a class a ``repr`` that also works before ``__init__`` is done, which may be what failed."""
     whole = cast("Callable[[Any], str]", kind.__repr__)
 
     def shown(self: Any) -> str:

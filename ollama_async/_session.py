@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import os
 import platform
+import sys
 from collections.abc import Mapping
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final, TypedDict, TypeVar, cast
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec, TypedDict, TypeVar, cast
 
 import httpx
 from pydantic import ValidationError
 
+from . import __version__
+from ._call.call import Call
+from ._call.decoder import NdjsonDecoder
+from ._call.exchange import Exchange
+from ._call.failures import misfit
+from ._call.ndjson import MAX_LINE_BYTES
+from ._call.request import RequestWriter
+from ._call.retry import RetryBudget
+from ._call.stream import Stream
+from ._call.timeouts import DEFAULT_TIMEOUTS, Timeouts
 from ._cancel import CancelToken, LiveObject
-from ._channel import End, Ended
-from ._errors import AbortError, ProtocolError, RequestError, ResponseError, StreamClosed
-from ._exchange import Exchange
-from ._guard import HttpClient, guarded
+from ._errors import AbortError, ProtocolError, RequestError, StreamClosed
 from ._host import env_api_key, env_proxy, is_loopback, is_ollama_com, parse_host
-from ._http import header_flaw
-from ._input import encode_json
-from ._ndjson import MAX_LINE_BYTES
-from ._proxy import ProxyTransport, http_proxy
-from ._request import RequestWriter
-from ._retry import Attempts
+from ._model.input import encode_json
+from ._model.types import StatusResponse
 from ._secret import Secret, showable
-from ._stream import Stream
-from ._timeouts import DEFAULT_TIMEOUTS, Timeouts
-from ._tls import TlsOptions
-from ._transport import DirectTransport
-from ._types import StatusResponse
+from ._wire.guard import HttpClient, guarded
+from ._wire.http1 import header_flaw
+from ._wire.proxy import ProxyTransport, http_proxy
+from ._wire.tls import TlsOptions
+from ._wire.transport import DirectTransport
+from ._wire.unpack import encodings_asked_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -37,13 +45,14 @@ if TYPE_CHECKING:
 
     from pydantic import BaseModel
 
-    from ._merge import ChunkT, Merge
-    from ._request import Request
-    from ._types import Model
-
-__all__ = ["CallOptions", "Session", "check_call", "given_headers", "hide"]
+    from ._call.chunk import ChunkT, Merge
+    from ._call.request import Request
+    from ._model.types import Model
+    from ._wire.reader import Kind
 
 ModelT = TypeVar("ModelT", bound="Model")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class _Default:
@@ -56,8 +65,52 @@ class _Default:
 _DEFAULT: Final = _Default()
 
 _USER_AGENT = (
-    f"ollama-async/0.1.0 ({platform.machine()} {platform.system().lower()}) Python/{platform.python_version()}"
+    f"ollama-async/{__version__} ({platform.machine()} {platform.system().lower()}) Python/{platform.python_version()}"
 )
+
+
+def deferred(merge: Callable[[], Merge[Any]]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Have a method that is not ``async`` raise what is wrong with its input when it is awaited, as an async one does.
+
+    One bad call then does not lose the others of a ``gather(return_exceptions=True)``, and ``mock.patch()`` makes an
+    ``AsyncMock`` of it.
+
+    Args:
+        merge: Makes the merge of the method's stream.
+    """
+
+    def decorate(method: Callable[P, R]) -> Callable[P, R]:
+        @wraps(method)
+        def call(*args: P.args, **options: P.kwargs) -> R:
+            hide(cast("CallOptions", options))
+            try:
+                return method(*args, **options)
+            except Exception as exc:
+                # Without a frame of the method, the arguments do not fit its signature.
+                if exc.__traceback__ is None or exc.__traceback__.tb_next is None:
+                    raise
+                error = exc.with_traceback(None)
+            session = cast("Session", args[0])
+            if options.get("stream") is True:
+                return cast("R", session._failed_stream(merge(), error))  # noqa: SLF001  (a method of this class)
+            return cast("R", _failed(error))
+
+        _mark_coroutine_function(call)
+        return call
+
+    return decorate
+
+
+async def _failed(error: Exception) -> NoReturn:
+    raise error
+
+
+def _mark_coroutine_function(function: Any) -> None:
+    if sys.version_info >= (3, 12):
+        inspect.markcoroutinefunction(function)
+    else:
+        # What asyncio.iscoroutinefunction() and unittest.mock look for; inspect has no mark before Python 3.12.
+        function._is_coroutine = asyncio.coroutines._is_coroutine  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 class CallOptions(TypedDict, total=False):
@@ -135,6 +188,7 @@ class Session(LiveObject):
         self._closed = False
         own = self._own_headers(trust_env=trust_env)
         self._headers = (_headers(own, given) if given.value else own).value
+        self._unpackable = encodings_asked_for(self._headers.get("Accept-Encoding", ""))
         if http_client is None:
             if via.value is None and trust_env and transport is None and uds is None:
                 via = Secret(env_proxy(self._host, even_local=compat))
@@ -148,8 +202,14 @@ class Session(LiveObject):
                 # Where somebody's code runs within the request, the request needs a task of its own.
                 if not any(map(others.value.get, ("auth", "event_hooks", "mounts"))):
                     self._direct = transport
+            # Each request names its URL; programs written for ollama-python look here for where it goes.
             self._client = HttpClient(
-                transport=transport, follow_redirects=follow_redirects, timeout=None, trust_env=False, **others.value
+                base_url=self._host.url,
+                transport=transport,
+                follow_redirects=follow_redirects,
+                timeout=None,
+                trust_env=False,
+                **others.value,
             )
         elif transport is not None or via.value is not None or uds is not None or others.value:
             raise RequestError("with http_client= the options of the connection are that client's; give no others")
@@ -239,62 +299,59 @@ class Session(LiveObject):
         assert headers is not None
         return self._writer.write_abroad(method, path, content, Secret(httpx.Headers(headers.value)))
 
-    def _start(
-        self,
-        request: Request,
-        call: CallOptions,
-        token: CancelToken | None,
-        *,
-        streaming: bool,
-        resume: bool = False,
-        early: End | None = None,
-    ) -> Exchange:
+    def _begin(
+        self, request: Request, options: CallOptions, *, streaming: bool, resume: bool = False
+    ) -> tuple[Exchange, list[tuple[CancelToken, Kind]]]:
         if self._closed:
             raise StreamClosed("the client is closed")
-        timeouts = Timeouts.of(call["timeout"]) if "timeout" in call else self._timeouts
-        retries = call.get("retries")
-        attempts = Attempts.of(self._retries if retries is None else retries, resume=resume)
+        retries = options.get("retries")
+        asked = _accept_encoding(given_headers(options))
         exchange = Exchange(
-            self._client, request, transport=self._direct, streaming=streaming, timeouts=timeouts, attempts=attempts
+            self._client,
+            request,
+            transport=self._direct,
+            streaming=streaming,
+            timeouts=Timeouts.of(options["timeout"]) if "timeout" in options else self._timeouts,
+            budget=RetryBudget.of(self._retries if retries is None else retries, resume=resume),
+            unpackable=self._unpackable if asked is None else encodings_asked_for(asked),
         )
-        try:
-            if early is not None:
-                # It came before what the tokens have to say.
-                exchange.teardown(early)
-            exchange.watch(self._closing, "closed")
-            for watched in (self._current(), self._token, token):
-                if watched is not None:
-                    exchange.watch(watched)
-            return exchange  # noqa: TRY300  (Ctrl-C at this line leaves nothing either)
-        except BaseException as exc:
-            exchange.teardown(End("cancelled", exc))
-            raise
+        tokens: list[tuple[CancelToken, Kind]] = [(self._closing, "closed"), (self._current(), "aborted")]
+        if self._token is not None:
+            tokens.append((self._token, "aborted"))
+        return exchange, tokens
 
     def _stream(
         self,
         merge: Merge[ChunkT],
         path: str,
         body: dict[str, Any],
-        call: CallOptions,
+        options: CallOptions,
         until: Callable[[ChunkT], object] | None = None,
         *,
-        form: type[BaseModel] | None = None,
+        response_model: type[BaseModel] | None = None,
         resume: bool = False,
         strict: bool = False,
     ) -> Stream[ChunkT]:
-        check_call(call)
+        check_call(options)
         if until is not None and not callable(until):
             raise RequestError(f"until={type(until).__name__}: give a function of the merged answer")
-        request = self._build("POST", path, encode_json(body), given_headers(call))
+        request = self._build("POST", path, encode_json(body), given_headers(options))
         return Stream(
-            lambda early: self._start(request, call, None, streaming=True, resume=resume, early=early),
+            Call(lambda: self._begin(request, options, streaming=True, resume=resume), options.get("token")),
             merge,
-            token=call.get("token"),
+            NdjsonDecoder(merge.validators, merge.batch_size, self._max_line_bytes),
             until=until,
-            form=form,
+            response_model=response_model,
             strict=strict or self._strict,
-            max_line_bytes=self._max_line_bytes,
         )
+
+    def _failed_stream(self, merge: Merge[ChunkT], error: Exception) -> Stream[ChunkT]:
+        """Return a stream whose input is wrong: it says so when it is awaited, entered or iterated."""
+
+        def begin() -> NoReturn:
+            raise error
+
+        return Stream(Call(begin), merge, NdjsonDecoder(merge.validators, 1, self._max_line_bytes))
 
     async def _request(
         self,
@@ -304,16 +361,17 @@ class Session(LiveObject):
         body: dict[str, Any] | None,
         call: CallOptions,
         *,
-        form: type[BaseModel] | None = None,
+        response_model: type[BaseModel] | None = None,
     ) -> ModelT:
         content = None if body is None else encode_json(body)
         answer, exchange = await self._send(self._build(method, path, content, given_headers(call)), call)
         try:
             reply: ModelT = model.__pydantic_validator__.validate_json(answer)
         except ValidationError as exc:
-            shown = answer[:80].decode("utf-8", "replace")
-            raise ProtocolError(f"the answer to {method} {path} is not what Ollama sends: {shown!r}") from exc
-        reply.set_origin(exchange.origin(form))
+            raise ProtocolError(
+                f"the answer to {method} {path} is not what Ollama sends: {misfit(exc, answer)}"
+            ) from exc
+        reply.set_response_info(exchange.response_info(response_model))
         return reply
 
     async def _command(self, method: str, path: str, body: dict[str, Any] | None, call: CallOptions) -> StatusResponse:
@@ -321,41 +379,13 @@ class Session(LiveObject):
         content = None if body is None else encode_json(body)
         _, exchange = await self._send(self._build(method, path, content, given_headers(call)), call)
         reply = StatusResponse(status="success")
-        reply.set_origin(exchange.origin())
+        reply.set_response_info(exchange.response_info())
         return reply
 
-    async def _send(self, request: Request, call: CallOptions) -> tuple[bytes, Exchange]:
-        check_call(call)
-        exchange: Exchange | None = None
-        error: ResponseError | None = None
-        try:
-            exchange = self._start(request, call, call.get("token"), streaming=False)
-            answer, error = await self._attempt(exchange)
-            while answer is None:
-                # In one statement, so that Ctrl-C finds either one or the other.
-                failed, exchange = exchange, exchange.successor(error)
-                if exchange is None:
-                    raise error or failed.error()
-                answer, error = await self._attempt(exchange)
-            return answer, exchange  # noqa: TRY300
-        except BaseException as exc:
-            # Raised, it holds this frame.
-            error = None
-            # Also after Ctrl-C at any line, nothing is left open.
-            if exchange is not None and not isinstance(exc, Exception):
-                exchange.teardown(End("cancelled", exc))
-            raise
-
-    async def _attempt(self, exchange: Exchange) -> tuple[bytes | None, ResponseError | None]:
-        """Return the answer; ``None`` if there is none, with what the server said if it said something."""
-        try:
-            await exchange.open()
-            await exchange.raise_for_status()
-            return exchange.no_error(await exchange.read()), None
-        except Ended:
-            return None, None
-        except ResponseError as exc:
-            return None, exc
+    async def _send(self, request: Request, options: CallOptions) -> tuple[bytes, Exchange]:
+        check_call(options)
+        call = Call(lambda: self._begin(request, options, streaming=False), options.get("token"))
+        return await call.run(_read_whole)
 
     def _current(self) -> CancelToken:
         for token in self._calls:
@@ -379,12 +409,17 @@ class Session(LiveObject):
             raise
 
 
+async def _read_whole(exchange: Exchange) -> tuple[bytes, Exchange]:
+    return exchange.no_error(await exchange.read_body()), exchange
+
+
 def _plain_headers() -> Secret[httpx.Headers]:
     return Secret(
         httpx.Headers(
             {
                 "Accept": "application/json",
-                # Answers are cut into lines as they come; Ollama does not compress, and proxies shall not.
+                # Answers are cut into lines as they come; Ollama does not compress, and proxies shall not, unless a
+                # caller asks for it.
                 "Accept-Encoding": "identity",
                 "Content-Type": "application/json",
                 "User-Agent": _USER_AGENT,
@@ -425,6 +460,10 @@ def given_headers(call: CallOptions) -> Secret[Mapping[str, str]] | None:
     hide(call)
     given = cast("Secret[Mapping[str, str]] | None", call.get("headers"))
     return given if given is not None and given.value else None
+
+
+def _accept_encoding(given: Secret[Mapping[str, str]] | None) -> str | None:
+    return None if given is None else httpx.Headers(given.value).get("Accept-Encoding")
 
 
 def check_call(call: CallOptions) -> None:

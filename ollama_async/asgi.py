@@ -17,7 +17,7 @@ import types
 from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, cast
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from starlette.background import BackgroundTask
     from starlette.types import Message, Receive, Scope, Send
 
-    from ._stream import Stream
+    from ._call.stream import Stream
     from .durable import Answer, DurableAnswers, Event, Viewer
     from .registry import AbortRegistry
 
@@ -43,6 +43,7 @@ __all__ = [
     "CLIENT_LEFT",
     "CLIENT_STUCK",
     "ID_HEADER",
+    "RECONNECTED",
     "AnswerResponse",
     "StreamResponse",
     "attach_route",
@@ -57,6 +58,8 @@ CLIENT_LEFT = "the client left"
 """The reason of a stream that was aborted because whoever asked for it went away."""
 CLIENT_STUCK = "the client took nothing for too long"
 """The reason of a stream that was aborted because the client read nothing within ``send_timeout``."""
+RECONNECTED = "the client connected again to an answer that is over"
+"""The reason of a stream that was never opened, since its request continues an earlier response."""
 
 # 22 characters of base64 are 128 bits.
 _ID = re.compile(r"[A-Za-z0-9_-]{22,128}")
@@ -90,6 +93,9 @@ class StreamResponse(Response):
 
     With ``answers`` it is the first viewer of a durable answer: the events have numbers (the ``id`` of an SSE event,
     the ``number`` in a line of JSON), and others can attach behind any of them, see ``attach_route()``.
+
+    A request that continues an earlier response, as a browser's ``EventSource`` sends it each time a response has
+    ended, is answered 204, which tells the browser to stop: the model is not asked a second time.
 
     Args:
         stream: What ``chat(..., stream=True)`` or ``generate(..., stream=True)`` returned, not read yet.
@@ -168,12 +174,26 @@ class StreamResponse(Response):
         given = self.stream_id or Headers(scope=scope).get(ID_HEADER) or secrets.token_urlsafe(24)
         source = _Direct(self) if self.answers is None else _Begun(self, self.answers)
         delivery = _Delivery(self, source, given, scope, receive, send)
-        if _ID.fullmatch(given):
+        if _continues(scope):
+            self.stream.abort(RECONNECTED)
+            await delivery.answer(Response(status_code=204, headers={"Cache-Control": "no-store"}))
+        elif _ID.fullmatch(given):
             await delivery.run()
         else:
             await delivery.answer(_error(400, f"the header {ID_HEADER}: {_ID_RULE}"))
         if self.background is not None:
             await self.background()
+
+
+def _continues(scope: Scope) -> bool:
+    """Return whether a client asks for the rest of an earlier response, not for an answer.
+
+    Browsers, and libraries that read events with ``fetch``, say in a header which event they had last. A browser may
+    not send that header to another site without asking first, so the usual stand-in for ``EventSource`` says it in
+    the query.
+    """
+    last = Headers(scope=scope).get("Last-Event-ID") or QueryParams(scope.get("query_string", b"")).get("lastEventId")
+    return bool(last)
 
 
 class _Left(Exception):  # noqa: N818
@@ -426,6 +446,12 @@ class _Direct:
     def __init__(self, response: StreamResponse) -> None:
         self._response = response
         self._stream = response.stream
+        self._events = 0
+
+    def _numbered(self, name: str, data: bytes) -> _Event:
+        # With the number, a browser says which event it had last when it connects again; see _continues().
+        self._events += 1
+        return name, data, self._events if self._response.format == "sse" else None
 
     async def begin(self, stream_id: str, stack: AsyncExitStack) -> None:
         registry = self._response.registry
@@ -434,17 +460,17 @@ class _Direct:
             stack.callback(token.on_abort(self._stream.abort).remove)
 
     def opening(self, stream_id: str) -> _Event:
-        return "open", json.dumps({"id": stream_id}).encode(), None
+        return self._numbered("open", json.dumps({"id": stream_id}).encode())
 
     async def deliver(self, delivery: _Delivery) -> None:
         await self._stream
         await delivery.begin()
         async for chunk in self._stream:
-            data = chunk.model_dump_json(exclude_none=True, exclude=NOT_SENT)
-            await delivery.send(delivery.event("chunk", data.encode()))
+            data = chunk.model_dump_json(exclude_none=True, exclude=NOT_SENT).encode()
+            await delivery.send(delivery.event(*self._numbered("chunk", data)))
 
     def ending(self, told: Told | None, error: OllamaError | None) -> _Event:
-        return "end", json.dumps(summary(self._stream, told)).encode(), None
+        return self._numbered("end", json.dumps(summary(self._stream, told)).encode())
 
     def leave(self, reason: str) -> None:
         self._stream.abort(reason)
@@ -793,7 +819,8 @@ def attach_route(path: str, answers: DurableAnswers, *, owner: Owner | None = No
 
     async def attach(request: Request) -> Response:
         who = await _asked_by(request, owner)
-        given = request.headers.get("last-event-id") or request.query_params.get("after") or "0"
+        query = request.query_params
+        given = request.headers.get("last-event-id") or query.get("lastEventId") or query.get("after") or "0"
         kind = request.query_params.get("format", "sse")
         if kind not in _MEDIA_TYPES:
             return _error(400, 'format is "sse" or "ndjson"')

@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 import trustme
-import uvloop
 from hypothesis import HealthCheck, Phase, settings
 from real.needs import pytest_terminal_summary
 from real.ollama_server import RealOllama, need_server
+
+try:
+    import uvloop
+except ModuleNotFoundError:  # there is none for Windows
+    uvloop = None
 
 __all__ = ["pytest_terminal_summary"]  # pytest takes its hooks from here
 
@@ -36,7 +40,7 @@ ON_BOTH_LOOPS = ("teardown", "test_soak.py", "test_transport.py", "test_real_sto
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, Callable[[], Any]]:
     """Run what is about sockets on uvloop as well."""
     factories: dict[str, Callable[[], Any]] = {"asyncio": asyncio.new_event_loop}
-    if any(part in ON_BOTH_LOOPS for part in item.path.parts):
+    if uvloop is not None and any(part in ON_BOTH_LOOPS for part in item.path.parts):
         factories["uvloop"] = uvloop.new_event_loop
     if config.getoption("full") and "teardown" in item.path.parts and sys.version_info >= (3, 12):
         # uvloop passes eager_start on, which asyncio's factory takes from 3.13.3 on.
@@ -63,10 +67,18 @@ def pytest_configure() -> None:
 
     What a shell runs with ``&`` ignores Ctrl-C, and what nohup runs ignores the end of its terminal.
     """
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Say what stays in one process under ``--dist loadgroup``: a file, and all that share the real Ollama server."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            shares = "_ollama_server" in getattr(item, "fixturenames", ())
+            item.add_marker(pytest.mark.xdist_group("ollama" if shares else item.path.name))
 
 
 def pytest_collection_finish() -> None:

@@ -88,7 +88,8 @@ def events(text: str) -> list[tuple[str, Any]]:
         if block.startswith(":"):
             found.append(("comment", block[1:].strip()))
             continue
-        name, data = block.split("\n")
+        number, name, data = block.split("\n")
+        assert number == f"id: {1 + sum(name != 'comment' for name, _ in found)}"
         assert name.startswith("event: ")
         assert data.startswith("data: ")
         found.append((name[7:], json.loads(data[6:])))

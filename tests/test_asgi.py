@@ -28,7 +28,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from ollama_async import AsyncClient, OllamaError, RequestError, Timeouts
-from ollama_async.asgi import CLIENT_LEFT, CLIENT_STUCK, ID_HEADER, StreamResponse, stop_route
+from ollama_async.asgi import CLIENT_LEFT, CLIENT_STUCK, ID_HEADER, RECONNECTED, StreamResponse, stop_route
 from ollama_async.registry import AbortRegistry
 from ollama_async.testing import Block, ConnectionRecord, Cut, Endless, FakeOllama, Gate, Reply, Stall
 
@@ -465,6 +465,78 @@ async def test_a_head_that_does_not_wait_for_the_model(site: Site, browser: http
     assert (end["outcome"], end["reason"], end["text"], end["response"]) == ("timeout", "first_chunk", "", None)
 
 
+# -- a client that connects again --
+
+
+@pytest_asyncio.fixture
+async def events_site(site: Site) -> AsyncIterator[str]:
+    """An address whose events a browser reads with GET, as EventSource does."""
+
+    async def chat(request: Request) -> Response:
+        return StreamResponse(site.client.chat("fake", "hi", stream=True), registry=site.registry, **site.response)
+
+    async with served(Starlette(routes=[Route("/events", chat, methods=["GET", "POST"])])) as port:
+        yield f"http://127.0.0.1:{port}/events"
+
+
+async def test_a_browser_that_connects_again_does_not_ask_the_model_again(site: Site, events_site: str) -> None:
+    """As the standard has it: a browser sends the id of its last event, and only 204 has it stop."""
+    last, answers = "", []
+    async with httpx.AsyncClient(timeout=BOUND) as browser:
+        for _ in range(4):
+            answers.append(await browser.get(events_site, headers={"Last-Event-ID": last} if last else {}))
+            if answers[-1].status_code != 200:
+                break
+            last = [line for line in answers[-1].text.splitlines() if line.startswith("id: ")][-1][4:]
+    assert [answer.status_code for answer in answers] == [200, 204]
+    assert last == str(len(events(answers[0].text)))
+    assert (answers[1].content, answers[1].headers["cache-control"]) == (b"", "no-store")
+    assert len(site.fake.requests) == 1
+
+
+@pytest.mark.parametrize("form", ["sse", "ndjson"])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("at", ["1", "7", "an id of another server"])
+async def test_no_request_that_continues_a_response_reaches_the_model(
+    site: Site, events_site: str, form: str, method: str, at: str
+) -> None:
+    site.response["format"] = form
+    async with httpx.AsyncClient(timeout=BOUND) as browser:
+        by_header = await browser.request(method, events_site, headers={"Last-Event-ID": at})
+        by_query = await browser.request(method, events_site, params={"lastEventId": at})
+        # An id of a stream that is not valid changes nothing.
+        with_id = await browser.request(method, events_site, headers={"Last-Event-ID": at, ID_HEADER: "short"})
+    assert [answer.status_code for answer in (by_header, by_query, with_id)] == [204] * 3
+    assert len(site.fake.requests) == 0
+    assert await site.registry.list() == []
+
+
+async def test_a_stream_that_was_opened_is_aborted_when_its_client_connects_again(site: Site) -> None:
+    site.fake.script("/api/chat", Reply.endless_chat(0.01))
+    ran = []
+
+    async def chat(request: Request) -> Response:
+        stream = await site.client.chat("fake", "hi", stream=True)
+        task = BackgroundTask(lambda: ran.append((stream.outcome, stream.reason)))
+        return StreamResponse(stream, background=task)
+
+    async with served(Starlette(routes=[Route("/", chat)])) as port, httpx.AsyncClient(timeout=BOUND) as browser:
+        answer = await browser.get(f"http://127.0.0.1:{port}/", headers={"Last-Event-ID": "3"})
+        assert answer.status_code == 204
+        await site.model_saw_leave()
+    assert ran == [("aborted", RECONNECTED)]
+
+
+@pytest.mark.parametrize("headers", [{"Last-Event-ID": ""}, {}])
+async def test_a_question_without_an_event_id_is_answered(
+    site: Site, events_site: str, headers: dict[str, str]
+) -> None:
+    async with httpx.AsyncClient(timeout=BOUND) as browser:
+        answer = await browser.get(events_site, headers=headers, params={"lastEventId": ""})
+    assert answer.status_code == 200
+    assert len(site.fake.requests) == 1
+
+
 # -- Stop --
 
 
@@ -652,14 +724,14 @@ async def test_no_server_later(site: Site, browser: httpx.AsyncClient, caplog: p
     class TenOneTwoThree(OllamaError):
         pass
 
-    def start(_: Any) -> Any:
+    def start() -> Any:
         raise TenOneTwoThree("at http://10.1.2.3:4567")
 
     site.fake.stop()
     end = await browser.post("/chat", json=QUESTION)
     assert "127.0.0.1" in caplog.text
     stream: Any = site.client.chat("fake", "hi", stream=True)
-    stream._start = start
+    stream._call._begin = start
     sent: list[Any] = []
 
     async def send(message: Any) -> None:

@@ -26,8 +26,10 @@ from ollama_async import (
     StreamClosed,
     StreamError,
 )
-from ollama_async._merge import ChatMerge, GenerateMerge, Merge
-from ollama_async._stream import _parse_together
+from ollama_async._call.chunk import Merge
+from ollama_async._call.decoder import NdjsonDecoder
+from ollama_async._call.ndjson import MAX_LINE_BYTES
+from ollama_async._model.merge import ChatMerge, GenerateMerge
 from ollama_async.testing import Block, FakeOllama, Reply, Stall
 
 
@@ -78,6 +80,11 @@ def _cut(text: bytes, cuts: list[int]) -> list[bytes]:
     return [text[start:end] for start, end in zip([0, *(at + 1 for at in places)], [*places, len(text)], strict=True)]
 
 
+def decode_batch(merge: Merge[Any], lines: list[bytes]) -> list[Any]:
+    """Make chunks of as many of the first lines as can be decoded together."""
+    return NdjsonDecoder(merge.validators, len(lines), MAX_LINE_BYTES)._decode_batch(lines)
+
+
 @pytest.mark.parametrize("merge", [ChatMerge(), GenerateMerge()], ids=["chat", "generate"])
 @given(lines=lines_of_pieces | torn | st.lists(st.binary(min_size=1).map(lambda b: b.replace(b"\n", b"")), min_size=1))
 @example(lines=[PIECES[0] + b',{"message":{"role":"assistant","content":"x"}', b'"done":false}'])
@@ -86,7 +93,7 @@ def _cut(text: bytes, cuts: list[int]) -> list[bytes]:
 @example(lines=[b'{"a":[{"c":1}', b'{"d":2}]}', PIECES[0] + b"," + PIECES[0]])
 @example(lines=[PIECES[0], b" " + PIECES[0], PIECES[0] + b"\r"])
 def test_made_together_they_are_what_they_are_alone(merge: Merge[Any], lines: list[bytes]) -> None:
-    together = _parse_together(merge, lines)
+    together = decode_batch(merge, lines)
     assert 0 <= len(together) <= len(lines)
     validate = merge.model.__pydantic_validator__.validate_json
     for line, chunk in zip(lines, together, strict=False):
@@ -97,11 +104,11 @@ def test_made_together_they_are_what_they_are_alone(merge: Merge[Any], lines: li
 
 def test_usual_lines_are_made_together() -> None:
     lines = [json.dumps(frame).encode() for frame in [*TEN, DONE]]
-    assert len(_parse_together(ChatMerge(), lines)) == 11
+    assert len(decode_batch(ChatMerge(), lines)) == 11
     # Up to one with a list in it, of which the bytes do not tell whether it is whole.
     lines[5] = json.dumps(part("a [b]")).encode()
-    assert len(_parse_together(ChatMerge(), lines)) == 5
-    assert len(_parse_together(ChatMerge(), lines[6:])) == 5
+    assert len(decode_batch(ChatMerge(), lines)) == 5
+    assert len(decode_batch(ChatMerge(), lines[6:])) == 5
 
 
 HOSTILE: dict[str, list[bytes]] = {
@@ -128,7 +135,7 @@ async def test_what_is_whole_only_together_is_broken(fake_ollama: FakeOllama, li
 def together(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """The same has to come out when no lines are made together."""
     if request.param == "alone":
-        monkeypatch.setattr(ChatMerge, "together", 1)
+        monkeypatch.setattr(ChatMerge, "batch_size", 1)
     return bool(request.param == "together")
 
 
@@ -137,9 +144,9 @@ async def arrived(server: FakeOllama, client: AsyncClient, *frames: Any, **optio
     server.script("/api/chat", Reply([Block(*frames), Stall()]))
     stream = client.chat("fake", "hi", stream=True, **options)
     await stream
-    exchange = stream._exchange
+    exchange = stream._call.exchange
     assert exchange is not None
-    await until(lambda: b"".join(exchange._blocks).count(b"\n") == len(frames), "the lines to arrive")
+    await until(lambda: b"".join(exchange.reader._blocks).count(b"\n") == len(frames), "the lines to arrive")
     return stream
 
 
@@ -148,11 +155,11 @@ async def read(stream: Stream[ChatResponse], count: int) -> list[str]:
 
 
 def by_signal(stop: Callable[[], Any]) -> None:
-    before = signal.signal(signal.SIGUSR1, lambda *_: stop())
+    before = signal.signal(signal.SIGTERM, lambda *_: stop())
     try:
-        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGTERM)
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        signal.signal(signal.SIGTERM, before)
 
 
 def by_thread(stop: Callable[[], Any]) -> None:

@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 
-from ollama_async import AbortError, CancelToken, OllamaError, Timeouts, _cancel, _exchange
-from ollama_async._channel import End
+from ollama_async import AbortError, CancelToken, OllamaError, Timeouts, _cancel
+from ollama_async._call import exchange as _exchange
+from ollama_async._call.retry import RetryBudget
 from ollama_async._errors import RequestError
-from ollama_async._retry import Attempts
+from ollama_async._wire.reader import ExchangeOutcome
 
 BOUND = 20.0
 
@@ -328,6 +329,14 @@ def test_s30_no_time_at_all_is_an_aborted_token(seconds: float) -> None:
     seen: list[object] = []
     token.on_abort(seen.append)
     assert [type(reason) for reason in seen] == [TimeoutError]
+
+
+@pytest.mark.parametrize(
+    "seconds", [pytest.param(sign * 10**size, id=f"{sign}e{size}") for sign in (1, -1) for size in (400, 5000)]
+)
+def test_s30_a_number_that_no_clock_has_is_refused(seconds: int) -> None:
+    with pytest.raises(RequestError, match="give a number of seconds"):
+        CancelToken.timeout(seconds)
 
 
 @pytest.mark.parametrize("seconds", [1e10, float("inf")])
@@ -1073,7 +1082,7 @@ def test_a_storm_of_signals_while_tokens_are_used() -> None:
         signal.signal(signal.SIGALRM, before)
 
 
-@pytest.mark.parametrize("meanwhile", ["settle", "teardown", "unwatch"])
+@pytest.mark.parametrize("meanwhile", ["commit", "close", "leave"])
 @pytest.mark.parametrize("by", ["token", "own"])
 async def test_a_thread_that_aborts_may_meet_the_reader_anywhere(
     unraisable: list[Any], by: str, meanwhile: str
@@ -1087,23 +1096,27 @@ async def test_a_thread_that_aborts_may_meet_the_reader_anywhere(
             transport=None,
             streaming=True,
             timeouts=Timeouts(),
-            attempts=Attempts(0),
+            budget=RetryBudget(0),
         )
         for _ in range(3):
-            exchange.watch(token)
+            exchange.register(token)
         reader = {
-            "settle": exchange.settle,
-            "teardown": lambda exchange=exchange: exchange.teardown(End("closed")),
-            "unwatch": exchange._release,
+            "commit": exchange.reader.commit,
+            "close": lambda exchange=exchange: exchange.reader.close(ExchangeOutcome("closed")),
+            "leave": exchange.outcome_decided,
         }[meanwhile]
         failures: list[BaseException] = []
         stepper = Stepper(at, lambda reader=reader: _attempt(reader, failures), _exchange)  # noqa: B023
-        stop = token.abort if by == "token" else lambda exchange=exchange: exchange.finish(End("aborted"))
+        stop = (
+            token.abort
+            if by == "token"
+            else lambda exchange=exchange: exchange.reader.close_threadsafe(ExchangeOutcome("aborted"))
+        )
         in_thread(lambda stepper=stepper, stop=stop: stepper.run(stop))
         await rounds()
         where = f"{meanwhile} in the middle of an abort by {by}, before bytecode {at}"
         assert [*failures, *(report.exc_value for report in unraisable)] == [], where
-        assert exchange.end is not None, where
+        assert exchange.reader.outcome is not None, where
         assert registered(token) == 0, where
         if stepper.left > 0:
             return

@@ -308,10 +308,10 @@ def test_of_a_long_block_the_end_is_seen_while_it_grows(fake_ollama: FakeOllama,
     with chat(fake_ollama, state) as shown:
         shown.says("go")
         shown.shows(r"line 59 answering: 61 tokens")
-        screen = [line.strip() for line in shown.lines()[-24:]]
-        assert [line for line in screen if line.startswith("line")] == [
-            f"line {n}" for n in range(40, 60)
-        ]  # and the edge of its box
+        lines = [line.strip() for line in shown.lines()]
+        assert [line for line in lines if line.startswith("line")] == [f"line {n}" for n in range(60)]
+        # The screen is full: the edge of the box and the state stand below.
+        assert [line for line in lines[-24:] if line.startswith("line")] == [f"line {n}" for n in range(38, 60)]
         gate.open()
         shown.shows("done: ")
         shown.says("/quit")

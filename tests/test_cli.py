@@ -266,17 +266,40 @@ def test_generate_reads_the_prompt_from_stdin(fake_ollama: FakeOllama, arguments
     assert fake_ollama.requests[0].json()["prompt"] == "two\nlines\n"
 
 
-def test_generate_refuses_input_that_is_no_text() -> None:
+BAD, SHOWN = b"caf\xe9 au lait", "caf\ufffd au lait"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "path", "piped", "key", "sent"),
+    [
+        (["generate", "fake"], "/api/generate", BAD, "prompt", SHOWN),
+        (["generate", "fake", "-"], "/api/generate", BAD, "prompt", SHOWN),
+        (["generate", "fake", "Sum it up."], "/api/generate", BAD, "prompt", f"{SHOWN}\n\nSum it up."),
+        (["generate", "fake", "--json"], "/api/generate", BAD, "prompt", SHOWN),
+        (["chat", "fake"], "/api/chat", BAD, "messages", [{"role": "user", "content": SHOWN}]),
+        (["chat", "fake", "--json"], "/api/chat", BAD, "messages", [{"role": "user", "content": SHOWN}]),
+        (["generate", "fake", BAD], "/api/generate", b"", "prompt", SHOWN),
+        (["generate", "fake", "x", "--system", BAD], "/api/generate", b"", "system", SHOWN),
+        (["generate", "fake", "x", "--option", b"stop=" + BAD], "/api/generate", b"", "options", {"stop": [SHOWN]}),
+        (["create", "m", "--from", "fake", "--system", BAD], "/api/create", b"", "system", SHOWN),
+        (["create", "m", "--from", "fake", "--template", BAD], "/api/create", b"", "template", SHOWN),
+    ],
+)
+def test_what_is_not_utf_8_is_sent_with_replacements(
+    fake_ollama: FakeOllama, arguments: list[str | bytes], path: str, piped: bytes, key: str, sent: object
+) -> None:
+    """From a pipe and from an argument, as it has always been where a prompt is typed."""
+    fake_ollama.script("/api/create", Reply([{"status": "success"}]))
     result = subprocess.run(
-        [sys.executable, "-m", "ollama_async", "generate", "fake"],
-        input=b"\xff\xfe",
+        [sys.executable, "-m", "ollama_async", "--host", fake_ollama.url, *arguments],
+        input=piped,
         env=environment(PYTHONUTF8="1"),
         capture_output=True,
         timeout=DEADLINE,
         check=False,
     )
-    assert result.returncode == 1
-    assert result.stderr.startswith(b"Error: cannot read or write: 'utf-8' codec can't decode")
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert fake_ollama.wait_for_requests(path=path)[0].json()[key] == sent
 
 
 def test_generate_is_stopped_by_ctrl_c_and_keeps_what_came(fake_ollama: FakeOllama) -> None:

@@ -18,7 +18,8 @@ pytest.importorskip("prompt_toolkit")
 from test_chat import chat
 
 from ollama_async.cli import _markdown
-from ollama_async.cli._markdown import Growing, _Drawing, _Limit
+from ollama_async.cli._limit import Limit
+from ollama_async.cli._markdown import Growing, _Drawing
 from ollama_async.cli._output import SafeConsole
 from ollama_async.testing import FakeOllama, Reply
 
@@ -138,7 +139,7 @@ def test_work_that_takes_too_long_is_ended() -> None:
             with contextlib.suppress(Exception):
                 re.fullmatch("(a+)+", "a" * 40 + "b")
 
-    limit = _Limit()
+    limit = Limit()
     before = signal.getsignal(signal.SIGVTALRM)
     began = time.process_time()
     with limit.ready():

@@ -17,7 +17,7 @@ pytest.importorskip("rich")
 
 from test_cli import DEADLINE, Terminal, environment, run
 
-from ollama_async.cli._models import _processor, _span, _when
+from ollama_async.cli._models import _processor, _span, _until, _when
 from ollama_async.testing import Cut, FakeOllama, Gate, Reply
 
 SUCCESS = {"status": "success"}
@@ -214,6 +214,28 @@ def test_times() -> None:
     assert _when(None) == ""
     assert _when(datetime(2318, 1, 1)) == "Forever"
     assert _when(datetime.now(UTC) + timedelta(seconds=250)) == "4 minutes from now"
+    assert _when(datetime.now(UTC) - timedelta(seconds=250)) == "4 minutes ago"
+
+
+def test_how_long_a_model_stays_loaded() -> None:
+    """One that gives an answer stays, although the time that the server names is over."""
+    now = datetime.now(UTC)
+    assert _until(None) == ""
+    assert _until(datetime(2318, 1, 1)) == "Forever"
+    assert _until(now + timedelta(seconds=250)) == "4 minutes from now"
+    assert _until(now - timedelta(minutes=3)) == "in use, or being unloaded"
+    assert _until(datetime(1, 1, 1)) == "in use, or being unloaded"
+
+
+def test_ps_of_a_model_that_answers(server: FakeOllama) -> None:
+    """Its time to stay loaded ended while it answers: the server goes on naming that time."""
+    over = (datetime.now(UTC) - timedelta(minutes=3)).isoformat()
+    server.script("/api/ps", Reply.json({"models": [{**LOADED, "expires_at": over}]}), always=True)
+    shown = run("--host", server.url, "ps", COLUMNS="200")
+    assert shown.exit_code == 0
+    assert shown.stdout.splitlines()[1].endswith("in use, or being unloaded")
+    assert "ago" not in shown.stdout
+    assert json.loads(run("--host", server.url, "ps", "--json").stdout)["models"][0]["expires_at"].startswith(over[:19])
 
 
 @pytest.mark.parametrize(("vram", "text"), [(0, "100% CPU"), (None, "100% CPU"), (100, "100% GPU")])

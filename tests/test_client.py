@@ -45,7 +45,7 @@ from ollama_async import (
     StreamTruncated,
     Timeouts,
 )
-from ollama_async._types import Origin
+from ollama_async._model.types import ResponseInfo
 
 CHAT = {"model": "m", "created_at": "now", "message": {"role": "assistant", "content": "hi"}, "done": True}
 GENERATED = {"model": "m", "response": "hi", "done": True, "context": [1, 2]}
@@ -244,9 +244,9 @@ async def test_error_bodies_that_are_not_ollamas(
 @pytest.mark.parametrize(
     ("frame", "text", "code", "url"),
     [
-        (b'{"error":"the runner died"}\n', "the runner died", 200, None),
+        (b'{"error":"the runner died"}\n', "the runner died", -1, None),
         (b'{"StatusCode":503,"Status":"503 Busy","error":"busy"}', "busy", 503, None),
-        (b'{"error":"unauthorized","signin_url":"https://o/c"}\n', "unauthorized", 200, "https://o/c"),
+        (b'{"error":"unauthorized","signin_url":"https://o/c"}\n', "unauthorized", -1, "https://o/c"),
     ],
 )
 async def test_an_error_inside_a_stream_keeps_what_came(
@@ -341,7 +341,7 @@ def test_models_are_read_like_dicts() -> None:
 
 def test_a_copy_knows_where_its_original_is_from() -> None:
     reply = ChatResponse.model_validate(CHAT)
-    reply.set_origin(Origin(201, [(b"x-test", b"1")], Copied))
+    reply.set_response_info(ResponseInfo(201, [(b"x-test", b"1")], Copied))
     for other in (copy.copy(reply), copy.deepcopy(reply), reply.model_copy(), pickle.loads(pickle.dumps(reply))):
         assert other == reply
         assert other is not reply
@@ -416,7 +416,10 @@ async def test_a_timeout_of_httpx(given: Any, compat: bool, meant: Timeouts) -> 
         assert client._timeouts == meant
 
 
-@pytest.mark.parametrize("timeout", [True, 0, "5", httpx.Timeout(0)])
+@pytest.mark.parametrize(
+    "timeout",
+    [True, 0, "5", httpx.Timeout(0), *(pytest.param(10**size, id=f"1e{size}") for size in (400, 5000))],
+)
 @pytest.mark.parametrize("compat", [False, True])
 def test_a_timeout_that_is_none_is_refused(timeout: Any, compat: bool) -> None:
     with pytest.raises(RequestError, match="timeout"):

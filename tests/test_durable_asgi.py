@@ -347,7 +347,14 @@ async def test_what_goes_wrong_in_the_middle(site: Site, browser: httpx.AsyncCli
     assert "secret" not in data["error"]
 
 
-async def test_without_answers_nothing_has_a_number(site: Site, browser: httpx.AsyncClient) -> None:
+async def test_a_reconnect_to_where_it_began_asks_the_model_nothing(site: Site, browser: httpx.AsyncClient) -> None:
+    response = await browser.post("/chat", headers={"Last-Event-ID": "3"})
+    assert response.status_code == 204
+    assert site.fake.requests == ()
+    assert await site.answers.list("ann") == []
+
+
+async def test_without_answers_all_is_as_ever(site: Site, browser: httpx.AsyncClient) -> None:
     site.fake.script("/api/chat", telling(2))
 
     async def chat(request: Request) -> Response:
@@ -355,8 +362,8 @@ async def test_without_answers_nothing_has_a_number(site: Site, browser: httpx.A
 
     async with served(Starlette(routes=[Route("/chat", chat, methods=["POST"])])) as port:
         response = await browser.post(f"http://127.0.0.1:{port}/chat")
-    assert "id: " not in response.text
-    assert response.text.startswith(f'event: open\ndata: {{"id": "{ID}"}}\n\n')
+    assert response.text.startswith(f'id: 1\nevent: open\ndata: {{"id": "{ID}"}}\n\n')
+    assert await site.answers.list("") == []
 
 
 async def test_bad_parameters(site: Site) -> None:

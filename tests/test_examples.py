@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,16 @@ def test_a_supervisor_aborts_all_on_shutdown(endless: FakeOllama, number: int) -
             assert f"What is {number_} times {number_}? aborted: the service is shutting down; kept " in output
         assert output.endswith("all workers are done\n")
         assert len(endless.requests) == 3
+
+
+def test_a_signal_wakes_the_loop_of_the_supervisor() -> None:
+    calls = {
+        (node.func.attr, ast.unparse(node.args[0])): node.lineno
+        for node in ast.walk(ast.parse((EXAMPLES / "supervisor.py").read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args
+    }
+    # In this order: the loop would replace the handler.
+    assert calls["add_signal_handler", "number"] < calls["signal", "number"]
 
 
 def test_a_supervisor_that_nobody_shuts_down() -> None:

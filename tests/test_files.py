@@ -101,6 +101,46 @@ async def test_create_from_a_file(fake_ollama: FakeOllama, gguf: Path) -> None:
     assert {request.header("x-a") for request in fake_ollama.requests} == {"1"}
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"parameters": {"temperature": float("inf")}}, "parameters.temperature cannot be written as JSON"),
+        ({"parameters": {"num_ctx": "many"}}, "parameters: num_ctx"),
+        ({"system": 5}, "system=int"),
+        ({"messages": [5]}, r"messages\[0\] is no message"),
+        ({"license": [5]}, "license: give"),
+        ({"info": {"a": object()}}, "info.a cannot be written as JSON"),
+    ],
+)
+async def test_what_the_last_step_would_refuse_is_refused_before_the_first(
+    fake_ollama: FakeOllama, gguf: Path, given: dict[str, Any], says: str
+) -> None:
+    steps: list[ProgressResponse] = []
+    async with AsyncClient(fake_ollama.url) as client:
+        with pytest.raises(RequestError, match=says):
+            await client.create_from("m", gguf, on_progress=steps.append, **given)
+    assert (fake_ollama.requests, steps) == ((), [])
+
+
+@pytest.mark.parametrize("of", ["model", "folder", "adapter"])
+async def test_a_name_that_is_not_utf8_is_refused_before_anything_is_hashed(
+    fake_ollama: FakeOllama, gguf: Path, tmp_path: Path, of: str
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    bad = Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.gguf"))
+    try:
+        bad.write_bytes(b"GGUF")
+    except OSError:
+        pytest.skip("this file system has no such names")
+    steps: list[ProgressResponse] = []
+    path, adapter = {"model": (bad, None), "folder": (folder, None), "adapter": (gguf, bad)}[of]
+    async with AsyncClient(fake_ollama.url) as client:
+        with pytest.raises(RequestError, match="not UTF-8; give the file another one"):
+            await client.create_from("m", path, adapter=adapter, on_progress=steps.append)
+    assert (fake_ollama.requests, steps) == ((), [])
+
+
 async def test_create_from_a_folder_and_an_adapter(fake_ollama: FakeOllama, tmp_path: Path) -> None:
     folder, adapter = tmp_path / "model", tmp_path / "adapter.gguf"
     folder.mkdir()
@@ -429,7 +469,7 @@ async def test_a_file_that_changes_while_it_is_read_is_refused(
         os.truncate(path, 5 * MIB if change == "longer" else MIB)
 
     async with AsyncClient(fake_ollama.url) as client:
-        with pytest.raises(RequestError, match="it changes meanwhile; give a file that is complete"):
+        with pytest.raises(RequestError, match="it changed while it was read; give a complete file"):
             await client.upload(path, on_progress=progress)
     assert not fake_ollama.requests
 

@@ -51,8 +51,8 @@ def test_an_address_is_read_as_the_server_reads_it(given: str | None, url: str) 
         ("example.com:65536", "port '65536'"),
         ("example.com:-1", "port '-1'"),
         ("example.com:\u0661", "port"),
-        ("exa mple.com", "no host name"),
-        ("-a-", "no host name"),
+        ("exa mple.com", "not a host name"),
+        ("-a-", "not a host name"),
         ("[::1", "IPv6"),
         ("[::1]x", "IPv6"),
         ("1:2:zz", "IPv6"),
@@ -60,7 +60,7 @@ def test_an_address_is_read_as_the_server_reads_it(given: str | None, url: str) 
         ("example.com/a?b=c", "path"),
     ],
 )
-def test_what_is_no_address_is_refused_with_the_reason(given: str, said: str) -> None:
+def test_an_invalid_address_is_refused_with_the_reason(given: str, said: str) -> None:
     with pytest.raises(HostError, match=said):
         AsyncClient(given)
 

@@ -28,9 +28,9 @@ from ollama_async import (
     ResponseError,
     StreamError,
 )
-from ollama_async._channel import Channel
-from ollama_async._http import MAX_HEAD_BYTES
-from ollama_async._ndjson import LineSplitter
+from ollama_async._call.ndjson import LineSplitter
+from ollama_async._wire.http1 import MAX_HEAD_BYTES
+from ollama_async._wire.reader import ResponseReader
 from ollama_async.testing import Cut, Endless, FakeOllama, Reply, Stall
 
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -52,7 +52,7 @@ def line(text: str, *, done: bool = False) -> bytes:
 def test_lines_do_not_depend_on_how_they_are_cut(body: bytes, cuts: list[int]) -> None:
     splitter, lines = LineSplitter(), []
     for piece in pieces(body, cuts):
-        lines += splitter.feed(piece)
+        lines += splitter.feed_data(piece)
     rest = splitter.flush()
     assert [*lines, *([rest] if rest else [])] == [part for part in body.split(b"\n") if part.strip(b" \t\r\v\f")]
 
@@ -60,14 +60,13 @@ def test_lines_do_not_depend_on_how_they_are_cut(body: bytes, cuts: list[int]) -
 @given(body=st.binary(max_size=120), cuts=st.lists(st.integers(0, 120), max_size=8), limit=st.integers(1, 20))
 def test_what_is_held_of_a_line_has_a_limit(body: bytes, cuts: list[int], limit: int) -> None:
     body = body.replace(b"\x01", b"\n")
-    splitter, lines, refused = LineSplitter(limit), [], False
-    try:
-        for piece in pieces(body, cuts):
-            lines += splitter.feed(piece)
-            assert sum(map(len, splitter._parts)) <= limit + len(piece)
-        splitter.check()
-    except ProtocolError:
-        refused = True
+    splitter, lines = LineSplitter(limit), []
+    for piece in pieces(body, cuts):
+        lines += splitter.feed_data(piece)
+        assert sum(map(len, splitter._parts)) <= limit + len(piece)
+        if splitter.failure is not None:
+            break
+    refused = splitter.failure is not None
     whole = body.split(b"\n")
     first_long = next((place for place, part in enumerate(whole) if len(part) > limit), None)
     assert refused is (first_long is not None)
@@ -142,8 +141,8 @@ async def fed(*received: bytes) -> tuple[Any, ...]:
     """All that comes of an answer which arrives like this, up to its end."""
     wire = Wire()
     connection = wire.connection
-    channel = Channel(asyncio.get_running_loop())
-    connection.begin(channel, "GET", b"", more=False)
+    reader = ResponseReader(asyncio.get_running_loop())
+    connection.begin(reader, "GET", b"", more=False)
     for block in received:
         # As asyncio: nothing is read from what has been closed.
         if not wire.closed:
@@ -152,10 +151,10 @@ async def fed(*received: bytes) -> tuple[Any, ...]:
     if not wire.closed:
         connection.eof_received()
     wire.sock.close()
-    assert channel.arrived != (channel._failure is not None)
-    assert channel._failure is None or isinstance(channel._failure, httpx.RemoteProtocolError)
-    assert channel._size <= sum(map(len, received))
-    return channel.status, list(channel.headers), channel.arrived, channel.take(), kept
+    assert reader.eof != (reader._failure is not None)
+    assert reader._failure is None or isinstance(reader._failure, httpx.RemoteProtocolError)
+    assert reader._buffered_bytes <= sum(map(len, received))
+    return reader.status, list(reader.head.headers), reader.eof, reader.read_buffered(), kept
 
 
 @given(sent=mangled(), cuts=st.lists(st.integers(0, 300), max_size=6))
@@ -369,7 +368,7 @@ async def test_redirects_in_a_circle_end(fake_ollama: FakeOllama) -> None:
 
 
 async def test_a_body_without_an_end_is_held_up_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["ollama_async._exchange"], "MAX_BODY_BYTES", 1024 * 1024)
+    monkeypatch.setattr(sys.modules["ollama_async._call.exchange"], "MAX_BODY_BYTES", 1024 * 1024)
 
     async def forever() -> AsyncIterator[bytes]:
         while True:
@@ -491,7 +490,7 @@ async def test_a_bare_client_unpacks_nothing_that_httpx_reads_unasked(fake_ollam
 async def test_an_answer_that_a_hook_reads_has_the_limit_of_an_answer(
     fake_ollama: FakeOllama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["ollama_async._guard"], "MAX_BODY_BYTES", 2 * 1024 * 1024)
+    monkeypatch.setattr(sys.modules["ollama_async._wire.guard"], "MAX_BODY_BYTES", 2 * 1024 * 1024)
     fake_ollama.script("/api/chat", Reply([Endless(lambda _: b"x" * 65536)]))
     async with nothing_left_behind(), AsyncClient(fake_ollama.url, event_hooks={"response": [reads]}) as client:
         answer = await asyncio.wait_for(outcome(client, streaming=True), BOUND)
@@ -506,7 +505,7 @@ async def test_a_stream_has_no_limit_where_others_are_on_its_way(
     async def looks(response: Any) -> None:
         assert response.status_code == 200
 
-    monkeypatch.setattr(sys.modules["ollama_async._guard"], "MAX_BODY_BYTES", 10)
+    monkeypatch.setattr(sys.modules["ollama_async._wire.guard"], "MAX_BODY_BYTES", 10)
     fake_ollama.script("/api/chat", Reply.chat("a ", "long ", "answer", interval=0))
     client = client_of(fake_ollama.url, way, lambda home: {"event_hooks": {"response": [looks]}})
     assert (await outcome(client, streaming=True)).message.content == "a long answer"

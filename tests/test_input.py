@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
+import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
@@ -33,6 +35,13 @@ PIXEL = b"\x89PNG\xff\xfe pixel"
 ENCODED = base64.b64encode(PIXEL).decode()
 NO_KEY = "^Authorization header with Bearer token is required for web "
 CHAT = {"model": "m", "message": {"role": "assistant", "content": "hi"}, "done": True}
+
+
+HI = {"role": "user", "content": "hi"}
+
+
+class Endless(BaseModel):
+    most: float = float("inf")
 
 
 class Country(BaseModel):
@@ -130,7 +139,7 @@ async def test_what_is_no_image_is_refused_before_anything_is_sent(
     with pytest.raises(RequestError, match=says):
         await client.generate("m", "p", images=[image])
     with pytest.raises(RequestError, match=says):
-        client.chat("m", [{"role": "user", "images": [image]}], stream=True)
+        await client.chat("m", [{"role": "user", "images": [image]}], stream=True)
     assert not router.calls
 
 
@@ -152,6 +161,110 @@ async def test_an_image_that_vanishes_or_cannot_be_read_is_a_request_error(
         with pytest.raises(RequestError, match="not bytes; open it with 'rb'"):
             await client.generate("m", "p", images=[io.StringIO("text")])  # type: ignore[list-item]
         assert (await client.version()).version
+
+
+WRAPPED = base64.encodebytes(PIXEL * 20).decode()
+PLAIN = base64.b64encode(PIXEL * 20).decode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        WRAPPED,
+        WRAPPED.replace("\n", "\r\n"),
+        PLAIN + "\n",
+        f"  {PLAIN}\n",
+        PLAIN.replace("+", "-").replace("/", "_"),
+        f"data:image/png;base64,{PLAIN}",
+        f"DATA:;BASE64,{WRAPPED}",
+        "data:image/png;base64," + urllib.parse.quote(PLAIN, safe=""),
+        "data:image/svg+xml," + urllib.parse.quote(PIXEL * 20),
+    ],
+    ids=["lines", "crlf", "newline", "blanks", "urlsafe", "data", "data_lines", "data_quoted", "data_percent"],
+)
+@pytest.mark.parametrize("kept", [False, True], ids=["given", "kept_as_json"])
+async def test_base64_may_be_written_in_many_ways(
+    router: respx.MockRouter, client: AsyncClient, text: str, kept: bool
+) -> None:
+    assert set(PLAIN) > set("+/"), "the alphabets do not differ"
+    router.post("/api/chat").respond(json=CHAT)
+    message: Any = {"role": "user", "images": [text]}
+    await client.chat("m", [Message.model_validate_json(json.dumps(message)) if kept else message])
+    assert sent(router)["messages"][0]["images"] == [PLAIN]
+
+
+@pytest.mark.parametrize("text", ["data:image/png;base64,???", "data:nothing", "YWJj YWJj", "YWJ"])
+async def test_what_looks_like_base64_and_is_not(client: AsyncClient, text: str) -> None:
+    with pytest.raises(RequestError, match="neither base64 nor a file that exists, nor a data: URL"):
+        await client.generate("m", "p", images=[text])
+    with pytest.raises(ValueError, match="an image in JSON is base64"):
+        Message.model_validate_json(json.dumps({"role": "user", "images": [text]}))
+
+
+# -- what JSON does not have --
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize(
+    ("call", "place"),
+    [
+        (lambda c: c.chat("m", "x", options={"temperature": INF}), "options.temperature"),
+        (lambda c: c.chat("m", "x", options=Options(top_p=NAN)), "options.top_p"),
+        (lambda c: c.chat("m", "x", stream=True, options={"new": [1, {"a b": -INF}]}), "options.new[1].a b"),
+        (lambda c: c.chat("m", "x", options={"new": {1.5, INF}}), "options.new"),
+        (lambda c: c.chat("m", "x", format={"properties": {"a": {"maximum": INF}}}), "format.properties.a.maximum"),
+        (lambda c: c.chat("m", "x", format=Endless), "format.properties.most.default"),
+        (lambda c: c.chat("m", "x", tools=[{"function": {"limit": NAN}}]), "tools[0].function.limit"),
+        (lambda c: c.chat("m", [{"role": "user", "content": "NaN", "score": NAN}]), "messages[0].score"),
+        (
+            lambda c: c.chat(
+                "m", [HI, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": INF}}}]}]
+            ),
+            "messages[1].tool_calls[0].function.arguments.x",
+        ),
+        (lambda c: c.generate("m", "x", images=[b"a"], options={"temperature": INF}), "options.temperature"),
+        (lambda c: c.chat("m", [{**HI, "images": [b"a"], "score": INF}]), "messages[0].score"),
+        (lambda c: c.embed("m", "x", options={"temperature": INF}), "options.temperature"),
+        (lambda c: c.show("m", options={"temperature": INF}), "options.temperature"),
+        (lambda c: c.create("m", parameters={"temperature": INF}), "parameters.temperature"),
+        (lambda c: c.create("m", info={"a": [INF]}), "info.a[0]"),
+        (lambda c: c.systemone("m", {"a": NAN}, {"q": {"type": "noul", "instructions": "?"}}), "state.a"),
+    ],
+)
+async def test_a_number_that_json_does_not_have_is_named(
+    router: respx.MockRouter, client: AsyncClient, call: Callable[[AsyncClient], Any], place: str
+) -> None:
+    with pytest.raises(RequestError, match=re.escape(place) + r".* cannot be written as JSON: JSON has no number"):
+        made = call(client)
+        await (made.collect() if hasattr(made, "collect") else made)
+    assert not router.calls
+
+
+@pytest.mark.parametrize(
+    ("call", "place"),
+    [
+        (lambda c: c.chat("m", "\ud800"), "messages[0].content"),
+        (
+            lambda c: c.chat("m", [{**HI, "images": [b"a"]}, {"role": "user", "content": "\ud800"}]),
+            "messages[1].content",
+        ),
+        (lambda c: c.chat("m", "x", options={"a": object()}), "options.a"),
+        (lambda c: c.generate("m\ud800", "x"), "model"),
+    ],
+)
+async def test_what_cannot_be_written_is_named_before_anything_is_sent(
+    router: respx.MockRouter, client: AsyncClient, call: Callable[[AsyncClient], Any], place: str
+) -> None:
+    with pytest.raises(RequestError, match=f"^{re.escape(place)} cannot be written as JSON"):
+        await call(client)
+    assert not router.calls
+
+
+async def test_words_that_look_like_such_numbers_are_words(router: respx.MockRouter, client: AsyncClient) -> None:
+    router.post("/api/chat").respond(json=CHAT)
+    await client.chat("m", "is NaN < Infinity?")
+    assert sent(router)["messages"][0]["content"] == "is NaN < Infinity?"
 
 
 # -- format, options, keep_alive --
@@ -184,7 +297,7 @@ async def test_an_answer_is_parsed_as_the_format_that_was_asked_for(
 async def test_an_answer_that_does_not_fit_its_format(router: respx.MockRouter, client: AsyncClient) -> None:
     router.post("/api/chat").respond(json={**CHAT, "message": {"role": "assistant", "content": '{"name": "Pe'}})
     reply = await client.chat("m", "x", format=Country)
-    with pytest.raises(ParseError, match="no Country") as caught:
+    with pytest.raises(ParseError, match="does not match Country") as caught:
         _ = reply.parsed
     assert caught.value.text == '{"name": "Pe'
     assert caught.value.partial is reply
@@ -252,7 +365,14 @@ async def test_keep_alive(router: respx.MockRouter, client: AsyncClient, given: 
     assert sent(router)["keep_alive"] == body
 
 
-@pytest.mark.parametrize("given", ["five minutes", "300", "5 m", "", True, float("nan"), float("inf"), [1]])
+@pytest.mark.parametrize(
+    "given",
+    [
+        *("five minutes", "300", "5 m", "", True, float("nan"), float("inf"), [1]),
+        *(1e300, *(pytest.param(sign * 10**size, id=f"{sign}e{size}") for sign in (1, -1) for size in (400, 5000))),
+        *("\N{ARABIC-INDIC DIGIT FIVE}m", "\N{FULLWIDTH DIGIT FIVE}m"),
+    ],
+)
 async def test_a_keep_alive_that_is_none_is_refused(client: AsyncClient, given: Any) -> None:
     with pytest.raises(RequestError, match="keep_alive="):
         await client.load("m", given)

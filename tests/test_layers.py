@@ -13,50 +13,80 @@ import ollama_async
 
 PACKAGE = Path(ollama_async.__file__).parent
 
-LAYERS = [
+# Each module of the core imports only from the floors below its own.
+FLOORS = [
     ["_errors", "_secret"],
-    ["_awaitable", "_retry", "_regular", "_timeouts", "_tls", "_types", "_ndjson", "_host", "_cancel"],
-    ["_channel", "_manage_types", "_options", "_progress", "_systemone"],
-    ["_merge", "_input"],
-    ["_tools"],
-    ["_http"],
-    ["_dial", "_upload", "_failures", "_guard", "_proxy"],
-    ["_transport"],
-    ["_request"],
-    ["_exchange"],
-    ["_stream"],
+    ["_cancel", "_host", "_regular"],
+    ["_wire.http1", "_wire.phase", "_wire.socket", "_wire.tasks", "_wire.tls", "_wire.unpack"],
+    ["_wire.intercept", "_wire.parser", "_wire.guard", "_wire.proxy"],
+    ["_wire.reader"],
+    ["_wire.connection", "_wire.response"],
+    ["_wire.dial", "_wire.upload"],
+    ["_wire.pool"],
+    ["_wire.transport"],
+    ["_call.awaitable", "_call.chunk", "_call.ndjson", "_call.request", "_call.retry", "_call.timeouts"],
+    ["_call.failures"],
+    ["_call.decoder", "_call.foreign"],
+    ["_call.exchange"],
+    ["_call.answer", "_call.call"],
+    ["_call.stream"],
+    ["_model.types"],
+    ["_model.manage_types", "_model.options", "_model.progress", "_model.systemone"],
+    ["_model.input", "_model.merge"],
+    ["_model.tools"],
     ["_session"],
     ["_files"],
     ["_manage"],
     ["_client"],
 ]
+CORE = {module for floor in FLOORS for module in floor}
 
 
-def imports(module: str) -> set[str]:
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
-    return {
-        node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module
-    }
+def file_of(module: str) -> Path:
+    return PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
 
 
-@pytest.mark.parametrize("module", [module for layer in LAYERS for module in layer])
-def test_a_module_imports_only_from_the_layers_below(module: str) -> None:
-    place = next(place for place, layer in enumerate(LAYERS) if module in layer)
-    below = {name for layer in LAYERS[:place] for name in layer}
-    assert imports(module) <= below
+def imports(path: Path) -> set[str]:
+    """Return the modules of the package that a file imports, named as in ``FLOORS``."""
+    folder = ".".join(path.relative_to(PACKAGE).parts[:-1])
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 1:
+            found.add(f"{folder}.{node.module}" if folder else node.module)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ollama_async."):
+            found.add(node.module.removeprefix("ollama_async."))
+    return found
 
 
-def test_each_module_of_the_core_has_its_layer() -> None:
-    found = {path.stem for path in PACKAGE.glob("_*.py")} - {"__init__", "__main__"}
-    assert found == {module for layer in LAYERS for module in layer}
+@pytest.mark.parametrize("module", sorted(CORE))
+def test_a_module_imports_only_from_the_floors_below(module: str) -> None:
+    place = next(place for place, floor in enumerate(FLOORS) if module in floor)
+    below = {name for floor in FLOORS[:place] for name in floor}
+    assert imports(file_of(module)) <= below
+
+
+def core_files() -> list[Path]:
+    paths = [
+        *PACKAGE.glob("_*.py"),
+        *(path for folder in ("_wire", "_call", "_model") for path in (PACKAGE / folder).glob("*.py")),
+    ]
+    return [path for path in paths if path.stem not in ("__init__", "__main__")]
+
+
+def test_each_module_of_the_core_has_its_floor() -> None:
+    assert {".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in core_files()} == CORE
+
+
+@pytest.mark.parametrize("module", sorted(CORE))
+def test_a_module_of_the_core_is_short_enough_to_be_read(module: str) -> None:
+    if module.startswith(("_wire.", "_call.", "_cancel")):
+        assert file_of(module).read_text().count("\n") < 620, module
 
 
 def test_the_core_never_imports_a_leaf_or_an_optional_package() -> None:
     optional = {"typer", "rich", "prompt_toolkit", "markdown_it", "pytest", "uvloop", "redis", "starlette", "fastapi"}
     optional |= {"uvicorn", "httpx2"}
-    for path in PACKAGE.glob("_*.py"):
-        if path.stem == "__main__":
-            continue
+    for path in core_files():
         for node in ast.walk(ast.parse(path.read_text())):
             names = (
                 [alias.name for alias in node.names]
@@ -74,14 +104,14 @@ LEAVES = {"asgi": {"durable", "registry"}, "durable": {"registry"}, "registry": 
 
 @pytest.mark.parametrize("leaf", LEAVES)
 def test_a_leaf_imports_the_core_and_what_it_is_built_on(leaf: str) -> None:
-    core = {module for layer in LAYERS for module in layer}
     files = [PACKAGE / f"{leaf}.py"] if (PACKAGE / f"{leaf}.py").exists() else [*(PACKAGE / leaf).glob("*.py")]
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
             module = (isinstance(node, ast.ImportFrom) and node.module) or ""
             inside = file.parent != PACKAGE and isinstance(node, ast.ImportFrom) and node.level == 1
             if not inside and (module.startswith("ollama_async") or getattr(node, "level", 0)):
-                assert module.removeprefix("ollama_async.").partition(".")[0] in core | LEAVES[leaf], (file, module)
+                name = module.removeprefix("ollama_async.")
+                assert name in CORE or name.partition(".")[0] in LEAVES[leaf], (file, module)
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
@@ -105,7 +135,7 @@ def test_what_is_not_asked_for_is_not_imported() -> None:
         "import ollama_async\n"
         "print(sorted(set(sys.modules) - before))\n"
         "ollama_async.CancelToken\n"
-        "print('AsyncClient' in vars(ollama_async), 'ollama_async._manage_types' in sys.modules)\n"
+        "print('AsyncClient' in vars(ollama_async), 'ollama_async._model.manage_types' in sys.modules)\n"
         "from ollama_async import *\n"
         "print(all(name in globals() for name in ollama_async.__all__))\n"
         "try:\n    ollama_async.AsyncCleint\nexcept AttributeError as exc:\n    print(exc)"

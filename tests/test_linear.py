@@ -14,8 +14,8 @@ import pytest
 
 import ollama_async
 from ollama_async import AsyncClient, RequestError, ResponseError
-from ollama_async._input import encoded
-from ollama_async._tools import _split_legacy
+from ollama_async._model.input import encoded
+from ollama_async._model.tools import _split_legacy
 from ollama_async.testing import FakeOllama, Reply
 
 PACKAGE = Path(ollama_async.__file__).parent

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from ollama_async import ProtocolError
-from ollama_async._ndjson import MAX_LINE_BYTES, LineSplitter
+from ollama_async._call.ndjson import MAX_LINE_BYTES, LineSplitter
 
 BODIES = {
     "nothing": (b"", []),
@@ -31,7 +31,7 @@ body = pytest.mark.parametrize(("data", "expected"), BODIES.values(), ids=BODIES
 
 def split(*blocks: bytes, limit: int = MAX_LINE_BYTES) -> list[bytes]:
     splitter = LineSplitter(limit)
-    lines = [line for block in blocks for line in splitter.feed(block)]
+    lines = [line for block in blocks for line in splitter.feed_data(block)]
     rest = splitter.flush()
     return [*lines, rest] if rest else lines
 
@@ -60,19 +60,19 @@ def test_blocks_of_one_byte(data: bytes, expected: list[bytes]) -> None:
 
 def test_lines_come_as_soon_as_they_are_whole() -> None:
     splitter = LineSplitter()
-    assert splitter.feed(b"one\ntw") == [b"one"]
-    assert splitter.feed(b"") == []
-    assert splitter.feed(b"o\nthree\n") == [b"two", b"three"]
+    assert splitter.feed_data(b"one\ntw") == [b"one"]
+    assert splitter.feed_data(b"") == []
+    assert splitter.feed_data(b"o\nthree\n") == [b"two", b"three"]
     assert splitter.flush() == b""
 
 
 def test_flush_returns_the_rest_once_and_the_splitter_can_go_on() -> None:
     splitter = LineSplitter()
-    splitter.feed(b"re")
-    splitter.feed(b"st")
+    splitter.feed_data(b"re")
+    splitter.feed_data(b"st")
     assert splitter.flush() == b"rest"
     assert splitter.flush() == b""
-    assert splitter.feed(b"new\n") == [b"new"]
+    assert splitter.feed_data(b"new\n") == [b"new"]
 
 
 LIMIT = 8
@@ -113,11 +113,11 @@ def test_a_line_as_long_as_the_limit_passes(blocks: list[bytes]) -> None:
 )
 def test_a_line_of_one_byte_more_is_refused_whether_it_has_ended_or_not(blocks: list[bytes]) -> None:
     splitter = LineSplitter(LIMIT)
-    with pytest.raises(ProtocolError, match="a line of more than 8 bytes"):
-        for block in blocks:
-            splitter.feed(block)
-        # Lines that came before it, in the same block, have been returned first.
-        splitter.check()
+    for block in blocks:
+        assert splitter.failure is None
+        splitter.feed_data(block)
+    assert isinstance(splitter.failure, ProtocolError)
+    assert "a line of more than 8 bytes" in str(splitter.failure)
 
 
 def test_a_long_line_in_small_blocks_costs_no_more_than_its_length() -> None:
@@ -125,5 +125,5 @@ def test_a_long_line_in_small_blocks_costs_no_more_than_its_length() -> None:
     splitter = LineSplitter()
     block = b"x" * 1024
     for _ in range(MAX_LINE_BYTES // 1024):
-        assert splitter.feed(block) == []
-    assert splitter.feed(b"\n") == [block * (MAX_LINE_BYTES // 1024)]
+        assert splitter.feed_data(block) == []
+    assert splitter.feed_data(b"\n") == [block * (MAX_LINE_BYTES // 1024)]

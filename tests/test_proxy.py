@@ -102,6 +102,12 @@ async def test_the_certificate_in_a_tunnel_is_that_of_the_server_asked_for(
     assert tls_server.requests == ()
 
 
+@pytest.mark.parametrize("scheme", ["http", "https", "socks5"])
+def test_the_port_of_a_proxy_is_not_the_one_of_its_scheme_when_it_is_none(scheme: str) -> None:
+    with pytest.raises(RequestError, match="port 0"):
+        AsyncClient("http://models.example", proxy=f"{scheme}://127.0.0.1:0")
+
+
 async def test_the_proxy_of_the_environment(fake_ollama: FakeOllama, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", fake_ollama.url)
     monkeypatch.setenv("http_proxy", fake_ollama.url)
@@ -206,18 +212,18 @@ async def test_a_proxy_that_does_not_answer_to_connect(how: str, client_tls: ssl
         ),
         (b"HTTP/1.1 502\r\n\r\n", "the proxy refused: 502"),
         (b"HTTP/1.1 503 \xff\r\n\r\n", "503"),
-        (b"HTTP/1.1 200 OK\r\n", "no head"),
+        (b"HTTP/1.1 200 OK\r\n", "complete HTTP head"),
         (b"nonsense\r\n\r\n", "not HTTP"),
         (b"HTTP/1.1 407 No\r\nContent-Length: 9\r\n\r\nWho's it?", "the proxy refused: 407 No"),
         (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 403 No\r\n\r\nmore", "the proxy refused: 403 No"),
         (b"HTTP/1.1 101 Other\r\n\r\n", "the proxy refused: 101"),
-        (b"HTTP/1.1 100 Continue\r\n\r\n" * 3_000, "no head"),
+        (b"HTTP/1.1 100 Continue\r\n\r\n" * 3_000, "complete HTTP head"),
         (b"HTTP/1.1 100 Continue\r\n\r\nnonsense\r\n\r\n", "not HTTP"),
-        (b"HTTP/1.1 200 OK\r\n\r\nmore", "more than a head"),
+        (b"HTTP/1.1 200 OK\r\n\r\nmore", "more than an HTTP head"),
         (b"HTTP/1.1 999999 OK\r\n\r\n", "not HTTP"),
-        (b"SSH-2.0-OpenSSH_9\r\n", "no head"),
-        (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000 + b"\r\n\r\n", "no head"),
-        (b"HTTP/1.1 200 OK\r\n" + b"X: x\r\n" * 20_000, "no head"),
+        (b"SSH-2.0-OpenSSH_9\r\n", "complete HTTP head"),
+        (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000 + b"\r\n\r\n", "complete HTTP head"),
+        (b"HTTP/1.1 200 OK\r\n" + b"X: x\r\n" * 20_000, "complete HTTP head"),
     ],
 )
 async def test_a_proxy_that_makes_no_tunnel(answer: bytes, said: str) -> None:
@@ -336,7 +342,7 @@ def test_what_the_direct_transport_does_not_take(options: dict[str, Any]) -> Non
 async def test_a_refusal_that_will_not_pass_is_not_asked_for_again(
     status: bytes, times: int, client_tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ollama_async._retry._FIRST_DELAY", 0.001)
+    monkeypatch.setattr("ollama_async._call.retry._FIRST_DELAY", 0.001)
     with TunnelProxy(b"HTTP/1.1 %b No\r\n\r\n" % status) as proxy:
         async with AsyncClient("https://models.example", proxy=proxy.url, verify=client_tls, retries=2) as client:
             with pytest.raises(ConnectError):

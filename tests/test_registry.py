@@ -7,6 +7,7 @@ import logging
 import socket
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest_asyncio
 
 from ollama_async import AbortError, AsyncClient, OllamaError, RequestError
 from ollama_async.registry import AbortRegistry, Name, RegistryClosed, RegistryUnavailable, _local, _redis
-from ollama_async.testing import FakeOllama, Reply
+from ollama_async.testing import FakeOllama, Reply, nothing_left_behind
 
 BOUND = 20.0
 
@@ -321,7 +322,7 @@ async def test_while_redis_is_away(nowhere: str, caplog: pytest.LogCaptureFixtur
         async with AbortRegistry.from_url(nowhere) as registry:
             async with registry.token("one") as token:
                 assert not token.aborted
-                assert not registry.connected
+                assert registry.connected is False
                 assert await registry.abort("two") == "queued"
                 assert await registry.abort("one", "here") == "stopped"
                 assert token.reason == "here"
@@ -337,6 +338,60 @@ async def test_while_redis_is_away(nowhere: str, caplog: pytest.LogCaptureFixtur
     assert "until it is back" in caplog.text
     assert len(caplog.records) == 1
     assert "secret" not in caplog.text
+
+
+async def test_before_it_has_tried_a_registry_does_not_know_whether_it_is_connected(nowhere: str) -> None:
+    registry = AbortRegistry.from_url(nowhere)
+    assert registry.connected is None
+    async with registry:
+        assert registry.connected is False, "entering it is a try"
+    assert registry.connected is False
+    with pytest.raises(RegistryClosed):
+        async with registry:
+            pass
+    assert AbortRegistry.from_url("memory://").connected is True
+
+
+async def test_entering_a_registry_waits_for_a_silent_redis_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_redis, "_PATIENCE", 0.05)
+
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.set()
+        await reader.read()
+        writer.close()
+
+    asked = asyncio.Event()
+    async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as server:
+        url = f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with asyncio.timeout(BOUND), AbortRegistry.from_url(url) as registry:
+            assert registry.connected is None
+            await asked.wait()
+        assert registry.connected is False
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 2, 5])
+async def test_entering_a_registry_that_is_cancelled_leaves_nothing(rounds: int) -> None:
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.set()
+        await reader.read()
+        writer.close()
+
+    asked = asyncio.Event()
+    async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as server:
+        url = f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with asyncio.timeout(BOUND), nothing_left_behind():
+            registry = AbortRegistry.from_url(url)
+            entering = asyncio.create_task(registry.__aenter__())
+            await asked.wait()
+            # redis-py loses a cancellation in some of them.
+            for _ in range(rounds):
+                await asyncio.sleep(0)
+            began = time.monotonic()
+            entering.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await entering
+            assert time.monotonic() - began < 4, "socket_timeout= has ended it, not aclose()"
+            assert registry.connected is False
 
 
 async def test_a_redis_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,22 +411,23 @@ async def test_a_redis_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_a_registration_that_is_cancelled(nowhere: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Before it is known that Redis is away.
-    async with AbortRegistry.from_url(nowhere) as registry:
+    # Before it is known that Redis is away: entering the registry would tell.
+    registry = AbortRegistry.from_url(nowhere)
 
-        async def register() -> None:
-            async with registry.token("one"):
-                raise AssertionError
+    async def register() -> None:
+        async with registry.token("one"):
+            raise AssertionError
 
-        task = asyncio.create_task(register())
-        await asyncio.sleep(0)
-        assert "one" in [name.id for name in registry._book.names()]
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert registry._book.names() == []
-        assert registry._link is not None
-        assert not registry._link._entering
+    task = asyncio.create_task(register())
+    await asyncio.sleep(0)
+    assert "one" in [name.id for name in registry._book.names()]
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert registry._book.names() == []
+    assert registry._link is not None
+    assert not registry._link._entering
+    await registry.aclose()
 
 
 async def test_a_registry_has_one_event_loop(nowhere: str) -> None:

@@ -28,10 +28,11 @@ from ollama_async import (
     ServerBusyError,
     StreamError,
     Timeouts,
-    _retry,
 )
+from ollama_async._call import call as _call
+from ollama_async._call import retry as _retry
+from ollama_async._call.retry import RetryBudget
 from ollama_async._errors import response_error
-from ollama_async._retry import Attempts
 from ollama_async.testing import Cut, FakeOllama, Gate, Reply
 
 BUSY = Reply.error(503, "server busy, please try again.  maximum pending requests exceeded")
@@ -44,12 +45,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def slow(monkeypatch: pytest.MonkeyPatch) -> list[Attempts]:
+def slow(monkeypatch: pytest.MonkeyPatch) -> list[RetryBudget]:
     """Pauses are longer than any test waits: who gets on has not waited for it. Returns a list of those begun."""
     monkeypatch.setattr(_retry, "_FIRST_DELAY", 10 * BOUND)
     monkeypatch.setattr(_retry, "_LONGEST_DELAY", 10 * BOUND)
-    begun: list[Attempts] = []
-    monkeypatch.setattr(Attempts, "failed", lambda self: begun.append(self))
+    begun: list[RetryBudget] = []
+    monkeypatch.setattr(RetryBudget, "record_failure", lambda self: begun.append(self))
     return begun
 
 
@@ -142,7 +143,7 @@ async def test_a_server_that_is_not_there_yet(ask: Any) -> None:
 @both
 @pytest.mark.parametrize("way", ["token", "client", "thread", "cancel", "total", "close"])
 async def test_s22_the_pause_between_two_attempts_can_be_ended(
-    fake_ollama: FakeOllama, slow: list[Attempts], ask: Any, way: str
+    fake_ollama: FakeOllama, slow: list[RetryBudget], ask: Any, way: str
 ) -> None:
     fake_ollama.script("/api/chat", BUSY, always=True)
     token = CancelToken()
@@ -179,7 +180,7 @@ async def _as_coroutine(awaitable: Awaitable[Any]) -> Any:
 
 
 async def test_s22_a_stream_that_waits_for_its_next_attempt_can_be_aborted(
-    fake_ollama: FakeOllama, slow: list[Attempts]
+    fake_ollama: FakeOllama, slow: list[RetryBudget]
 ) -> None:
     fake_ollama.script("/api/chat", BUSY, always=True)
     async with AsyncClient(fake_ollama.url, retries=5) as client:
@@ -206,13 +207,13 @@ async def test_an_abort_that_meets_the_failure_is_not_lost(
     async with AsyncClient(fake_ollama.url, retries=5) as client:
         stream = client.chat("fake", "hi", stream=True)
         decided: list[bool] = []
-        follow = stream._follow
+        retry = _call.Call.retry
 
-        def aborted_first(failed: Any) -> Any:
+        def aborted_first(call: _call.Call, error: Any = None) -> Any:
             decided.extend((stream.abort("stop"), stream.abort("again")))
-            return follow(failed)
+            return retry(call, error)
 
-        monkeypatch.setattr(stream, "_follow", aborted_first)
+        monkeypatch.setattr(_call.Call, "retry", aborted_first)
         with pytest.raises(AbortError) as caught:
             await asyncio.wait_for(stream.collect(), BOUND)
         assert (decided[:2], caught.value.reason) == ([True, False], "stop")
@@ -268,17 +269,26 @@ def with_headers(status: int, **headers: str) -> ResponseError:
 
 
 def test_pauses_grow_up_to_a_limit() -> None:
-    attempts = Attempts(10)
+    attempts = RetryBudget(10)
     delays = []
     for _ in range(10):
-        delay = attempts.delay(ConnectError(), answered=False)
+        delay = attempts.backoff(ConnectError(), answered=False)
         assert delay is not None
         delays.append(delay)
-        attempts.failed()
-    assert attempts.delay(ConnectError(), answered=False) is None
+        attempts.record_failure()
+    assert attempts.backoff(ConnectError(), answered=False) is None
     for place, delay in enumerate(delays):
         longest = min(8.0, 0.5 * 2**place)
         assert 0.75 * longest <= delay <= longest
+
+
+def test_a_pause_stays_what_it_is_however_often_it_fails() -> None:
+    attempts = RetryBudget(10**6)
+    for _ in range(1100):
+        attempts.record_failure()
+    delay = attempts.backoff(ConnectError(), answered=False)
+    assert delay is not None
+    assert 6.0 <= delay <= 8.0
 
 
 @pytest.mark.parametrize(
@@ -286,17 +296,19 @@ def test_pauses_grow_up_to_a_limit() -> None:
     [("0", 0, 0), ("7", 7, 7), (formatdate(0, usegmt=True), 0, 0), ("soon", 0.375, 0.5), ("-1", 0.375, 0.5)],
 )
 def test_what_the_server_asks_for_counts(value: str, low: float, high: float) -> None:
-    delay = Attempts(1).delay(with_headers(429, retry_after=value), answered=True)
+    delay = RetryBudget(1).backoff(with_headers(429, retry_after=value), answered=True)
     assert delay is not None
     assert low <= delay <= high
 
 
 def test_a_server_that_asks_for_too_much_is_not_waited_for() -> None:
-    assert Attempts(1).delay(with_headers(503, retry_after="3600"), answered=True) is None
+    assert RetryBudget(1).backoff(with_headers(503, retry_after="3600"), answered=True) is None
 
 
 def test_a_date_to_come_back_at() -> None:
-    delay = Attempts(1).delay(with_headers(503, retry_after=formatdate(time.time() + 60, usegmt=True)), answered=True)
+    delay = RetryBudget(1).backoff(
+        with_headers(503, retry_after=formatdate(time.time() + 60, usegmt=True)), answered=True
+    )
     assert delay is not None
     assert 50 < delay <= 60
 
@@ -318,8 +330,8 @@ def test_a_date_to_come_back_at() -> None:
     ],
 )
 def test_what_is_worth_another_attempt(error: BaseException, plain: bool, resumed: bool) -> None:
-    assert (Attempts(1).delay(error, answered=True) is not None) is plain
-    assert (Attempts(0, resume=True).delay(error, answered=True) is not None) is resumed
+    assert (RetryBudget(1).backoff(error, answered=True) is not None) is plain
+    assert (RetryBudget(0, resume=True).backoff(error, answered=True) is not None) is resumed
 
 
 # -- pull(resume=True) --

@@ -35,8 +35,8 @@ from ollama_async import (
     ProtocolError,
     RequestError,
 )
-from ollama_async._guard import _at_home
-from ollama_async._http import Origin
+from ollama_async._wire.guard import _at_home
+from ollama_async._wire.http1 import Origin
 from ollama_async.testing import Cut, FakeOllama, Reply, Stall
 
 SECRET = "s3cret"
@@ -223,7 +223,7 @@ async def test_a_header_cannot_break_out_of_its_place(server: FakeOllama, name: 
 # -- redirects --
 
 
-@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
 @pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
 @pytest.mark.parametrize("way", ["direct", "foreign"])
 async def test_no_key_goes_along_to_another_origin(
@@ -240,6 +240,29 @@ async def test_no_key_goes_along_to_another_origin(
     assert second.header("host") == f"127.0.0.1:{other.port}"
     # The rest of the request is what it was.
     assert second.header("user-agent") == first.header("user-agent")
+
+
+@pytest.mark.parametrize("way", ["direct", "foreign"])
+async def test_a_redirect_that_makes_another_call_of_it_is_not_followed(server: FakeOllama, way: str) -> None:
+    transport = httpx.AsyncHTTPTransport() if way == "foreign" else None
+    with FakeOllama() as other:
+        server.script("/api/chat", Reply(status=303, headers={"Location": f"{other.url}/api/chat"}))
+        async with AsyncClient(server.url, transport=transport) as client:
+            with pytest.raises(ProtocolError, match=f"redirects POST /api/chat to a GET of 127.0.0.1:{other.port}"):
+                await client.chat("fake", "hi")
+        assert other.requests == ()
+
+
+@pytest.mark.parametrize("status", [301, 302])
+async def test_a_call_that_is_moved_stays_the_call_that_it_was(server: FakeOllama, status: int) -> None:
+    server.script("/api/chat", Reply(status=status, headers={"Location": "/api/generate"}))
+    async with AsyncClient(server.url) as client:
+        await asked(client, streaming=False)
+    assert [(request.method, request.path) for request in server.requests] == [
+        ("POST", "/api/chat"),
+        ("POST", "/api/generate"),
+    ]
+    assert server.requests[1].body == server.requests[0].body
 
 
 async def test_a_key_goes_along_within_one_origin(server: FakeOllama) -> None:

@@ -154,7 +154,7 @@ def growth(memory: list[int], streams: int) -> float:
 
 async def soak(url: str, models: tuple[str, ...], streams: int, *, seed: int = 1) -> Soak:
     """Run it, and see to it that nothing is left."""
-    async with nothing_left_behind():
+    async with nothing_left_behind(limit=5.0):
         async with AsyncClient(url) as client:
             run = Soak(client, models, chance=random.Random(seed))
             await run.run(streams)

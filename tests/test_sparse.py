@@ -16,8 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from ollama_async import ChatResponse, GenerateResponse, Message, _merge, _types
-from ollama_async._merge import validators
+from ollama_async import ChatResponse, GenerateResponse, Message
+from ollama_async._model import merge as _merge
+from ollama_async._model import types as _types
+from ollama_async._model.merge import validators
 
 CHAT = {"model": "m", "created_at": "2026", "message": {"role": "assistant", "content": "a"}, "done": False}
 THOUGHT = {**CHAT, "message": {"role": "assistant", "content": "", "thinking": "b"}}
@@ -270,7 +272,7 @@ def test_a_class_that_somebody_builds_meanwhile(monkeypatch: pytest.MonkeyPatch)
 def test_it_does_not_matter_when_the_validators_are_made(before: str) -> None:
     program = f"""
 from ollama_async import ChatResponse, GenerateResponse, Message
-from ollama_async._merge import validators
+from ollama_async._model.merge import validators
 {before}
 chunk = validators(ChatResponse).one(b'{json.dumps(CHAT)}')
 assert len(chunk.fields_that_came) == 4, chunk.fields_that_came

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import re
 import socket
 import ssl
 import struct
@@ -1083,6 +1084,157 @@ def test_ready_made_replies(server):
 
 
 # The plugin.
+
+
+CALL = {"function": {"name": "add", "arguments": {"a": 1}}}
+FINAL = {"done": True, "done_reason": "stop", "eval_count": 4, "prompt_eval_count": 11}
+
+
+@pytest.mark.parametrize("stream", [False, True, None])
+def test_a_ready_made_chat_is_one_object_where_no_stream_is_asked_for(server, stream):
+    server.script("/api/chat", Reply.chat("Hel", "lo", thinking=["Hm", "."], tool_calls=[CALL]))
+    got = post(server, "/api/chat", {"model": "fake"} if stream is None else {"model": "fake", "stream": stream})
+    if stream is not False:
+        assert got.headers["Content-Type"] == "application/x-ndjson"
+        assert len(lines(got.content)) == 6
+        return
+    assert got.headers["Content-Type"] == "application/json; charset=utf-8"
+    assert int(got.headers["Content-Length"]) == len(got.content)
+    assert b"\n" not in got.content
+    answer = got.json()
+    assert answer["message"] == {"role": "assistant", "content": "Hello", "thinking": "Hm.", "tool_calls": [CALL]}
+    assert answer.items() >= (FINAL | {"eval_count": 5}).items()
+
+
+def test_a_ready_made_completion_is_one_object_where_no_stream_is_asked_for(server):
+    server.script("/api/generate", Reply.generate("a", "b", thinking=["x", "y"]), Reply.generate("half", done=False))
+    whole = post(server, "/api/generate", {"model": "fake", "stream": False}).json()
+    assert (whole["response"], whole["thinking"], whole["context"]) == ("ab", "xy", [1, 2, 3])
+    assert whole.items() >= FINAL.items()
+    half = post(server, "/api/generate", {"model": "fake", "stream": False}).json()
+    assert (half["response"], half["done"]) == ("half", False)
+
+
+def test_what_is_scripted_around_a_ready_made_reply_holds_without_a_stream_as_well(server, peer):
+    gate = Gate()
+    slow = replace(Reply.chat("Hi"), before_head=[gate], headers={"X-Own": "1", "content-type": "text/odd"}, status=203)
+    server.script("/api/chat", slow, replace(Reply.chat("Hi"), cut_at=10), Reply.endless_chat(), Reply.chat("a", "b"))
+    peer.ask("/api/chat", b'{"stream":false}')
+    gate.wait_reached()
+    gate.open()
+    head = peer.head()
+    assert head.startswith("HTTP/1.1 203")
+    assert "X-Own: 1" in head
+    assert head.lower().count("content-type") == 1
+    peer.until(b'"prompt_eval_duration":12000000,"eval_count":1,"eval_duration":20000000}')
+    assert peer.ask("/api/chat", b'{"stream":false}').rest() == b"HTTP/1.1 2"
+    with Peer(server) as other:
+        other.ask("/api/chat", b'{"stream":false}')
+        server.wait_for_requests(3)
+        other.sock.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            other.sock.recv(1)
+    # A request without a body, or with one that is not JSON, is no wish for one object.
+    assert len(lines(post(server, "/api/chat", b"", method="GET").content)) == 3
+
+
+def test_the_pauses_of_a_ready_made_reply_are_kept_without_a_stream(server):
+    server.script("/api/chat", Reply.chat("a", "b", "c", interval=0.1))
+    started = time.monotonic()
+    assert post(server, "/api/chat", {"stream": False}).json()["message"]["content"] == "abc"
+    assert time.monotonic() - started >= 0.29
+
+
+def test_steps_that_were_put_together_by_hand_are_played_as_they_are(server):
+    server.script("/api/chat", Reply([*Reply.chat("a", "b").steps]))
+    assert len(lines(post(server, "/api/chat", {"stream": False}).content)) == 3
+
+
+def events(body: bytes) -> list:
+    *blocks, last = body.decode().split("\n\n")
+    assert last == ""
+    assert all(block.startswith("data: ") and "\n" not in block for block in blocks)
+    return [json.loads(data) if (data := block.removeprefix("data: ")) != "[DONE]" else data for block in blocks]
+
+
+def test_a_ready_made_stream_of_the_openai_api(server):
+    call = {"id": "call_1", "index": 0, "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    reply = Reply.openai_chat("Hel", "lo", thinking=["Hm."], tool_calls=[call], model="m", usage=True)
+    server.script("/v1/chat/completions", reply, reply, Reply.openai_chat("x", done=False))
+    got = post(server, "/v1/chat/completions", {"model": "m", "stream": True})
+    assert got.headers["Content-Type"] == "text/event-stream"
+    *chunks, usage, done = events(got.content)
+    assert done == "[DONE]"
+    assert (usage["choices"], usage["usage"]["completion_tokens"]) == ([], 4)
+    assert {(chunk["object"], chunk["model"], chunk["choices"][0]["index"]) for chunk in chunks} == {
+        ("chat.completion.chunk", "m", 0)
+    }
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert all(delta["role"] == "assistant" for delta in deltas)
+    assert [delta["content"] for delta in deltas] == ["", "Hel", "lo", "", ""]
+    assert (deltas[0]["reasoning"], deltas[3]["tool_calls"]) == ("Hm.", [call])
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * 4 + ["tool_calls"]
+    # That API streams only if it is asked to.
+    whole = post(server, "/v1/chat/completions", {"model": "m"})
+    assert whole.headers["Content-Type"] == "application/json; charset=utf-8"
+    [choice] = whole.json()["choices"]
+    assert whole.json()["object"] == "chat.completion"
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("tool_calls", "Hello")
+    assert (choice["message"]["reasoning"], choice["message"]["tool_calls"]) == ("Hm.", [call])
+    assert whole.json()["usage"] == {"prompt_tokens": 11, "completion_tokens": 4, "total_tokens": 15}
+    [unfinished] = events(post(server, "/v1/chat/completions", {"stream": True}).content)
+    assert unfinished["choices"][0]["finish_reason"] is None
+
+
+def test_embeddings_of_the_older_api(server):
+    new = post(server, "/api/embed", {"model": "fake", "input": "hello"}).json()["embeddings"][0]
+    assert post(server, "/api/embeddings", {"model": "fake", "prompt": "hello"}).json() == {"embedding": new}
+    assert post(server, "/api/embeddings", {"model": "fake"}).json() == {"embedding": []}
+    assert post(server, "/api/embeddings", {"model": "other", "prompt": "x"}).status_code == 404
+    assert post(server, "/api/embeddings", {"model": "fake", "prompt": 5}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/api/chats", "/api/chat"),
+        ("/v1/chat/completion", "/v1/chat/completions"),
+        ("api/chat", "/api/chat"),
+        ("/chat", "/api/chat"),
+        ("/api/chat/", "/api/chat"),
+        ("/api/chat?x=1", "/api/chat"),
+        ("/api/embeddins", "/api/embeddings"),
+    ],
+)
+def test_a_path_that_ollama_does_not_have_is_refused(server, path, meant):
+    with pytest.raises(ValueError, match=f"no path '{path.replace('?', '.')}'; did you mean '{meant}") as caught:
+        server.script(path, Reply.chat("never"))
+    assert f"FakeOllama(paths=['{path}'])" in str(caught.value)
+
+
+def test_each_path_that_the_client_asks_for_may_be_scripted(server):
+    sources = "".join(path.read_text() for path in (ROOT / "ollama_async").glob("_*.py"))
+    paths = set(re.findall(r"\"(/(?:api|v1)/[a-z_/-]+[a-z])\"", sources))
+    assert len(paths) > 15
+    for path in paths:
+        server.script(path, Reply.json({}))
+
+
+def test_paths_that_may_be_scripted():
+    with FakeOllama(paths=["/api/of-tomorrow"]) as server:
+        digest = "sha256:" + "0" * 64
+        paths = ["/", "/api/pull", "/v1/models/m", f"/api/blobs/{digest}", "/elsewhere", "/moved/chat"]
+        for path in [*paths, "/api/of-tomorrow"]:
+            server.script(path, Reply.json(path))
+            assert post(server, path).json() == path
+
+
+@pytest.mark.parametrize("wrong", [{"message": {}}, "text", [Reply.chat("x")], None])
+def test_a_script_that_is_not_of_replies_is_refused(server, wrong):
+    with pytest.raises(TypeError, match="a script takes replies, such as"):
+        server.script("/api/chat", Reply.chat("x"), wrong)
+    asked = {"model": "fake", "messages": [{}]}
+    assert len(lines(post(server, "/api/chat", asked).content)) == 41, "none of it may be queued"
 
 
 def test_the_fixture(fake_ollama):

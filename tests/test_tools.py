@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import functools
 import inspect
 import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated, Any, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import httpx
 import pytest
 import respx
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, WithJsonSchema
 
 from ollama_async import AsyncClient, Message, RequestError, Tool, convert_function_to_tool, tool_schema
+
+if TYPE_CHECKING:
+    from nowhere import Nothing  # type: ignore[import-not-found]
 
 
 class Color(Enum):
@@ -250,6 +254,10 @@ class Robot:
     def build(cls, kind: str) -> None:
         """Build one."""
 
+    @staticmethod
+    def static(word: str) -> None:
+        """Need none."""
+
     def __call__(self, word: str) -> None:
         """Obey."""
 
@@ -325,7 +333,7 @@ def test_what_is_given_as_schema_goes_as_it_is() -> None:
 async def test_what_is_no_tool_is_refused(tools: Any, says: str) -> None:
     async with AsyncClient() as client:
         with pytest.raises(RequestError, match=says):
-            client.chat("m", "x", tools=tools, stream=True)
+            await client.chat("m", "x", tools=tools, stream=True)
 
 
 def test_a_type_without_a_schema_is_named() -> None:
@@ -336,8 +344,135 @@ def test_a_type_without_a_schema_is_named() -> None:
 
     def unknown(bad: Missing) -> None: ...  # type: ignore[name-defined]  # noqa: F821
 
-    with pytest.raises(RequestError, match=r"the parameters of unknown\(\) cannot be read"):
+    with pytest.raises(RequestError, match=r"the parameters of unknown\(\) cannot be read: bad: .*Missing"):
         tool_schema(unknown)
+
+
+def test_only_what_is_sent_has_to_be_a_type() -> None:
+    def method(self: Nothing, city: str, /, *more: Nothing, days: Nothing = 1, **rest: Nothing) -> Nothing: ...
+
+    bound = functools.partial(method, object(), days=2)
+    assert parameters(bound)["properties"] == {"city": {"type": "string"}}
+
+
+@pytest.mark.parametrize("text", ["(", "Missing", "dt.missing", "1 / 0", "dt.date[5]", "[][0]"])
+def test_an_annotation_that_is_no_type_is_named(text: str) -> None:
+    def function(fine: int, bad: Any) -> None: ...
+
+    function.__annotations__["bad"] = text
+    with pytest.raises(RequestError, match=r"parameters of function\(\) cannot be read: bad: "):
+        tool_schema(function)
+
+
+@pytest.mark.parametrize(
+    "hint",
+    [
+        Annotated[dt.date, Field(ge=1)],
+        Annotated[int | str, Field(discriminator="kind")],
+        Annotated[str, Field(pattern="(")],
+        inspect.Signature,
+    ],
+)
+async def test_whatever_pydantic_says_of_a_type_it_is_a_request_error(hint: Any) -> None:
+    def function(bad: Any) -> None: ...
+
+    function.__annotations__["bad"] = hint
+    for compat in (False, True):
+        async with AsyncClient(compat=compat) as client:
+            with pytest.raises(RequestError, match=r"tools\[0\]"):
+                await client.chat("m", "x", tools=[function], stream=True)
+
+
+def test_a_method_without_its_object_is_refused() -> None:
+    with pytest.raises(RequestError, match=r"move\(\) is a method of Robot, .*give Robot\(...\).move"):
+        tool_schema(Robot.move)
+    with pytest.raises(RequestError, match="is a method of str"):
+        tool_schema(str.upper)
+    assert list(parameters(functools.partial(Robot.move, Robot()))["properties"]) == ["steps"]
+    assert list(parameters(Robot.static)["properties"]) == ["word"]
+
+    def function(self: int) -> None: ...
+
+    assert list(parameters(function)["properties"]) == ["self"]
+
+
+def test_enumerated_keys() -> None:
+    def paint(weights: dict[Color, float], points: dict[Literal["a"], Point]) -> None: ...
+
+    properties = parameters(paint)["properties"]
+    assert "$ref" not in json.dumps(properties)
+    assert properties["weights"]["propertyNames"]["enum"] == ["red", "blue"]
+
+
+def node_of_others() -> type[BaseModel]:
+    class Node(BaseModel):
+        word: str
+        below: list[Node] = []
+
+    Node.model_rebuild(_types_namespace={"Node": Node})
+    return Node
+
+
+def test_two_classes_of_one_name_keep_their_schemas() -> None:
+    def grow(a: Any, b: Any, c: Any, d: Any) -> None: ...
+
+    other = node_of_others()
+    grow.__annotations__ |= {"a": Node, "b": other, "c": list[Node], "d": other}
+    schema = parameters(grow)
+    reference, another = {"$ref": "#/$defs/Node"}, {"$ref": "#/$defs/Node_2"}
+    assert schema["properties"] == {
+        "a": reference,
+        "b": another,
+        "c": {"type": "array", "items": reference},
+        "d": another,
+    }
+    assert schema["$defs"]["Node"] == NODE
+    assert schema["$defs"]["Node_2"]["properties"]["below"] == {"type": "array", "items": another, "default": []}
+
+
+class Incomparable:
+    def __eq__(self, other: object) -> bool:
+        raise ValueError("neither equal nor not")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Numbers(BaseModel):
+    most: float = float("inf")
+    least: Annotated[float, Field(ge=float("-inf"))] = 0.0
+
+
+@pytest.mark.parametrize(
+    "default",
+    [float("nan"), float("inf"), [1, float("inf")], b"\xff", "\ud800", len, Incomparable(), {"a": {float("nan")}}],
+    ids=["nan", "inf", "list", "bytes", "surrogate", "function", "incomparable", "nested"],
+)
+def test_a_default_that_json_does_not_have_is_left_out(default: Any) -> None:
+    def function(a: Any = default, b: int = 1) -> None: ...
+
+    assert parameters(function)["properties"] == {"a": {}, "b": {"type": "integer", "default": 1}}
+    assert "required" not in parameters(function)
+
+
+def test_numbers_that_json_does_not_have_are_left_out_within_models() -> None:
+    def function(a: Numbers, b: Annotated[float, Field(le=float("inf"))]) -> None: ...
+
+    properties = parameters(function)["properties"]
+    assert properties["b"] == {"type": "number"}
+    for schema in (properties["a"], parameters(Numbers)):
+        assert schema["properties"] == {
+            "most": {"type": "number"},
+            "least": {"type": "number", "default": 0.0},
+        }
+
+
+def test_what_somebodys_own_schema_refers_to_stays() -> None:
+    own = {"$ref": "https://example.com/point", "not": {"title": "t", "type": "null"}, "if": True}
+
+    def function(a: Any) -> None: ...
+
+    function.__annotations__["a"] = Annotated[Any, WithJsonSchema(own)]
+    assert parameters(function)["properties"]["a"] == {**own, "not": {"type": "null"}}
 
 
 # -- as ollama-python does it --

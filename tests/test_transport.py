@@ -22,9 +22,9 @@ import uvloop
 from teardown.harness import BOUND, Baseline, black_hole, in_thread, live_timers, nothing_left_behind, ticks, until
 from wire import Wire
 
-from ollama_async._channel import HIGH_WATER, Channel
-from ollama_async._http import MAX_HEAD_BYTES, encode_head
-from ollama_async._transport import CHANNEL, DirectTransport
+from ollama_async._wire.http1 import MAX_HEAD_BYTES, encode_head
+from ollama_async._wire.reader import HIGH_WATER, ResponseReader
+from ollama_async._wire.transport import READER, DirectTransport
 from ollama_async.testing import Cut, Endless, FakeOllama, Gate, Pause, Raw, Reply, Reset, Stall, Trickle
 
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -35,7 +35,7 @@ URL = "/x"
 @pytest_asyncio.fixture(autouse=True)
 async def nothing_left(fake_ollama: FakeOllama) -> AsyncIterator[Baseline]:
     """Before and after each test the same is open, with the garbage collector off in between."""
-    async with nothing_left_behind() as baseline:
+    async with nothing_left_behind(limit=5.0) as baseline:
         yield baseline
 
 
@@ -190,20 +190,20 @@ async def fed(method: str, *pieces: bytes, end: bool) -> tuple[Any, ...]:
     """Return all that comes of an answer which arrives in these pieces."""
     wire = Wire()
     connection = wire.connection
-    channel = Channel(asyncio.get_running_loop())
-    connection.begin(channel, method, b"", more=False)
+    reader = ResponseReader(asyncio.get_running_loop())
+    connection.begin(reader, method, b"", more=False)
     for piece in pieces:
         wire.receive(piece)
     if end:
         connection.eof_received()
     wire.sock.close()
-    assert channel.arrived
+    assert reader.eof
     return (
-        channel.status,
-        channel.reason_phrase,
-        list(channel.headers),
-        channel.take(),
-        channel.http_version,
+        reader.status,
+        reader.head.reason,
+        list(reader.head.headers),
+        reader.read_buffered(),
+        reader.head.version,
         wire.kept,
     )
 
@@ -493,12 +493,12 @@ async def test_the_library_says_itself_how_its_own_exchanges_end(fake_ollama: Fa
     """A response that httpx hands to the library is dropped at once; what it is read through goes on."""
     fake_ollama.script(URL, Reply([b"one", Stall()]))
     async with client_of(fake_ollama) as http:
-        channel = Channel(asyncio.get_running_loop())
-        request = http.build_request("GET", URL, extensions={CHANNEL: channel})
+        reader = ResponseReader(asyncio.get_running_loop())
+        request = http.build_request("GET", URL, extensions={READER: reader})
         answer: httpx.Response | None = await http.send(request, stream=True)
         del answer
-        assert await channel.receive() == b"one"
-        assert channel.end is None
+        assert await reader.read() == b"one"
+        assert reader.outcome is None
         assert fake_ollama.connections[0].open
 
 
@@ -927,10 +927,10 @@ async def test_a_slow_reader_of_a_fast_server_holds_little_and_loses_nothing(
 
     with FakeOllama(ssl=server_tls if secure else None) as server:
         server.script(URL, Reply([Endless(block)]))
-        channel = Channel(asyncio.get_running_loop())
+        reader = ResponseReader(asyncio.get_running_loop())
         async with (
             client_of(server, verify=client_tls) as http,
-            http.stream("GET", URL, extensions={CHANNEL: channel}) as answer,
+            http.stream("GET", URL, extensions={READER: reader}) as answer,
         ):
             (record,) = server.connections
             blocks = answer.aiter_raw()
@@ -938,9 +938,9 @@ async def test_a_slow_reader_of_a_fast_server_holds_little_and_loses_nothing(
             for _ in range(3):
                 sent = await steady(lambda: record.bytes_sent)
                 assert sent - len(got) < kernel_buffers() + 1024 * 1024
-                assert channel.paused
+                assert reader.paused
                 # What one read brings comes on top of it.
-                assert channel._size <= HIGH_WATER + (256 * 1024 if secure else HIGH_WATER)
+                assert reader._buffered_bytes <= HIGH_WATER + (256 * 1024 if secure else HIGH_WATER)
                 goal = len(got) + 8 * 1024 * 1024
                 while len(got) < goal:
                     got += await anext(blocks)

@@ -2,6 +2,7 @@
 tests/real/test_web.py."""
 
 import asyncio
+import contextlib
 import json
 import re
 import socket
@@ -24,7 +25,7 @@ from typer.testing import CliRunner
 
 import ollama_async.cli
 from ollama_async import AsyncClient, Timeouts
-from ollama_async.cli._web import _MAX_BODY, PORT, Chats, Guard
+from ollama_async.cli._web import _MAX_BODY, PORT, Chats, Guard, parse_sites
 from ollama_async.testing import FakeOllama, Reply, Stall
 
 ASKED = {"model": "fake", "messages": [{"role": "user", "content": "hi"}]}
@@ -132,6 +133,97 @@ async def test_what_is_no_request_is_passed_on() -> None:
 
     await Guard(app, "")({"type": "lifespan"}, None, None)  # type: ignore[arg-type]
     assert passed == ["lifespan"]
+
+
+# -- behind a proxy that has a name --
+
+OWN, NAME = "127.0.0.1:11480", "chat.example.com"
+
+
+@contextlib.asynccontextmanager
+async def behind_proxy(fake: FakeOllama, *allowed: str) -> AsyncIterator[httpx.AsyncClient]:
+    async with AsyncClient(fake.url) as client:
+        chats: Any = Chats(Said(), client, Timeouts())  # type: ignore[arg-type]
+        transport = httpx.ASGITransport(chats.app("127.0.0.1", parse_sites(allowed)))
+        async with httpx.AsyncClient(transport=transport, base_url=f"http://{OWN}") as made:
+            yield made
+
+
+async def statuses(page: httpx.AsyncClient, host: str, origin: str) -> tuple[int, int]:
+    """What the page and a question are answered: the proxy passes the name on as Host, or it does not, as nginx."""
+    headers = {"Host": host, "Origin": origin, "Sec-Fetch-Site": "same-origin"}
+    shown = await page.get("/", headers={"Host": host})
+    return shown.status_code, (await page.post("/api/chat", json=ASKED, headers=headers)).status_code
+
+
+@pytest.mark.parametrize(
+    ("allowed", "host", "origin", "expected"),
+    [
+        # As an address.
+        (f"https://{NAME}", NAME, f"https://{NAME}", (200, 200)),
+        (f"https://{NAME}", OWN, f"https://{NAME}", (200, 200)),
+        (f"https://{NAME}/", f"{NAME}:443", f"https://{NAME}", (200, 200)),
+        (f"https://{NAME}:8443", f"{NAME}:8443", f"https://{NAME}:8443", (200, 200)),
+        (f"https://{NAME}:8443", OWN, f"https://{NAME}:8443", (200, 200)),
+        (f"https://{NAME}:8443", OWN, f"https://{NAME}", (200, 403)),
+        (f"https://{NAME}", OWN, f"http://{NAME}", (200, 403)),
+        (f"https://{NAME}", NAME, f"http://{NAME}", (200, 403)),
+        (f"HTTPS://{NAME.upper()}", NAME, f"https://{NAME}", (200, 200)),
+        # As a name.
+        (NAME, NAME, f"https://{NAME}", (200, 200)),
+        (NAME, OWN, f"https://{NAME}", (200, 200)),
+        (NAME, OWN, f"http://{NAME}", (200, 200)),
+        (NAME, f"{NAME}:8443", f"https://{NAME}:8443", (200, 200)),
+        (NAME, OWN, f"https://{NAME}:8443", (200, 403)),
+        # Others.
+        (NAME, NAME, "https://attacker.test", (200, 403)),
+        (NAME, OWN, "https://attacker.test", (200, 403)),
+        (NAME, OWN, f"https://a.{NAME}", (200, 403)),
+        (NAME, OWN, f"https://{NAME}.attacker.test", (200, 403)),
+        (NAME, OWN, "null", (200, 403)),
+        (NAME, f"a.{NAME}", f"https://a.{NAME}", (403, 403)),
+        (NAME, "attacker.test", f"https://{NAME}", (403, 403)),
+        # And as without a proxy.
+        (NAME, OWN, f"http://{OWN}", (200, 200)),
+    ],
+)
+async def test_a_proxy_that_is_allowed_and_no_other_site(
+    fake_ollama: FakeOllama, allowed: str, host: str, origin: str, expected: tuple[int, int]
+) -> None:
+    async with behind_proxy(fake_ollama, allowed) as page:
+        assert await statuses(page, host, origin) == expected
+    assert len(fake_ollama.requests) == (expected[1] == 200)
+
+
+async def test_a_refusal_names_the_option(fake_ollama: FakeOllama) -> None:
+    async with behind_proxy(fake_ollama) as page:
+        by_host = await page.get("/", headers={"Host": NAME})
+        by_origin = await page.post("/api/chat", json=ASKED, headers={"Origin": f"https://{NAME}"})
+    for answer in (by_host, by_origin):
+        assert answer.status_code == 403
+        assert NAME in answer.json()["error"]
+        assert "--allow-host" in answer.json()["error"]
+
+
+@pytest.mark.parametrize(
+    "site", ["*", "", "https://", "ftp://a", "a/b", "http://a/b", "a?b", "u@a", "a b", "a:99999", "a:x", "*.a", "://a"]
+)
+def test_a_site_that_cannot_be_one(fake_ollama: FakeOllama, site: str) -> None:
+    result = CliRunner().invoke(
+        ollama_async.cli.app,
+        ["--host", fake_ollama.url, "web", "--no-browser", "--allow-host", site],
+        env={"COLUMNS": "200"},
+    )
+    assert result.exit_code == 2
+    assert f"invalid site {site!r}: give a name such as" in result.output
+
+
+def test_sites_are_given_to_the_command(fake_ollama: FakeOllama) -> None:
+    options = ["--allow-host", "one.test", "--allow-host", "https://two.test"]
+    with web_page(fake_ollama.url, *options) as served, httpx.Client(base_url=served.url, trust_env=False) as client:
+        assert "Everybody whom the proxy lets in at one.test, two.test can use this page and your models" in served.said
+        found = [client.get("/", headers={"Host": host}).status_code for host in ("one.test", "two.test", "three.test")]
+    assert found == [200, 200, 403]
 
 
 # -- what it serves --

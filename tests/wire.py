@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import socket
 
-from ollama_async._http import Connection, GuardedSocket, Origin, PlainConnection
+from ollama_async._wire.connection import Connection, PlainConnection
+from ollama_async._wire.http1 import Origin
+from ollama_async._wire.socket import GuardedSocket
 
 
 class Wire:
@@ -45,7 +47,7 @@ class Wire:
     def resume_reading(self) -> None:
         self.paused = False
 
-    def put_back(self, connection: Connection) -> None:
+    def release(self, connection: Connection) -> None:
         self.kept = True
 
-    def lost(self, connection: Connection) -> None: ...
+    def connection_lost(self, connection: Connection) -> None: ...

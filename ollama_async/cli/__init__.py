@@ -9,12 +9,12 @@ from typing import Annotated
 
 import typer
 
-from ollama_async._timeouts import Timeouts
+from ollama_async._call.timeouts import Timeouts
 
 from ._chat import run_chat
 from ._demo import run_demo
 from ._models import add_commands
-from ._output import open_streams, write, write_error, write_failure
+from ._output import open_streams, valid, write, write_error, write_failure
 from ._prompt import converse, read_line, use_readline
 from ._screen import Answer, JsonScreen
 from ._terminal import ERROR, INTERRUPTED, Session, give_up_stdout, parse_pairs, product_version
@@ -76,7 +76,15 @@ def _global_options(
 
 
 _Model = Annotated[str, typer.Argument(metavar="MODEL", help="Name of the model.")]
-_System = Annotated[str | None, typer.Option("--system", help="System prompt, in place of the model's.")]
+
+
+def _valid(text: str | None) -> str | None:
+    return None if text is None else valid(text)
+
+
+_System = Annotated[
+    str | None, typer.Option("--system", help="System prompt, in place of the model's.", callback=_valid)
+]
 _Idle = Annotated[float, typer.Option("--timeout-idle", help="Seconds between two chunks.", min=0.001)]
 _Total = Annotated[float | None, typer.Option("--timeout-total", help="Seconds for a whole answer.", min=0.001)]
 _Option = Annotated[
@@ -92,7 +100,9 @@ _Json = Annotated[bool, typer.Option("--json", help="A line of JSON for each chu
 def generate(
     context: typer.Context,
     model: _Model,
-    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt; '-' reads it from stdin.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="The prompt; '-' reads it from stdin.", callback=_valid)
+    ] = None,
     system: _System = None,
     timeout_idle: _Idle = 300.0,
     timeout_total: _Total = None,
@@ -203,6 +213,15 @@ def web(
         int | None,
         typer.Option(help="Port to listen on: 0 for a free one; 11480 unless told.", min=0, max=65535),
     ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-host",
+            "--origin",
+            metavar="SITE",
+            help="Name or address of a proxy in front of the page, as https://chat.example.com. Repeatable.",
+        ),
+    ] = None,
     browser: Annotated[bool, typer.Option(help="Show the page in a browser.")] = True,
     timeout_idle: _Idle = 300.0,
     timeout_total: _Total = None,
@@ -213,7 +232,7 @@ def web(
     """
     session = Session(context, "")
     try:
-        from ._web import serve
+        from ._web import parse_sites, serve
     except ModuleNotFoundError as exc:
         if (exc.name or "").partition(".")[0] == "ollama_async":
             raise
@@ -222,7 +241,7 @@ def web(
         raise typer.Exit(ERROR) from None
     limits = Timeouts(idle=timeout_idle, total=timeout_total)
     with session.running():
-        serve(session, address, port, limits, open_browser=browser)
+        serve(session, address, port, limits, allowed=parse_sites(allow_host), open_browser=browser)
 
 
 add_commands(app)

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
     import typer
 
+    from ollama_async._call.timeouts import Timeouts
     from ollama_async._cancel import CancelToken
     from ollama_async._client import AsyncClient
-    from ollama_async._timeouts import Timeouts
 
     from ._screen import AnyStream
 
@@ -226,7 +226,9 @@ def _write(path: Path, text: str) -> None:
 
 def _is_interactive(screen: Screen) -> bool:
     terminal = sys.stdin.isatty() and sys.stdout.isatty() and screen.out.is_terminal
-    return terminal and bool(os.environ.get("TERM")) and not screen.out.is_dumb_terminal
+    # Windows has no such variable; its terminals before Windows 10 know no codes.
+    named = bool(os.environ.get("TERM")) or sys.platform == "win32"
+    return terminal and named and not screen.out.is_dumb_terminal and not screen.out.legacy_windows
 
 
 def run_chat(
@@ -240,26 +242,25 @@ def run_chat(
 ) -> int:
     """Chat until the user leaves or the input ends; return the exit status."""
     screen = JsonScreen() if as_json else Screen()
-    interactive = not as_json and _is_interactive(screen)
-    if interactive:
-        screen = MarkdownScreen()
+    drawn = MarkdownScreen() if not as_json and _is_interactive(screen) else None
+    screen = drawn or screen
     session = Session(context, model, "stays in the conversation", screen)
     chat = _Chat(session, Conversation(system), options, limits)
     with session.running():
         session.ask(lambda client, token: client.show(model, token=token, timeout=_CHECK_SECONDS))
         read: Callable[[], str | None] = read_line
-        if interactive:
+        if drawn:
             # Only here: it takes a tenth of a second to import.
             from ._editor import Editor
 
-            editor = Editor(_COMMANDS, lambda: chat.models)
+            editor = Editor(_COMMANDS, lambda: chat.models, drawn.told)
             read, session.keys = editor.read, editor.stops
             with contextlib.suppress(OllamaError):  # they are for completion only
                 chat.models = session.ask(_names)
         if sys.stdin.isatty():
-            if not interactive:
+            if not drawn:
                 use_readline()
-            keys = "Esc or Ctrl-C stops" if interactive else "Ctrl-C stops"
+            keys = "Esc or Ctrl-C stops" if drawn else "Ctrl-C stops"
             screen.note(f"{model} at {session.url}: {keys} an answer, /help shows more, /quit or Ctrl-D leaves", "dim")
         converse(session, read, chat.take, "/quit")
     # Whoever types has seen what failed; a script has not.

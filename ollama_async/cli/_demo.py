@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from ollama_async._call.timeouts import Timeouts
 from ollama_async._cancel import CancelToken
 from ollama_async._client import AsyncClient
 from ollama_async._errors import AbortError, ConnectError, OllamaError, PhaseTimeout, RequestError
-from ollama_async._timeouts import Timeouts
 from ollama_async.testing import ConnectionRecord, FakeOllama
 
 from ._terminal import CTRL_C, Session
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from ollama_async import ChatResponse, ListResponse
-    from ollama_async._stream import Stream
+    from ollama_async._call.stream import Stream
 
     from ._screen import Screen
 

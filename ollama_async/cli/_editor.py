@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import os
-import termios
+import re
+import signal
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import Completer, Completion, PathCompleter
@@ -22,7 +24,7 @@ from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.keys import Keys
 from prompt_toolkit.output import create_output
 
-from ._output import printable
+from ._output import printable, valid
 from ._prompt import PROMPT, is_open
 
 if TYPE_CHECKING:
@@ -43,13 +45,17 @@ _ESC_SECONDS = 0.1
 class Editor:
     """Reads prompts, with history and completion, and while an answer comes the keys that stop it."""
 
-    def __init__(self, commands: Mapping[str, str], models: Callable[[], Iterable[str]]) -> None:
+    def __init__(
+        self, commands: Mapping[str, str], models: Callable[[], Iterable[str]], told: Callable[[int], None]
+    ) -> None:
         """Make it.
 
         Args:
             commands: What can be typed after a slash, and what it does.
             models: Returns the names to complete after ``/model``.
+            told: Called with the row of the cursor, when the terminal says it while an answer comes.
         """
+        self._told = told
         # It would ask the terminal for the place of its cursor, and some never answer. Nothing here needs to know.
         os.environ.setdefault("PROMPT_TOOLKIT_NO_CPR", "1")
         self._input = create_input()
@@ -77,7 +83,7 @@ class Editor:
             KeyboardInterrupt: Ctrl-C was pressed.
         """
         try:
-            return _text(self._session.prompt())
+            return valid(self._session.prompt())
         except EOFError:
             return None
         except SystemExit:
@@ -99,16 +105,24 @@ class Editor:
         typed: list[KeyPress] = []
         timer: asyncio.TimerHandle | None = None
 
-        def flush() -> None:
-            keys = self._input.flush_keys()
+        def take(keys: list[KeyPress]) -> None:
             # With something after it, it was a sequence of some terminal that nobody knows, or Alt and a key.
             if keys and all(key.key == Keys.Escape for key in keys):
                 token.abort(ESC)
-            typed.extend(keys)
+            for key in keys:
+                if key.key == Keys.ControlC:  # on Windows it comes as a key
+                    signal.raise_signal(signal.SIGINT)
+                elif place := key.key == Keys.CPRResponse and re.match(r"\x1b\[(\d+)", key.data):
+                    self._told(int(place[1]))
+                else:
+                    typed.append(key)
+
+        def flush() -> None:
+            take(self._input.flush_keys())
 
         def ready() -> None:
             nonlocal timer
-            typed.extend(self._input.read_keys())
+            take(self._input.read_keys())
             if timer is not None:
                 timer.cancel()
             timer = loop.call_later(_ESC_SECONDS, flush)
@@ -126,14 +140,8 @@ class Editor:
     @contextlib.contextmanager
     def _keys(self) -> Generator[None]:
         """Have the terminal hand on each key as it is pressed, and what is pasted as one piece."""
-        file = self._input.fileno()
         with self._input.raw_mode():
-            modes = termios.tcgetattr(file)
-            # Ctrl-C stays a signal: it acts also while the loop is stuck in writing to the terminal. Those that would
-            # leave the terminal as it is now are keys like all others.
-            modes[3] |= termios.ISIG
-            modes[6][termios.VQUIT] = modes[6][termios.VSUSP] = b"\0"
-            termios.tcsetattr(file, termios.TCSANOW, modes)
+            _keep_signal(self._input.fileno())
             self._output.enable_bracketed_paste()
             self._output.flush()
             try:
@@ -143,9 +151,19 @@ class Editor:
                 self._output.flush()
 
 
-def _text(typed: str) -> str:
-    # Bytes that are not UTF-8 come as surrogates, which neither a request nor a file can hold.
-    return typed.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+def _keep_signal(file: int) -> None:
+    """Have Ctrl-C stay a signal on a terminal that is raw: it acts also while the loop is stuck in writing to it.
+
+    Those that would leave the terminal as it is now are keys like all others.
+    """
+    try:
+        termios: Any = importlib.import_module("termios")
+    except ImportError:  # Windows: it comes as a key there
+        return
+    modes = termios.tcgetattr(file)
+    modes[3] |= termios.ISIG
+    modes[6][termios.VQUIT] = modes[6][termios.VSUSP] = b"\0"
+    termios.tcsetattr(file, termios.TCSANOW, modes)
 
 
 def _bindings() -> KeyBindings:
@@ -204,7 +222,7 @@ class _FileHistory(FileHistory):
     def store_string(self, string: str) -> None:
         """Append a prompt to the file."""
         with contextlib.suppress(OSError):
-            super().store_string(_text(string))
+            super().store_string(valid(string))
 
 
 def _history() -> History:
@@ -214,11 +232,8 @@ def _history() -> History:
     file = folder / "chat-history"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            os.fchmod(descriptor, 0o600)
-        finally:
-            os.close(descriptor)
+        os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
+        file.chmod(0o600)
     except (OSError, RuntimeError):  # the latter when there is no home
         return InMemoryHistory()
     return _FileHistory(str(file))

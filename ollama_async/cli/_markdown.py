@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import signal
+import re
 import time
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from markdown_it import MarkdownIt
 from rich.console import Group
-from rich.live import Live
 from rich.markdown import Markdown
 from rich.padding import Padding
 from rich.segment import Segment, Segments
 from rich.text import Text
 
+from ._footer import Footer, stripped
+from ._limit import Limit
 from ._output import printable
 from ._screen import Answer, AnyChunk, Screen, parts, plural, style_of
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
     from markdown_it.token import Token
-    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+    from rich.console import Console, RenderableType
 
 __all__ = ["Growing", "MarkdownScreen"]
 
@@ -31,68 +31,15 @@ __all__ = ["Growing", "MarkdownScreen"]
 # of images and links.
 _PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable(["reference", "image"])
 
-T = TypeVar("T")
-
 _Line: TypeAlias = list[Segment]
 
 _DRAW_SECONDS = 0.08
-# Of the loop's time, at most that part goes into drawing: a long block takes longer to render.
-_DRAW_SHARE = 0.2
 # Of a block that is longer, the end is drawn as it is until the block is finished.
 _LONG = 20_000
 _SILENT_SECONDS = 3.0
 # What takes more of the processor's time is drawn as plain text: whoever wrote it may have meant it to. Less for what
 # is drawn again soon.
 _LIMIT_SECONDS, _AGAIN_SECONDS = 1.0, 0.3
-
-
-class _TooMuch(BaseException):
-    """The work has used up its time. No library takes it for an error of its own, and goes on."""
-
-
-class _Limit:
-    """Bounds how long a text can keep the program busy.
-
-    Parsers, and the hundreds of expressions that colour code, are not ours, and no length or depth tells what a text
-    costs them. So the processor's time is measured, and a signal ends what takes too long: also within one regular
-    expression, which looks for signals now and then.
-    """
-
-    def __init__(self) -> None:
-        self._armed = False
-
-    @contextlib.contextmanager
-    def ready(self) -> Generator[None]:
-        """Have the signal end what takes too long, while in the block."""
-        before = signal.signal(signal.SIGVTALRM, self._ring)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGVTALRM, before)
-
-    def run(self, work: Callable[[], T], seconds: float) -> T | None:
-        """Return what the work returns, or ``None`` if it takes longer, or fails."""
-        if seconds <= 0:
-            return None
-        try:
-            try:
-                self._armed = True
-                # It rings again: an object's finaliser may have had the first one, which no caller sees.
-                signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 0.1)
-                return work()
-            finally:
-                self._disarm()
-        except (_TooMuch, Exception):
-            self._disarm()
-            return None
-
-    def _disarm(self) -> None:
-        self._armed = False
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-
-    def _ring(self, *_: object) -> None:
-        if self._armed:
-            raise _TooMuch
 
 
 class Growing:
@@ -154,6 +101,7 @@ class _Block:
     def __init__(self, source: str) -> None:
         self.source = source
         self.markdown = Markdown("", hyperlinks=False)
+        self.has_table = False
         # Letters and digits that have to be seen.
         self._letters: int = 0
         self._whole = True
@@ -161,6 +109,7 @@ class _Block:
     def add(self, token: Token) -> None:
         """Add a token of it."""
         self.markdown.parsed.append(token)
+        self.has_table = self.has_table or token.type == "table_open"
         # Of what is nested still deeper the parser drops all.
         self._whole = self._whole and not (token.nesting == 1 and token.level >= _PARSER.options.maxNesting - 1)
         for part in token.children or (token,):
@@ -175,6 +124,48 @@ class _Block:
 
 def _letters(text: str) -> int:
     return sum(map(str.isalnum, text))
+
+
+def _text_of(lines: list[_Line]) -> str:
+    return "".join(part.text for line in lines for part in line)
+
+
+def _after(kept: str, lines: list[_Line]) -> tuple[list[_Line], str]:
+    """Return lines without a text that they begin with, and what of that text is in later ones.
+
+    It is told by its letters and digits: the lines may have been broken elsewhere, as wide as the terminal was then.
+    """
+    left = _letters(kept)
+    for number, line in enumerate(lines):
+        if not left:
+            return lines[number:], ""
+        text = _text_of([line])
+        if (found := _letters(text)) > left:
+            rest = _without_letters(left, text)
+            # A comma, say, that stands behind the last letter in both.
+            rest = rest.lstrip().removeprefix(re.split(r"[^\W_]", kept)[-1].strip())
+            cut = len(text) - len(rest.lstrip())
+            return [_cut(line, cut), *lines[number + 1 :]], ""
+        left -= found
+    return [], _without_letters(_letters(kept) - left, kept) if left else ""
+
+
+def _without_letters(count: int, text: str) -> str:
+    """Return what comes after so many letters and digits of a text."""
+    end = 0
+    while count:
+        count -= text[end].isalnum()
+        end += 1
+    return text[end:]
+
+
+def _cut(line: _Line, start: int) -> _Line:
+    """Return a line from its n-th character on."""
+    rest: _Line = []
+    for part in line:
+        rest += [Segment(part.text[start:], part.style)] if start < len(part.text) else []
+        start = max(0, start - len(part.text))
+    return rest
 
 
 def _blocks(text: str) -> list[_Block]:
@@ -228,6 +219,10 @@ class MarkdownScreen(Screen):
         self._shown += len(text)
         self._drawing.add(printable(thinking), printable(text), self.tokens)
 
+    def told(self, row: int) -> None:
+        """Take the row of the cursor, which the terminal was asked for."""
+        self._drawing.told(row)
+
     def finish(self, whole: str) -> None:
         """Print the rest of the answer."""
         self._drawing.add("", printable(whole[self._shown :]), self.tokens)
@@ -239,64 +234,42 @@ class MarkdownScreen(Screen):
         self.out.print()
 
 
-class _Below:
-    """What stands below all that is printed: rich draws it anew with each thing that it prints above it."""
-
-    def __init__(self) -> None:
-        self.shown: RenderableType = ""
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield self.shown
-
-
 class _Drawing:
     """One answer on a terminal.
 
-    Blocks that are finished are printed, and scroll away with all else; the one that still grows is drawn anew, as much
-    of its end as the terminal is high. So nothing is lost that scrolls off, and only little is ever drawn twice.
+    Blocks that are finished are printed, and scroll away with all else; of the one that still grows the end is drawn
+    anew, as much of it as the terminal is high. What is above that is printed, too, but for a table's rows, whose width
+    the next one may change. So nothing is lost that scrolls off, and only little is ever drawn twice.
     """
 
     def __init__(self, console: Console, model: str) -> None:
         self._console = console
         self._model = model
-        self._limit = _Limit()
+        self._limit = Limit()
         self._answer, self._thoughts = Growing(lambda parse: self._limit.run(parse, _LIMIT_SECONDS)), ""
         # What was printed last.
         self._last: Literal["", "thoughts", "text"] = ""
         self._tokens = 0
         self._began, self._first_at, self._last_at = time.monotonic(), 0.0, 0.0
         self._answering = False
-        self._drawn_state: str = ""
+        self._drawn_state: object = None
         self._changed = False
-        # Neither a thread of rich's, nor its hands on sys.stdout: only the loop draws.
-        self._below = _Below()
-        self._live = Live(
-            self._below,
-            console=console,
-            auto_refresh=False,
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        )
-        self._timer: asyncio.TimerHandle | None = None
+        self._footer = Footer(console, asks=True)
+        self.told = self._footer.told
+        # The text of what grows that stands above the footer for good. It is not printed once more.
+        self._kept = ""
+        # Whether that can be told: the end of what grows is drawn as it will be printed.
+        self._keeps = True
 
     @contextlib.contextmanager
     def running(self) -> Generator[None]:
         """Draw again and again, until the block ends."""
-        loop = asyncio.get_running_loop()
-
-        def tick() -> None:
-            began = time.monotonic()
-            self._draw()
-            spent = time.monotonic() - began
-            self._timer = loop.call_later(max(_DRAW_SECONDS, spent / _DRAW_SHARE), tick)
-
         try:
-            with self._limit.ready(), self._live:
-                tick()
+            with self._limit.ready():
+                self._footer.start(_DRAW_SECONDS, self._draw)
                 yield
         finally:
-            self._stop()
+            self._footer.stop()
 
     def add(self, thinking: str, text: str, tokens: int) -> None:
         """Take what has come, and how much that is all in all."""
@@ -311,60 +284,80 @@ class _Drawing:
 
     def finish(self) -> None:
         """Print all that is not printed."""
-        self._stop()
+        self._note_kept()
         thoughts, rest = self._thoughts, self._answer.rest
         self._thoughts, self._answer = "", Growing()
-        self._below.shown = ""
+        self._footer.shown = ""
         self._print(self._above(thoughts, rest))
-
-    def _stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        self._footer.stop()
 
     def _draw(self) -> None:
-        state = self._state()
-        if not self._changed and state == self._drawn_state:
+        if not self._footer.can_draw():
             return
-        self._changed, self._drawn_state = False, state
+        state = self._state()
+        looks = state, self._console.size
+        if not self._changed and looks == self._drawn_state:
+            return
+        self._changed, self._drawn_state = False, looks
+        self._note_kept()
         # Of what the model thinks a line is finished when it is complete; all of it, when the answer begins.
         whole = self._answering or len(self._thoughts) > _LONG
         end = len(self._thoughts) if whole else self._thoughts.rfind("\n") + 1
         thoughts, self._thoughts = self._thoughts[:end], self._thoughts[end:]
         finished = self._answer.finished()
         above = self._above(thoughts, finished)
-        self._below.shown = self._growing(state)
+        above += self._grow(state)
         self._print(above)
+
+    def _note_kept(self) -> None:
+        """Note what a smaller terminal has pushed out of reach."""
+        if self._keeps:
+            self._kept += self._footer.scrolled_off()
 
     def _print(self, lines: list[_Line]) -> None:
         # With what is drawn below it, it is one write: nothing is seen twice, nothing flickers.
         if lines:
             self._console.print(_joined(lines), end="", crop=False)
         else:
-            self._live.refresh()
+            self._footer.refresh()
 
     def _above(self, thoughts: str, text: str) -> list[_Line]:
         """Render what is finished."""
         lines: list[_Line] = []
         if thoughts.strip():
             drawn = self._limit.run(lambda: self._lines(_thought(thoughts)), _LIMIT_SECONDS)
-            lines += _plain(thoughts) if drawn is None else drawn
+            new, self._kept = _after(self._kept, _plain(thoughts) if drawn is None else drawn)
+            lines += new
             self._last = "thoughts"
         if text.strip():
-            lines += self._text(text, _LIMIT_SECONDS, _plain)
+            new, self._kept = _after(self._kept, self._text(text, _LIMIT_SECONDS, _plain))
+            lines += new
             self._last = "text"
         return lines
 
-    def _growing(self, state: str) -> RenderableType:
+    def _grow(self, state: str) -> list[_Line]:
+        """Draw what grows below all else; return what has no room there, and can be printed."""
         lines: list[_Line] = []
         height = max(1, self._console.height - 3)
-        rest, seen = self._answer.rest, height * self._console.width
-        if len(rest) > _LONG:
-            lines = self._folded(rest[-seen:])
+        rest = self._answer.rest
+        self._keeps = len(rest) <= _LONG
+        if not self._keeps:
+            lines = self._folded(rest[-height * self._console.width :])
         elif rest.strip():
             lines = self._text(rest, _AGAIN_SECONDS, self._folded)
         elif self._thoughts.strip():
-            lines = self._lines(_thought(self._thoughts[-seen:]))
-        return Group(_joined(lines[-height:]), Text(state, style="dim", no_wrap=True, overflow="ellipsis"))
+            lines = self._lines(_thought(self._thoughts))
+        above: list[_Line] = []
+        if len(rest) <= _LONG:
+            lines, _ = _after(self._kept, lines)
+        if self._keeps:
+            above = lines[: max(0, len(lines) - height)]
+            while above and not _letters(_text_of(above[-1:])):
+                above.pop()
+            self._kept += _text_of(above)
+        shown = _joined(lines[len(above) :][-height:])
+        self._footer.shown = Group(shown, Text(state, style="dim", no_wrap=True, overflow="ellipsis"))
+        return above
 
     def _text(self, text: str, seconds: float, plain: Callable[[str], list[_Line]]) -> list[_Line]:
         """Render Markdown.
@@ -374,6 +367,7 @@ class _Drawing:
             seconds: Of the processor's time that it may take.
             plain: Draws the blocks that take too long, or cannot be drawn as a whole.
         """
+        self._keeps = True
         until = time.process_time() + seconds
         blocks = self._limit.run(lambda: _blocks(text), seconds)
         if blocks is None:
@@ -385,6 +379,7 @@ class _Drawing:
             if lines or self._last:
                 lines.append([])
             lines += plain(block.source) if drawn is None else drawn
+            self._keeps = self._keeps and drawn is not None and not block.has_table
         return lines
 
     def _whole(self, block: _Block) -> list[_Line] | None:
@@ -396,7 +391,7 @@ class _Drawing:
 
     def _lines(self, shown: RenderableType) -> list[_Line]:
         """Render it, without the empty lines around it."""
-        lines = self._console.render_lines(shown, pad=False)
+        lines = [stripped(line) for line in self._console.render_lines(shown, pad=False)]
         while lines and _is_empty(lines[0]):
             del lines[0]
         while lines and _is_empty(lines[-1]):

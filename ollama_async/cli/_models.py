@@ -16,7 +16,8 @@ from rich.table import Table
 
 from ollama_async._errors import AbortError, NotFoundError, OllamaError
 
-from ._output import SafeConsole, write_json
+from ._footer import Footer
+from ._output import SafeConsole, valid, write_json
 from ._terminal import ERROR, INTERRUPTED, Session, parse_pairs, product_version
 
 if TYPE_CHECKING:
@@ -24,14 +25,16 @@ if TYPE_CHECKING:
 
     from ollama_async._cancel import CancelToken
     from ollama_async._client import AsyncClient
-    from ollama_async._progress import ProgressResponse
-    from ollama_async._types import Model
+    from ollama_async._model.progress import ProgressResponse
+    from ollama_async._model.types import Model
 
     from ._screen import Screen
 
 __all__ = ["add_commands"]
 
 T = TypeVar("T")
+
+_DRAW_SECONDS = 0.1
 
 _Model = Annotated[str, typer.Argument(metavar="MODEL", help="Name of the model.")]
 _Json = Annotated[bool, typer.Option("--json", help="Write JSON to stdout, and errors as JSON to stderr.")]
@@ -143,7 +146,7 @@ def ps(context: typer.Context, as_json: _Json = False) -> None:
                     _size(model.size),
                     _processor(model.size, model.size_vram),
                     str(model.context_length or ""),
-                    _when(model.expires_at),
+                    _until(model.expires_at),
                 )
                 for model in answer.models
             ]
@@ -293,53 +296,61 @@ def create(
     if (base is None) == (file is None):
         raise typer.BadParameter("give one of --from and --file")
     run = _Run(context, as_json=as_json, model=base or "")
-    given: dict[str, Any] = {
-        "system": system,
-        "template": template,
-        "quantize": quantize,
-        "license": licence,
-        "parameters": parse_pairs(parameter, "--parameter") or None,
-    }
+    texts = {"system": system, "template": template, "quantize": quantize, "license": licence}
+    given: dict[str, Any] = {name: text and valid(text) for name, text in texts.items()}
+    given["parameters"] = parse_pairs(parameter, "--parameter") or None
     with run.running():
         if file is None:
             _follow(run, lambda client, token: client.create(model, from_=base, stream=True, token=token, **given))
         else:
-            with _display(run) as display:
-                run.session.ask(
-                    lambda client, token: client.create_from(model, file, on_progress=display, token=token, **given)
-                )
+
+            async def upload(client: AsyncClient, token: CancelToken) -> None:
+                with _display(run) as display:
+                    await client.create_from(model, file, on_progress=display, token=token, **given)
+
+            run.session.ask(upload)
 
 
 def _follow(run: _Run, start: Callable[[AsyncClient, CancelToken], AsyncIterator[ProgressResponse]]) -> None:
-    with _display(run) as display:
-
-        async def work(client: AsyncClient, token: CancelToken) -> None:
+    async def work(client: AsyncClient, token: CancelToken) -> None:
+        with _display(run) as display:
             async for step in start(client, token):
                 display(step)
 
-        run.session.ask(work)
+    run.session.ask(work)
 
 
 @contextlib.contextmanager
 def _display(run: _Run) -> Generator[Callable[[ProgressResponse], None]]:
-    """Yield what shows a step: a line of JSON, a bar on a terminal, a line for each new status elsewhere."""
+    """Yield what shows a step: a line of JSON, a bar on a terminal, a line for each new status elsewhere.
+
+    An event loop has to be running.
+    """
     if run.as_json:
         yield _json_line
-    elif not sys.stdout.isatty():
+        return
+    console = SafeConsole()
+    if not console.is_interactive:
         yield _StatusLines(run.session.screen)
-    else:
-        console = SafeConsole()
-        columns = [TextColumn("{task.fields[status]}", markup=False), BarColumn()]
-        with Progress(*columns, TextColumn("{task.fields[figures]}", markup=False), console=console) as progress:
-            task = progress.add_task("", total=None, status="", figures="")
+        return
+    columns = [TextColumn("{task.fields[status]}", markup=False), BarColumn()]
+    # It is drawn by the footer, and not started.
+    progress = Progress(*columns, TextColumn("{task.fields[figures]}", markup=False), console=console)
+    task = progress.add_task("", total=None, status="", figures="")
 
-            def display(step: ProgressResponse) -> None:
-                overall = step.overall
-                total = None if overall.fraction is None else 1.0
-                done, text = overall.fraction or 0, step.status or ""
-                progress.update(task, total=total, completed=done, status=text, figures=_figures(step))
+    def display(step: ProgressResponse) -> None:
+        overall = step.overall
+        total = None if overall.fraction is None else 1.0
+        done, text = overall.fraction or 0, step.status or ""
+        progress.update(task, total=total, completed=done, status=text, figures=_figures(step))
 
-            yield display
+    footer = Footer(console, progress)
+    footer.start(_DRAW_SECONDS)
+    try:
+        yield display
+    finally:
+        footer.stop()
+        console.print(progress)
 
 
 def _json_line(step: ProgressResponse) -> None:
@@ -420,13 +431,28 @@ def _span(seconds: float) -> str:
     return f"{int(seconds)} s"
 
 
+def _from_now(moment: datetime) -> float:
+    """Return how many seconds it is from now; negative for what is over."""
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return (moment - datetime.now(UTC)).total_seconds()
+
+
 def _when(moment: datetime | None) -> str:
     """Say when, from now."""
     if moment is None:
         return ""
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=UTC)
-    seconds = (moment - datetime.now(UTC)).total_seconds()
+    seconds = _from_now(moment)
     if seconds > _FOREVER:
         return "Forever"
     return f"{_span(seconds)} from now" if seconds >= 0 else f"{_span(-seconds)} ago"
+
+
+def _until(moment: datetime | None) -> str:
+    """Say how long a model stays loaded.
+
+    The server counts the time from the end of the last answer. A model whose time is over, and that is still there,
+    gives an answer, after which the time is counted anew, or is just being unloaded.
+    """
+    over = moment is not None and _from_now(moment) < 0
+    return "in use, or being unloaded" if over else _when(moment)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.console import ConsoleOptions, RenderableType
     from rich.text import Text
 
-__all__ = ["SafeConsole", "open_streams", "printable", "write", "write_error", "write_failure", "write_json"]
+__all__ = ["SafeConsole", "open_streams", "printable", "valid", "write", "write_error", "write_failure", "write_json"]
 
 # Control characters begin what changes a terminal's title, clipboard or cursor. Those for the direction of text show a
 # line in another order than it has. Joiners and marks stay: whole scripts need them.
@@ -36,6 +36,11 @@ _COLOUR = re.compile(r"(\x1b\[[0-9;]*m)")
 def printable(text: str) -> str:
     """Replace what makes a terminal do things: a model or server has no business with its title or clipboard."""
     return _CONTROL.sub("\ufffd", text.replace("\r\n", "\n"))
+
+
+def valid(text: str) -> str:
+    """Replace what is not UTF-8 in an argument or a typed line: its surrogates fit into no request."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 class SafeConsole(Console):
@@ -90,8 +95,8 @@ def open_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         # A shell can start a program without any of them ("<&-"): then Python has None there.
         stream: Any = getattr(sys, name) or open(os.devnull, mode)  # noqa: SIM115
-        # What the terminal cannot show becomes a question mark, never a UnicodeEncodeError.
-        stream.reconfigure(errors="replace" if mode == "w" else "strict")
+        # What the terminal cannot show becomes a question mark, and what is read and is no text U+FFFD.
+        stream.reconfigure(errors="replace")
         setattr(sys, name, _Filter(stream) if mode == "w" and stream.isatty() else stream)
     logging.lastResort = _Log(logging.WARNING)
 

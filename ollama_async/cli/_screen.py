@@ -7,18 +7,22 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
+from rich.spinner import Spinner
 from rich.text import Text
 
+from ollama_async._call.stream import Stream
 from ollama_async._errors import AbortError, ConnectionBroken, OllamaError, PhaseTimeout
-from ollama_async._stream import Stream
-from ollama_async._types import ChatResponse, GenerateResponse
+from ollama_async._model.types import ChatResponse, GenerateResponse
 
+from ._footer import Footer
 from ._output import SafeConsole, printable, write, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
 __all__ = ["Answer", "AnyChunk", "AnyStream", "JsonScreen", "Screen", "parts", "plural", "style_of"]
+
+_SPIN_SECONDS = 0.08
 
 AnyChunk: TypeAlias = ChatResponse | GenerateResponse
 AnyStream: TypeAlias = Stream[ChatResponse] | Stream[GenerateResponse]
@@ -99,9 +103,10 @@ class Screen:
         """Begin an answer: show that it is waited for, until its first text comes or the block ends."""
         self._begin()
         text = f"waiting for the model {model} (it may be loading)"
-        self._status = self._notes.status(Text(printable(text)))
+        spinner = Spinner("dots", Text(printable(text)), style="status.spinner")
+        self._status = Footer(self._notes, spinner)
         if self._notes.is_terminal:
-            self._status.start()
+            self._status.start(_SPIN_SECONDS)
         elif self._terminal and sys.stderr.isatty():
             self.note(text)
         try:

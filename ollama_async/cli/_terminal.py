@@ -30,6 +30,7 @@ from ollama_async._errors import (
 )
 from ollama_async._host import parse_host
 
+from ._output import valid
 from ._screen import Answer, AnyStream, Screen
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def product_version() -> str:
 def parse_pairs(pairs: list[str] | None, option: str) -> dict[str, Any]:
     """Read the ``KEY=VALUE`` of an option that may be repeated; a value is JSON, else text."""
     values: dict[str, Any] = {}
-    for pair in pairs or ():
+    for pair in map(valid, pairs or ()):
         key, equals, value = pair.partition("=")
         if not key or not equals:
             raise typer.BadParameter(f"{pair!r}: write it as key=value", param_hint=option)
@@ -107,14 +108,19 @@ class CtrlC:
             yield
             return
         loop = asyncio.get_running_loop()
-        # It has the signal wake the loop, which may be just about to go to sleep; the handler itself is replaced.
-        loop.add_signal_handler(signal.SIGINT, lambda: None)
-        signal.signal(signal.SIGINT, pressed)
-        try:
-            yield
-        finally:
-            loop.remove_signal_handler(signal.SIGINT)
-            signal.signal(signal.SIGINT, before)
+        with contextlib.ExitStack() as stack:
+            # Windows' loop cannot, and is woken by each signal.
+            with contextlib.suppress(NotImplementedError):
+                # It has the signal wake the loop, which may be just about to go to sleep; the handler itself is
+                # replaced.
+                loop.add_signal_handler(signal.SIGINT, lambda: None)
+                stack.callback(loop.remove_signal_handler, signal.SIGINT)
+            signal.signal(signal.SIGINT, pressed)
+            try:
+                yield
+            finally:
+                stack.close()
+                signal.signal(signal.SIGINT, before)
 
 
 class Session:
@@ -154,7 +160,7 @@ class Session:
             if isinstance(exc, SystemExit):
                 raise
             raise typer.Exit(INTERRUPTED) from None
-        except (OSError, UnicodeDecodeError) as exc:
+        except OSError as exc:
             give_up_stdout()
             if not isinstance(exc, BrokenPipeError):
                 # Where the terminal itself is gone there is nobody to tell.
@@ -209,12 +215,14 @@ class Session:
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Generator[None]:
-    """Have SIGTERM and SIGHUP end the program as an exception does: what was changed on the terminal is put back."""
+    """Have signals end the program as an exception does: what was changed on the terminal is put back."""
 
     def end(number: int, _: object) -> None:
         raise SystemExit(128 + number)
 
-    mine = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    # Each system has two of them.
+    known = [number for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if (number := getattr(signal, name, None))]
+    mine = [number for number in known if signal.getsignal(number) is signal.SIG_DFL]
     for number in mine:
         signal.signal(number, end)
     try:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import re
 import socket
 import threading
 import webbrowser
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import typer
@@ -33,17 +34,17 @@ from ._demo import list_models, look, pick
 from ._output import write
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from types import FrameType
 
     from starlette.requests import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from ollama_async._timeouts import Timeouts
+    from ollama_async._call.timeouts import Timeouts
 
     from ._terminal import Session
 
-__all__ = ["PORT", "Chats", "Guard", "serve"]
+__all__ = ["PORT", "Chats", "Guard", "Site", "parse_sites", "serve"]
 
 PORT = 11480
 """Where the page is, unless something else is there."""
@@ -86,6 +87,39 @@ class _TooLong(Exception):  # noqa: N818
     """A request's body has come to its limit."""
 
 
+class Site(NamedTuple):
+    """A proxy in front of the page, under whose name browsers open it."""
+
+    name: str
+    origins: tuple[str, ...]
+    exact: bool
+    """Whether an address was given, so that the page has no other under this name."""
+
+    @classmethod
+    def parse(cls, text: str) -> Site:
+        """Read a name, as in ``chat.example.com``, or the address of a site, as in ``https://chat.example.com``.
+
+        Raises:
+            ValueError: It is neither.
+        """
+        scheme, separator, rest = text.strip().lower().rpartition("://")
+        schemes = [scheme] if separator else ["http", "https"]
+        url = urlsplit(f"//{rest.removesuffix('/')}")
+        host, port = url.hostname or "", url.port
+        if not {*schemes} <= {"http", "https"} or not re.fullmatch(r"[\w.-]+|[\da-f:.]+", host) or url.path + url.query:
+            raise ValueError(text)
+        if "@" in url.netloc or "#" in rest:
+            raise ValueError(text)
+        with contextlib.suppress(UnicodeError):  # browsers send it in this form
+            host = host.encode("idna").decode() if not host.isascii() else host
+        shown = f"[{host}]" if ":" in host else host
+        ports = {each: "" if port in (None, _PORTS[each]) else f":{port}" for each in schemes}
+        return cls(host, tuple(f"{each}://{shown}{ports[each]}" for each in schemes), bool(separator))
+
+
+_PORTS = {"http": 80, "https": 443}
+
+
 class Guard:
     """Keeps other web sites away from the user's models, and what is too long out of this process.
 
@@ -93,12 +127,17 @@ class Guard:
     shows the name of a site that has made its name point here (DNS rebinding), the ``Origin`` and ``Sec-Fetch-Site``
     who asks, and a body of JSON makes every browser ask first.
 
+    A proxy in front of the page has a name, which the user has allowed: as ``Host``, if the proxy passes it on, and as
+    ``Origin`` of the page.
+
     The limit of bodies is here, and counts what comes, so that it holds for each route, whatever a request says.
     """
 
-    def __init__(self, app: ASGIApp, name: str) -> None:
+    def __init__(self, app: ASGIApp, name: str, allowed: Sequence[Site] = ()) -> None:
         self._app = app
-        self._name = name
+        self._names = {"localhost", name.lower(), *(site.name for site in allowed)} - {""}
+        self._origins = {origin for site in allowed for origin in site.origins}
+        self._exact = {site.name for site in allowed if site.exact}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
@@ -137,27 +176,36 @@ class Guard:
         if length.isdecimal() and (len(length) > 18 or int(length) > _MAX_BODY):
             return _TOO_LONG
         host, origin = headers.get("host", ""), headers.get("origin")
-        if not self._is_ours(host):
-            return 403, f"this page is not at {host!r}: open it under the address that 'ollama-async web' has printed"
-        if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
-            return 403, "another web site asked for this: only the page itself may"
+        name = _name(host)
+        # Any port, for who forwards one; and any address, since only a name can be made to point elsewhere.
+        if not (name in self._names or _is_address(name)):
+            how = "open it under the address that 'ollama-async web' has printed, or allow this one with --allow-host"
+            return 403, f"this page is not at {host!r}: {how}"
+        own = set[str]() if name in self._exact else {f"http://{host}", f"https://{host}"}
+        if origin is not None and origin not in own | self._origins:
+            return 403, f"{_OTHER_SITE}; if {origin!r} is a proxy of yours, allow it with --allow-host"
         # A link from elsewhere to the page itself is fine.
         if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and path != "/":
-            return 403, "another web site asked for this: only the page itself may"
+            return 403, _OTHER_SITE
         if method == "POST" and headers.get("content-type", "").partition(";")[0].strip() != "application/json":
             return 415, "send JSON, with Content-Type: application/json"
         return None
 
-    def _is_ours(self, host: str) -> bool:
-        name = ""
-        # Any port, for who forwards one; and any address, since only a name can be made to point elsewhere.
-        with contextlib.suppress(ValueError):
-            name = urlsplit(f"//{host}").hostname or ""
-            ipaddress.ip_address(name)
-            return True
-        return name in ("localhost", self._name)
+
+def _name(host: str) -> str:
+    """Return the name in a ``Host``, without the port; none, where it cannot be read."""
+    with contextlib.suppress(ValueError):
+        return urlsplit(f"//{host}").hostname or ""
+    return ""
 
 
+def _is_address(name: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(name))
+    return False
+
+
+_OTHER_SITE = "another web site asked for this: only the page itself may"
 _TOO_LONG = (413, f"the request has more than {_MAX_BODY // 1024 // 1024} MB: begin a new chat")
 
 
@@ -195,11 +243,12 @@ class Chats:
         self._notice = notice
         self._registry = AbortRegistry.from_url("memory://")
 
-    def app(self, name: str = "") -> Starlette:
+    def app(self, name: str = "", allowed: Sequence[Site] = ()) -> Starlette:
         """Make the application.
 
         Args:
             name: By which this machine is reached, beside ``localhost`` and its addresses.
+            allowed: Proxies in front of the page.
         """
         routes = [
             Route("/", self._page),
@@ -208,7 +257,7 @@ class Chats:
             stop_route("/api/stop", self._registry),
             Mount("/", StaticFiles(directory=_PAGE)),
         ]
-        return Starlette(routes=routes, middleware=[Middleware(Guard, name=name)])
+        return Starlette(routes=routes, middleware=[Middleware(Guard, name=name, allowed=allowed)])
 
     async def _page(self, _: Request) -> Response:
         return FileResponse(_PAGE / "index.html")
@@ -258,7 +307,27 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def serve(session: Session, address: str, port: int | None, limits: Timeouts, *, open_browser: bool) -> None:
+def parse_sites(texts: Sequence[str] | None) -> list[Site]:
+    """Read the names of ``--allow-host``."""
+    sites: list[Site] = []
+    for text in texts or ():
+        try:
+            sites.append(Site.parse(text))
+        except ValueError:
+            how = "give a name such as chat.example.com, or an address such as https://chat.example.com"
+            raise typer.BadParameter(f"invalid site {text!r}: {how}", param_hint="--allow-host") from None
+    return sites
+
+
+def serve(
+    session: Session,
+    address: str,
+    port: int | None,
+    limits: Timeouts,
+    *,
+    allowed: Sequence[Site] = (),
+    open_browser: bool,
+) -> None:
     """Serve the page until Ctrl-C.
 
     Args:
@@ -266,11 +335,17 @@ def serve(session: Session, address: str, port: int | None, limits: Timeouts, *,
         address: What to listen on.
         port: Which; 0 for a free one, ``None`` for the usual one, or a free one if that is taken.
         limits: For each answer.
+        allowed: Proxies in front of the page.
         open_browser: Show the page.
     """
     with _listen(address, port) as listener:
         bound, number = listener.getsockname()[:2]
         ip = ipaddress.ip_address(bound)
+        if allowed:
+            names = ", ".join(site.name for site in allowed)
+            session.screen.note(
+                f"Everybody whom the proxy lets in at {names} can use this page and your models.", "yellow"
+            )
         if not ip.is_loopback:
             session.screen.note("Everybody who can reach this machine can use this page and your models.", "yellow")
         if ip.is_unspecified:  # no browser goes there
@@ -283,11 +358,16 @@ def serve(session: Session, address: str, port: int | None, limits: Timeouts, *,
                 # A browser for terminals stays in the call until it is left.
                 threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
-        asyncio.run(_serve(session, listener, address, limits, started))
+        asyncio.run(_serve(session, listener, address, allowed, limits, started))
 
 
 async def _serve(
-    session: Session, listener: socket.socket, name: str, limits: Timeouts, started: Callable[[], None]
+    session: Session,
+    listener: socket.socket,
+    name: str,
+    allowed: Sequence[Site],
+    limits: Timeouts,
+    started: Callable[[], None],
 ) -> None:
     token = CancelToken()
     with contextlib.ExitStack() as stack:
@@ -300,7 +380,7 @@ async def _serve(
             host, notice = server.url, f"This is a demonstration, no model computes anything: {why}."
             write(f"{notice}\n")
         async with AsyncClient(host, token=token) as client:
-            app = Chats(session, client, limits, notice).app(name)
+            app = Chats(session, client, limits, notice).app(name, allowed)
             await _Server(app, token, started).serve(sockets=[listener])
 
 

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from ollama_async._call.stream import Stream
     from ollama_async._errors import OllamaError
-    from ollama_async._stream import Stream
     from ollama_async.registry import Stopped
 
     from ._carrier import Carrier

@@ -15,8 +15,8 @@ import secrets
 from json.encoder import encode_basestring
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from ollama_async._merge import ChatMerge, GenerateMerge
-from ollama_async._types import ChatResponse, GenerateResponse
+from ollama_async._model.merge import ChatMerge, GenerateMerge
+from ollama_async._model.types import ChatResponse, GenerateResponse
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -20,8 +20,8 @@ from ._told import NOT_SENT, Told, summary, tell
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from ollama_async._stream import Stream, Timing
-    from ollama_async._types import ChatResponse, GenerateResponse
+    from ollama_async._call.stream import Stream, Timing
+    from ollama_async._model.types import ChatResponse, GenerateResponse
     from ollama_async.registry import AbortRegistry, Name
 
     from ._carrier import Carrier

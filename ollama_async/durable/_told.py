@@ -39,7 +39,7 @@ from ._errors import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ollama_async._stream import Stream
+    from ollama_async._call.stream import Stream
 
 __all__ = ["ABOUT_THE_REQUEST", "MAX_TEXT", "NOT_SENT", "STATUSES", "Told", "summary", "tell", "told_reason"]
 

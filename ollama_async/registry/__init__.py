@@ -39,7 +39,8 @@ class AbortRegistry(LiveObject):
     aborted at once. That is what keeps a Stop from being lost that comes before its stream. The owner is part of the
     address, so that a Stop by anybody else concerns another stream, and learns nothing of this one.
 
-    A registry belongs to one event loop. Close it with ``await registry.aclose()`` or ``async with``.
+    A registry belongs to one event loop. ``async with registry`` connects and closes it. Without that it connects when
+    it is first used; close it with ``await registry.aclose()``.
 
     Example:
         >>> registry = AbortRegistry.from_url("memory://")
@@ -59,7 +60,7 @@ class AbortRegistry(LiveObject):
 
     @classmethod
     def from_url(cls, url: str, *, ttl: float = 600.0, namespace: str = "ollama-async") -> AbortRegistry:
-        """Return a registry; nothing is connected before it is first used.
+        """Return a registry; nothing is connected before it is entered by ``async with``, or first used.
 
         Args:
             url: ``memory://`` for this process alone; ``redis://``, ``rediss://`` or ``unix://``, as redis-py reads
@@ -166,9 +167,15 @@ class AbortRegistry(LiveObject):
         return sorted(name for name in names if owner in (None, name.owner))
 
     @property
-    def connected(self) -> bool:
-        """Whether Stops reach all processes now: False before the first use, while Redis is away, and when closed."""
-        return not self._closed and (self._link is None or self._link.connected)
+    def connected(self) -> bool | None:
+        """Whether Stops reach all processes now: False while Redis is away, and when the registry is closed.
+
+        None before the registry has tried: it connects when it is entered by ``async with``, or first used. In memory
+        there is nothing to connect to: True until it is closed.
+        """
+        if self._closed:
+            return False
+        return True if self._link is None else self._link.connected
 
     def _check_open(self) -> None:
         if self._closed:
@@ -184,6 +191,21 @@ class AbortRegistry(LiveObject):
             await self._link.aclose()
 
     async def __aenter__(self) -> Self:
+        """Connect to Redis; while that is away, the block begins without it.
+
+        Raises:
+            RegistryClosed: The registry is closed.
+            RequestError: It belongs to another event loop.
+
+        Cancellation: safe; the registry is closed.
+        """
+        self._check_open()
+        if self._link is not None:
+            try:
+                await self._link.connect()
+            except BaseException:
+                await self.aclose()
+                raise
         return self
 
     async def __aexit__(

@@ -47,6 +47,8 @@ _PATIENCE = 2.0
 _SILENCE = 10.0
 _CONNECT = 5.0
 _LONGEST_PAUSE = 3.0
+# How long the task may take to end before its connections are taken from it.
+_LOST_CANCELLATION = 0.2
 # Channels or keys in one command.
 _AT_ONCE = 500
 # Stops in one call of the script below, during which Redis does nothing else.
@@ -123,11 +125,13 @@ class Link:
         self._redis.connection_pool.make_connection()
         self._backoff = ExponentialWithJitterBackoff(cap=_LONGEST_PAUSE, base=0.05)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._task: asyncio.Task[NoReturn] | None = None
+        self._task: asyncio.Task[None] | None = None
+        # The task looks at this as well: redis-py can swallow a cancellation that meets a connection in the making.
+        self._closing = False
         self._wake = asyncio.Event()
-        self.connected = False
-        # Not at the first attempt: callers wait for that one.
-        self._away = False
+        # Not known before the first attempt: callers wait for that one.
+        self.connected: bool | None = None
+        self._known = asyncio.Event()
         # Names that were registered or taken back since the task last looked.
         self._changed: set[Name] = set()
         # Names that the present connection was told to subscribe.
@@ -140,6 +144,13 @@ class Link:
         self._stopping: dict[Name, set[asyncio.Future[int | None]]] = {}
 
     # -- for the registry --
+
+    async def connect(self) -> None:
+        """Begin, and wait until it is known whether Redis can be reached."""
+        self._start()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_PATIENCE):
+                await self._known.wait()
 
     async def added(self, name: Name) -> None:
         """Have a name subscribed, and wait until it is known whether it has been stopped, if Redis can be reached."""
@@ -179,12 +190,24 @@ class Link:
 
     async def aclose(self) -> None:
         """End the task and the connections."""
+        self._closing = True
         task, self._task = self._task, None
         if task is None:
             await self._redis.aclose()
             return
         task.cancel()
-        await asyncio.wait({task})
+        _, pending = await asyncio.wait({task}, timeout=_LOST_CANCELLATION)
+        if pending:
+            await self._redis.connection_pool.disconnect()
+            await asyncio.wait({task})
+
+    @property
+    def _away(self) -> bool:
+        return self.connected is False
+
+    def _now(self, *, connected: bool) -> None:
+        self.connected = connected
+        self._known.set()
 
     def _start(self) -> None:
         loop = asyncio.get_running_loop()
@@ -218,10 +241,10 @@ class Link:
 
     # -- the task --
 
-    async def _run(self) -> NoReturn:
+    async def _run(self) -> None:
         failures = 0
         try:
-            while True:
+            while not self._closing:
                 try:
                     await self._serve()
                 except Exception as exc:
@@ -230,8 +253,7 @@ class Link:
                     self._lost(exc)
                 await asyncio.sleep(self._backoff.compute(failures))
         finally:
-            self.connected = False
-            self._away = True
+            self._now(connected=False)
             self._give_up_waiting()
             await self._redis.aclose()
 
@@ -240,8 +262,7 @@ class Link:
             _log.warning(
                 "Redis is away (%s): until it is back, a Stop works for streams of its own process", self._shown(error)
             )
-        self.connected = False
-        self._away = True
+        self._now(connected=False)
         self._give_up_waiting()
 
     def _give_up_waiting(self) -> None:
@@ -282,7 +303,7 @@ class Link:
         self._unread.clear()
         self._changed = set(self._book.names())
         self._unsent = self._book.stops() | self._unsent
-        self.connected, self._away = True, False
+        self._now(connected=True)
 
     async def _until_woken(self, reader: asyncio.Task[NoReturn]) -> None:
         woken = asyncio.ensure_future(self._wake.wait())

@@ -9,10 +9,10 @@ Example:
 """
 
 from ._fake import FakeOllama
-from ._left import nothing_left_behind
+from ._left import LeakCheckWarning, nothing_left_behind
 from ._records import ConnectionRecord, RequestRecord
 from ._script import Block, Cut, Endless, Gate, NoEnd, Pause, Raw, Reply, Reset, Stall, Step, Trickle
-from ._teardown import WAYS, TeardownFailure, TeardownReport, check_teardown
+from ._teardown import WAYS, TeardownCheck, TeardownFailure, TeardownReport, check_teardown
 
 __all__ = [
     "WAYS",
@@ -22,6 +22,7 @@ __all__ = [
     "Endless",
     "FakeOllama",
     "Gate",
+    "LeakCheckWarning",
     "NoEnd",
     "Pause",
     "Raw",
@@ -30,6 +31,7 @@ __all__ = [
     "Reset",
     "Stall",
     "Step",
+    "TeardownCheck",
     "TeardownFailure",
     "TeardownReport",
     "Trickle",

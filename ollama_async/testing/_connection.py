@@ -4,6 +4,7 @@ The protocol callbacks run on the server's own loop, so that they see FIN and RS
 """
 
 import asyncio
+import json
 import socket
 import ssl
 import struct
@@ -14,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import httptools
 
@@ -285,6 +286,8 @@ class Connection(asyncio.Protocol):
     async def _play(self, exchange: Exchange) -> None:
         try:
             reply = exchange.reply or self._host.answer(exchange.request)
+            if reply.whole is not None and not _asks_for_stream(exchange.request):
+                reply = reply.unstreamed()
             keep = await _Player(self, exchange, reply).play()
         except Over:
             return
@@ -413,6 +416,15 @@ class _Player:
     def _cut(self) -> None:
         self._connection.finish(clean=False)
         raise Over
+
+
+def _asks_for_stream(request: RequestRecord) -> bool:
+    body: Any = None
+    # A script is played to whatever comes, with or without a body.
+    with suppress(ValueError):
+        body = json.loads(request.body)
+    asked = body.get("stream") if isinstance(body, dict) else None  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    return asked if isinstance(asked, bool) else not request.route.startswith("/v1/")
 
 
 def _phrase(status: int) -> str:

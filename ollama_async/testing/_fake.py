@@ -17,6 +17,8 @@ from ._script import Reply
 
 _BACKLOG = 1024
 _STOP_TIMEOUT = 10.0
+# Python on Windows has none, not even the name.
+_AF_UNIX: int | None = getattr(socket, "AF_UNIX", None)
 
 
 class FakeOllama:
@@ -37,6 +39,7 @@ class FakeOllama:
         uds: str | None = None,
         ssl: ssl.SSLContext | None = None,
         models: Sequence[str] = ("fake",),
+        paths: Sequence[str] = (),
         interval: float = 0.02,
         silent: bool = False,
     ) -> None:
@@ -48,6 +51,7 @@ class FakeOllama:
             uds: the path of a unix socket to listen on instead.
             ssl: a server context: the server then speaks TLS.
             models: the names that the built-in behaviour knows.
+            paths: under `/api` and `/v1` that may be scripted although this version knows no such route of Ollama's.
             interval: seconds between two tokens of the built-in behaviour.
             silent: accept and record connections, but never answer anything, not even a TLS handshake.
         """
@@ -58,7 +62,8 @@ class FakeOllama:
         self._queued: dict[str, deque[Reply]] = {}
         self._repeated: dict[str, Reply] = {}
         self._failure: Exception | None = None
-        self._host = Host(self._journal, ssl, silent, self._scripted, Ollama(models, interval).answer, self._failed)
+        self._ollama, self._paths = Ollama(models, interval), frozenset(paths)
+        self._host = Host(self._journal, ssl, silent, self._scripted, self._ollama.answer, self._failed)
         self._thread: threading.Thread | None = None
 
     def start(self) -> Self:
@@ -125,15 +130,23 @@ class FakeOllama:
         """Queue replies for the next requests to a path; when none is left, the built-in behaviour answers.
 
         Args:
-            path: without a query, for any method.
+            path: without a query, for any method. Under `/api` and `/v1` it is one that Ollama has, or one of the
+                server's `paths`; others, such as a redirect's target, are taken as they are.
             *replies: one for each request, in order of the requests' heads.
             always: the last one is not used up: it answers whenever nothing is queued.
 
         Raises:
-            ValueError: no reply was given.
+            ValueError: no reply was given, or Ollama has no such path.
+            TypeError: one of the replies is not a `Reply`.
         """
         if not replies:
             raise ValueError("a script needs at least one reply")
+        for reply in replies:
+            if not isinstance(reply, Reply):
+                raise TypeError(f"a script takes replies, such as Reply.chat('Hi') or Reply.json(...), not {reply!r}")
+        mistake = None if path in self._paths else self._ollama.mistake_in(path)
+        if mistake is not None:
+            raise ValueError(f"{mistake}; to script it in any case: FakeOllama(paths=[{path!r}])")
         with self._journal.changed:
             once = replies[:-1] if always else replies
             self._queued.setdefault(path, deque()).extend(once)
@@ -202,7 +215,9 @@ class FakeOllama:
             listener = socket.create_server((self._address, self._port), family=family, backlog=_BACKLOG)
             self._port = listener.getsockname()[1]
             return listener
-        listener = socket.socket(socket.AF_UNIX)
+        if _AF_UNIX is None:
+            raise OSError("this system has no unix sockets: leave out uds= to listen on a port")
+        listener = socket.socket(_AF_UNIX)
         try:
             listener.bind(self.uds)
             listener.listen(_BACKLOG)

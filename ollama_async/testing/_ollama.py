@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from difflib import get_close_matches
 from typing import Any, TypeAlias, cast
 
 from ._records import RequestRecord
@@ -14,9 +15,7 @@ from ._script import (
     Frame,
     Pause,
     Reply,
-    Stall,
     chat_frame,
-    encode,
     ending,
     generate_frame,
     spaced,
@@ -35,6 +34,30 @@ _DETAILS: Frame = {
     "parameter_size": "1.2B",
     "quantization_level": "Q4_K_M",
 }
+# What a server of Ollama has beside the routes that are answered here. The last part of some is a name.
+_OTHER_PATHS = (
+    "/api/pull",
+    "/api/push",
+    "/api/me",
+    "/api/signout",
+    "/api/status",
+    "/api/web_search",
+    "/api/web_fetch",
+    "/api/experimental/model-recommendations",
+    "/api/experimental/web_fetch",
+    "/api/experimental/web_search",
+    "/v1/audio/transcriptions",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/v1/images/edits",
+    "/v1/images/generations",
+    "/v1/messages",
+    "/v1/models",
+    "/v1/responses",
+    "/v1/systemone",
+)
+_NAMED_PATHS = ("/api/blobs/", "/api/user/keys/", "/v1/models/")
 Handler: TypeAlias = Callable[[RequestRecord], Reply]
 
 
@@ -63,10 +86,27 @@ class Ollama:
             "/api/chat": {"POST": self._chat},
             "/api/generate": {"POST": self._generate},
             "/api/embed": {"POST": self._embed},
+            "/api/embeddings": {"POST": self._embeddings},
             "/api/create": {"POST": self._create},
             "/api/copy": {"POST": self._copy},
             "/api/delete": {"DELETE": self._delete},
         }
+
+    def mistake_in(self, path: str) -> str | None:
+        """Say what is wrong with a path that is to be scripted, if no client of Ollama would ever ask for it.
+
+        Paths outside of `/api` and `/v1` are others' (a redirect's target, a registry's), unless they are cut ones of
+        Ollama's.
+        """
+        known = [*self._routes, *_OTHER_PATHS]
+        if path in known or path.startswith(_NAMED_PATHS):
+            return None
+        if path.startswith("/") and "?" not in path:
+            like_ours = path.startswith(("/api/", "/v1/")) or any(route.endswith(path.rstrip("/")) for route in known)
+            if not like_ours:
+                return None
+        near = get_close_matches(path, known, n=1, cutoff=0.5)
+        return f"Ollama has no path {path!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
     def answer(self, request: RequestRecord) -> Reply:
         """Answer one request."""
@@ -117,9 +157,7 @@ class Ollama:
         digest = _digest(name)
         told = [f"creating new layer {digest}", "writing manifest", "success"]
         frames: list[Frame] = [{"status": status} for status in told]
-        if body.get("stream") is False:
-            return Reply.json(frames[-1])
-        return Reply(spaced(frames, self._interval))
+        return Reply(spaced(frames, self._interval), whole=frames[-1])
 
     def _copy(self, request: RequestRecord) -> Reply:
         body = _body(request)
@@ -169,27 +207,14 @@ class Ollama:
             return Reply.json(frame(0, "") | {"done": True, "done_reason": reason})
         limit = _limit(body)
         count = _TOKENS if limit is None else limit
-        if body.get("stream") is False:
-            return self._whole(frame, count, limit)
         # Like the real one, which sends the head with the first token.
         first = (Pause(self._interval),)
         if count < 0:
-            return Reply([Endless(lambda n: frame(n, word(n)), self._interval)], before_head=first)
+            return Reply([Endless(lambda n: frame(n, word(n)), self._interval)], before_head=first, whole=frame(0, ""))
         frames = [frame(n, word(n)) for n in range(count)]
-        last = frame(count, "") | ending(count, _reason(limit))
-        return Reply([*spaced(frames, self._interval), last], before_head=first)
-
-    def _whole(self, frame: Callable[[int, str], Frame], count: int, limit: int | None) -> Reply:
-        if count < 0:
-            return Reply(before_head=[Stall()])
-        text = "".join(map(word, range(count)))
-        answer = encode(frame(count, text) | ending(count, _reason(limit))).rstrip(b"\n")
-        return Reply(
-            [answer],
-            before_head=[Pause(count * self._interval)],
-            headers={"Content-Type": "application/json; charset=utf-8"},
-            framing="length",
-        )
+        end = ending(count, "stop" if limit is None else "length")
+        whole = frame(count, "".join(map(word, range(count)))) | end
+        return Reply([*spaced(frames, self._interval), frame(count, "") | end], before_head=first, whole=whole)
 
     def _embed(self, request: RequestRecord) -> Reply:
         body = _body(request)
@@ -206,6 +231,14 @@ class Ollama:
                 "prompt_eval_count": sum(len(text.split()) for text in texts),
             }
         )
+
+    def _embeddings(self, request: RequestRecord) -> Reply:
+        body = _body(request)
+        self._loaded[self._known(body)] = None
+        prompt = body.get("prompt") or ""
+        if not isinstance(prompt, str):
+            raise _Refused(400, f"json: cannot unmarshal {type(prompt).__name__} into Go value of type string")
+        return Reply.json({"embedding": _unit_vector(prompt, _DIMENSIONS) if prompt else []})
 
     # Blobs: only their digests are kept.
 
@@ -284,10 +317,6 @@ def _texts(body: Frame) -> list[str]:
     if not all(isinstance(text, str) for text in texts):
         raise _Refused(400, "invalid input type")
     return texts
-
-
-def _reason(limit: int | None) -> str:
-    return "stop" if limit is None else "length"
 
 
 def _digest(name: str) -> str:

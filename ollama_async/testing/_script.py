@@ -3,7 +3,7 @@
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, Self, TypeAlias, cast
 
@@ -144,6 +144,10 @@ class Gate:
 
 Step: TypeAlias = bytes | Frame | Block | Pause | Gate | Stall | Cut | Reset | NoEnd | Raw | Trickle | Endless
 _STEPS = (bytes, dict, Block, Pause, Gate, Stall, Cut, Reset, NoEnd, Raw, Trickle, Endless)
+_WRITE = (bytes, dict, Block, Raw, Trickle)
+
+_JSON = ("Content-Type", "application/json; charset=utf-8")
+_EVENTS = ("Content-Type", "text/event-stream")
 
 
 def encode(block: Frame | bytes | Block) -> bytes:
@@ -159,6 +163,10 @@ def encode(block: Frame | bytes | Block) -> bytes:
 
 def _compact(value: object) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _event(data: bytes) -> bytes:
+    return b"data: %b\n\n" % data
 
 
 def _steps(steps: Sequence[object]) -> tuple[Step, ...]:
@@ -184,6 +192,8 @@ class Reply:
             reply has been played, then sends FIN. What came together with the head is recorded. While it does not
             read, the server cannot see the client's FIN either, nor its RST before the next write.
         ignore_leave: go on writing after the client's FIN, to count what it would still have been sent.
+        whole: what a request that asks for no stream is answered with, as one JSON object, after the steps that write
+            nothing have been played; None plays the steps to every request.
     """
 
     steps: Sequence[Step] = ()
@@ -196,6 +206,7 @@ class Reply:
     cut_at: int | None = None
     read_body: bool = True
     ignore_leave: bool = False
+    whole: Frame | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", _steps(self.steps))
@@ -219,6 +230,22 @@ class Reply:
                 total += len(step.data)
         return total
 
+    def unstreamed(self) -> Self:
+        """Return the reply to a request that asks for no stream."""
+        if self.whole is None:
+            return self
+        # An answer that never ends is never whole.
+        waits = [Stall() if isinstance(step, Endless) else step for step in self.steps if not isinstance(step, _WRITE)]
+        pairs = [pair for pair in self.header_pairs if pair != _EVENTS]
+        return replace(
+            self,
+            steps=[_compact(self.whole)],
+            headers=pairs if any(name.lower() == "content-type" for name, _ in pairs) else [*pairs, _JSON],
+            framing="length" if self.framing == "chunked" else self.framing,
+            before_head=[*self.before_head, *waits],
+            whole=None,
+        )
+
     @classmethod
     def chat(
         cls,
@@ -230,7 +257,7 @@ class Reply:
         tool_calls: Sequence[Frame] = (),
         done_reason: str = "stop",
     ) -> Self:
-        """Make a streamed answer of `/api/chat`, one frame a text.
+        """Make an answer of `/api/chat`, one frame a text; one JSON object if the request says `"stream": false`.
 
         Args:
             *texts: the contents of the frames.
@@ -251,7 +278,13 @@ class Reply:
         frames = [chat_frame(n, model, **message) for n, message in enumerate(messages)]
         if done:
             frames.append(chat_frame(len(frames), model, content="") | ending(len(frames), done_reason))
-        return cls(spaced(frames, interval))
+        last = frames[-1] if frames else chat_frame(0, model)
+        message: Frame = {"role": "assistant", "content": "".join(texts)}
+        if thinking:
+            message["thinking"] = "".join(thinking)
+        if tool_calls:
+            message["tool_calls"] = list(tool_calls)
+        return cls(spaced(frames, interval), whole=last | {"message": message})
 
     @classmethod
     def generate(
@@ -263,7 +296,7 @@ class Reply:
         thinking: Sequence[str] = (),
         done_reason: str = "stop",
     ) -> Self:
-        """Make a streamed answer of `/api/generate`, one frame a text.
+        """Make an answer of `/api/generate`, one frame a text; one JSON object if the request says `"stream": false`.
 
         Args:
             *texts: the responses of the frames.
@@ -282,11 +315,70 @@ class Reply:
         if done:
             last = generate_frame(len(frames), model, response="") | ending(len(frames), done_reason)
             frames.append(last | {"context": [1, 2, 3]})
-        return cls(spaced(frames, interval))
+        whole = (frames[-1] if frames else generate_frame(0, model)) | {"response": "".join(texts)}
+        if thinking:
+            whole["thinking"] = "".join(thinking)
+        return cls(spaced(frames, interval), whole=whole)
+
+    @classmethod
+    def openai_chat(
+        cls,
+        *texts: str,
+        interval: float = 0.0,
+        done: bool = True,
+        model: str = "fake",
+        thinking: Sequence[str] = (),
+        tool_calls: Sequence[Frame] = (),
+        finish_reason: str = "stop",
+        usage: bool = False,
+    ) -> Self:
+        """Make an answer of `/v1/chat/completions`: server-sent events if the request says `"stream": true`.
+
+        Args:
+            *texts: the contents of the events, one each.
+            interval: seconds between two events.
+            done: send the event with the `finish_reason`, and `[DONE]`.
+            model: the name in each event.
+            thinking: texts of `reasoning`, one event each, before the others.
+            tool_calls: calls as in `message.tool_calls` of that API, all in one event after the texts.
+            finish_reason: of the last event; of one with tool calls it is `"tool_calls"`.
+            usage: send the counts as well, in an event before `[DONE]`, as for `stream_options.include_usage`.
+
+        Returns:
+            The reply.
+        """
+        deltas: list[Frame] = [{"content": "", "reasoning": text} for text in thinking]
+        deltas += [{"content": text} for text in texts]
+        if tool_calls:
+            deltas.append({"content": "", "tool_calls": list(tool_calls)})
+            finish_reason = "tool_calls"
+        count = len(deltas)
+        counts = {"prompt_tokens": _PROMPT_TOKENS, "completion_tokens": count, "total_tokens": _PROMPT_TOKENS + count}
+        head: Frame = {
+            "id": "chatcmpl-1",
+            "object": "chat.completion.chunk",
+            "created": int(_EPOCH.timestamp()),
+            "model": model,
+            "system_fingerprint": "fp_ollama",
+        }
+        choices: list[Frame] = [{"delta": {"role": "assistant", **delta}, "finish_reason": None} for delta in deltas]
+        if done:
+            choices.append({"delta": {"role": "assistant", "content": ""}, "finish_reason": finish_reason})
+        events = [_event(_compact(head | {"choices": [{"index": 0, **choice}]})) for choice in choices]
+        end = [_event(_compact(head | {"choices": list[Frame](), "usage": counts}))] if usage and done else []
+        end += [_event(b"[DONE]")] if done else []
+        message: Frame = {"role": "assistant", "content": "".join(texts)}
+        if thinking:
+            message["reasoning"] = "".join(thinking)
+        if tool_calls:
+            message["tool_calls"] = list(tool_calls)
+        choice: Frame = {"index": 0, "message": message, "finish_reason": finish_reason if done else None}
+        whole: Frame = head | {"object": "chat.completion", "choices": [choice], "usage": counts}
+        return cls([*spaced(events, interval), *end], headers=[_EVENTS], whole=whole)
 
     @classmethod
     def endless_chat(cls, interval: float = 0.001, *, model: str = "fake") -> Self:
-        """Make a `/api/chat` stream that never ends.
+        """Make a `/api/chat` stream that never ends; with `"stream": false` nothing ever comes.
 
         Args:
             interval: seconds between two frames, 0 for as fast as the client reads.
@@ -295,11 +387,12 @@ class Reply:
         Returns:
             The reply.
         """
-        return cls([Endless(lambda n: chat_frame(n, model, content=word(n)), interval)])
+        never_sent = chat_frame(0, model, content="")
+        return cls([Endless(lambda n: chat_frame(n, model, content=word(n)), interval)], whole=never_sent)
 
     @classmethod
     def endless_generate(cls, interval: float = 0.001, *, model: str = "fake") -> Self:
-        """Make a `/api/generate` stream that never ends.
+        """Make a `/api/generate` stream that never ends; with `"stream": false` nothing ever comes.
 
         Args:
             interval: seconds between two frames, 0 for as fast as the client reads.
@@ -308,7 +401,8 @@ class Reply:
         Returns:
             The reply.
         """
-        return cls([Endless(lambda n: generate_frame(n, model, response=word(n)), interval)])
+        never_sent = generate_frame(0, model, response="")
+        return cls([Endless(lambda n: generate_frame(n, model, response=word(n)), interval)], whole=never_sent)
 
     @classmethod
     def json(cls, obj: object, status: int = 200) -> Self:
@@ -321,8 +415,7 @@ class Reply:
         Returns:
             The reply.
         """
-        headers = {"Content-Type": "application/json; charset=utf-8"}
-        return cls([_compact(obj)], status=status, headers=headers, framing="length")
+        return cls([_compact(obj)], status=status, headers=[_JSON], framing="length")
 
     @classmethod
     def error(cls, status: int, message: str, **extra: object) -> Self:
@@ -341,6 +434,7 @@ class Reply:
 
 _EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 _TOKEN_NS = 20_000_000
+_PROMPT_TOKENS = 11
 _TEXT = (
     "This answer comes from a fake Ollama server. No model was asked, nothing was computed, and every word is the same "
     "each time. It streams one token after the other until it is done, or until somebody stops it."
@@ -378,13 +472,13 @@ def ending(tokens: int, reason: str) -> Frame:
         "done_reason": reason,
         "total_duration": load + prompt + tokens * _TOKEN_NS,
         "load_duration": load,
-        "prompt_eval_count": 11,
+        "prompt_eval_count": _PROMPT_TOKENS,
         "prompt_eval_duration": prompt,
         **counts,
     }
 
 
-def spaced(frames: Sequence[Frame], interval: float) -> list[Step]:
+def spaced(frames: Sequence[Frame | bytes], interval: float) -> list[Step]:
     """Put a pause between every two frames."""
     if not interval:
         return list(frames)

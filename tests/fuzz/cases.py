@@ -79,7 +79,7 @@ def _streams() -> Iterator[bytes]:
 def _hosts() -> Iterator[bytes]:
     tests = (
         test_host.test_an_address_is_read_as_the_server_reads_it,
-        test_host.test_what_is_no_address_is_refused_with_the_reason,
+        test_host.test_an_invalid_address_is_refused_with_the_reason,
         test_bad_input.test_a_host_that_is_no_address_is_refused_at_once,
     )
     for test in tests:

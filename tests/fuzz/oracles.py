@@ -21,8 +21,6 @@ import httpx
 from fuzz import targets
 from fuzz.tool_language import Unreadable, read_function, without_others
 from pydantic import ValidationError
-from pydantic.errors import PydanticUserError
-from pydantic_core import SchemaError
 
 __all__ = ["ORACLES", "cuts", "pieces_at"]
 
@@ -404,16 +402,18 @@ def _references(node: Any) -> Iterator[str]:
             yield from _references(value)
 
 
-def _expanded(node: Any, definitions: dict[str, Any], depth: int = 4) -> Any:
+def _expanded(node: Any, definitions: dict[str, Any], depth: int = 14) -> Any:
+    """Return a schema with its references followed, so deep, whether or not the package has followed them."""
+    if not depth:
+        return "..."
     if isinstance(node, list):
-        return [_expanded(value, definitions, depth) for value in node]
+        return [_expanded(value, definitions, depth - 1) for value in node]
     if not isinstance(node, dict):
         return node
     if isinstance(node.get("$ref"), str):
-        if not depth:
-            return "..."
-        return _expanded(definitions[node["$ref"].removeprefix("#/$defs/")], definitions, depth - 1)
-    return {key: _expanded(value, definitions, depth) for key, value in node.items()}
+        referred = definitions[node["$ref"].removeprefix("#/$defs/")]
+        return _expanded({**referred, **{key: node[key] for key in node if key != "$ref"}}, definitions, depth)
+    return {key: _expanded(value, definitions, depth - 1) for key, value in node.items()}
 
 
 def legacy_tools(data: bytes) -> None:
@@ -427,17 +427,7 @@ def legacy_tools(data: bytes) -> None:
             # As with ollama-python, pydantic warns of a parameter that is called as one of its methods.
             warnings.simplefilter("ignore", UserWarning)
             [schema] = targets.encode_tools([function], legacy=True)
-    except (
-        targets.RequestError,
-        PydanticUserError,
-        TypeError,
-        ValueError,
-        NameError,
-        SyntaxError,
-        SchemaError,
-        RuntimeError,
-    ):
-        # As with ollama-python, what Python and pydantic say of the annotations is raised as it is.
+    except targets.RequestError:
         return
     json.dumps(schema, allow_nan=False)
 

@@ -12,16 +12,18 @@ from typing import Any, NamedTuple
 import httpx
 
 from ollama_async import AsyncClient, HostError, ProtocolError, RequestError, StreamError
-from ollama_async._dial import _answer_to_connect
+from ollama_async._call.chunk import Merge
+from ollama_async._call.decoder import NdjsonDecoder
+from ollama_async._call.ndjson import MAX_LINE_BYTES, LineSplitter
 from ollama_async._host import Host, env_proxy, parse_host
-from ollama_async._http import MAX_HEAD_BYTES, HttpProxy, Origin, _Answer, encode_head, encode_headers
-from ollama_async._merge import ChatMerge, GenerateMerge, Merge, validators
-from ollama_async._ndjson import MAX_LINE_BYTES, LineSplitter
-from ollama_async._proxy import ProxyTransport, http_proxy
+from ollama_async._model.merge import ChatMerge, GenerateMerge, validators
+from ollama_async._model.tools import convert_function_to_tool, encode_tools, tool_schema
 from ollama_async._secret import Secret
-from ollama_async._stream import _parse_together
-from ollama_async._tls import TlsOptions
-from ollama_async._tools import convert_function_to_tool, encode_tools, tool_schema
+from ollama_async._wire.dial import _answer_to_connect
+from ollama_async._wire.http1 import MAX_HEAD_BYTES, HttpProxy, Origin, encode_head, encode_headers
+from ollama_async._wire.parser import ResponseParser
+from ollama_async._wire.proxy import ProxyTransport, http_proxy
+from ollama_async._wire.tls import TlsOptions
 
 __all__ = [
     "MAX_HEAD_BYTES",
@@ -64,56 +66,33 @@ class Answer(NamedTuple):
     error: str | None
 
 
-class _Sink:
-    """Stands for the channel of an answer."""
-
-    def __init__(self) -> None:
-        self.heads: list[tuple[int, bytes, tuple[tuple[bytes, bytes], ...], bytes]] = []
-        self.body: list[bytes] = []
-
-    def take_head(self, status: int, reason: bytes, headers: Iterable[tuple[bytes, bytes]], version: bytes) -> None:
-        self.heads.append((status, reason, tuple(headers), version))
-
-    def push(self, block: bytes) -> bool:
-        assert block, "an empty block would be taken for the end"
-        self.body.append(block)
-        return True
-
-
 def parse_answer(method: str, pieces: Iterable[bytes], *, closed: bool) -> Answer:
     """Feed an answer in pieces; ``closed``: the server closes the connection after them."""
-    sink = _Sink()
-    answer = _Answer(sink, method)  # type: ignore[arg-type]
-    error = None
-    try:
-        for piece in pieces:
-            if answer.done:
-                # As a connection that nobody uses: it is closed.
-                answer.extra = True
-                break
-            answer.feed(memoryview(piece))
-    except httpx.RemoteProtocolError as exc:
-        error = str(exc)
-    complete = answer.done or (closed and error is None and answer.until_close())
-    if closed and not complete and error is None:
-        error = "the server closed the connection"
-    kept = answer.done and answer.keep_alive and not answer.extra
-    # The parser holds bound methods of the answer, which holds the parser.
-    answer.parser = None
-    assert len(sink.heads) <= 1, "two heads"
-    return Answer(sink.heads[0] if sink.heads else None, b"".join(sink.body), complete, kept, error)
+    parser, body = ResponseParser(method), b""
+    for piece in pieces:
+        if parser.complete:
+            # As a connection that serves no request: it is closed.
+            parser.trailing_data = True
+            break
+        body += parser.feed_data(memoryview(piece))
+        if parser.error is not None:
+            break
+    kept = parser.complete and parser.keep_alive and not parser.trailing_data
+    if closed:
+        parser.feed_eof()
+    parser.close()
+    head = parser.head and (parser.head.status, parser.head.reason, tuple(parser.head.headers), parser.head.version)
+    return Answer(head, body, parser.complete, kept, None if parser.error is None else str(parser.error))
 
 
 def split_lines(pieces: Iterable[bytes], limit: int) -> tuple[list[bytes], bool]:
     """Return the lines of a body that comes in pieces, and whether it was refused for a line over the limit."""
     splitter = LineSplitter(limit)
     lines: list[bytes] = []
-    try:
-        for piece in pieces:
-            lines += splitter.feed(piece)
-        splitter.check()
-    except ProtocolError:
-        return lines, True
+    for piece in pieces:
+        lines += splitter.feed_data(piece)
+        if splitter.failure is not None:
+            return lines, True
     rest = splitter.flush()
     return [*lines, rest] if rest else lines, False
 
@@ -150,7 +129,7 @@ MODELS: tuple[Merge[Any], ...] = (ChatMerge(), GenerateMerge())
 
 def make_together(merge: Merge[Any], lines: list[bytes]) -> list[Any]:
     """Make chunks of the first of some lines, of as many as can be taken together."""
-    return _parse_together(merge, lines)
+    return NdjsonDecoder(merge.validators, len(lines), MAX_LINE_BYTES)._decode_batch(lines)
 
 
 def make_alone(merge: Merge[Any], line: bytes) -> Any:

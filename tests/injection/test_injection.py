@@ -18,7 +18,8 @@ from injection.lines import Place
 from injection.runs import KINDS, STOPS, Run, Servers
 from injection.scenes import ANSWER, SCENES, WHOLE, Scene, World, plain, read_to_end
 
-from ollama_async import AbortError, _retry
+from ollama_async import AbortError
+from ollama_async._call import retry as _retry
 from ollama_async.testing import FakeOllama
 
 

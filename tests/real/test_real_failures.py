@@ -53,7 +53,7 @@ def mortal(_mortal: RealOllama) -> RealOllama:
 
 @pytest_asyncio.fixture
 async def nothing_left(mortal: RealOllama) -> AsyncIterator[Baseline]:
-    async with nothing_left_behind() as baseline:
+    async with nothing_left_behind(limit=5.0) as baseline:
         yield baseline
 
 

@@ -54,7 +54,7 @@ def network(real_ollama: RealOllama, tmp_path: pathlib.Path) -> Iterator[Toxipro
 
 @pytest_asyncio.fixture
 async def nothing_left(network: Toxiproxy) -> AsyncIterator[Baseline]:
-    async with nothing_left_behind() as baseline:
+    async with nothing_left_behind(limit=5.0) as baseline:
         yield baseline
 
 

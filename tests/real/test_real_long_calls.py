@@ -43,7 +43,7 @@ def registry() -> Iterator[FakeOllama]:
 
 @pytest_asyncio.fixture
 async def nothing_left(real_ollama: RealOllama, registry: FakeOllama) -> AsyncIterator[Baseline]:
-    async with nothing_left_behind() as baseline:
+    async with nothing_left_behind(limit=5.0) as baseline:
         yield baseline
 
 

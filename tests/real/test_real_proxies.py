@@ -68,7 +68,7 @@ def server() -> Iterator[FakeOllama]:
 
 @pytest_asyncio.fixture(autouse=True)
 async def nothing_left(server: FakeOllama) -> AsyncIterator[Baseline]:
-    async with nothing_left_behind() as baseline:
+    async with nothing_left_behind(limit=5.0) as baseline:
         yield baseline
 
 

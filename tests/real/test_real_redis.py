@@ -85,6 +85,14 @@ async def test_a_stop_from_elsewhere(here: AbortRegistry, there: AbortRegistry) 
         assert there.connected
 
 
+async def test_a_registry_that_was_entered_is_connected(redis: RealRedis) -> None:
+    registry = AbortRegistry.from_url(redis.url)
+    assert registry.connected is None
+    async with registry:
+        assert registry.connected is True
+    assert registry.connected is False
+
+
 async def test_a_stop_that_comes_before_its_stream(here: AbortRegistry, there: AbortRegistry) -> None:
     assert await there.abort("one", "early") == "kept"
     async with here.token("one") as token:

@@ -48,7 +48,7 @@ class Watch:
 
 @pytest_asyncio.fixture
 async def nothing_left(real_ollama: RealOllama) -> AsyncIterator[Baseline]:
-    async with nothing_left_behind() as baseline:
+    async with nothing_left_behind(limit=5.0) as baseline:
         yield baseline
 
 
@@ -153,7 +153,7 @@ async def test_abort_with_lines_buffered(
     while real_ollama.runner_cpu_seconds() < busy + 0.05:
         pass
     # The first of these may still be a line that had come alone, before the loop stood still.
-    while not stream._lines and stream._next == len(stream._chunks):
+    while not stream._answer.decoder.lines and stream._answer.index == len(stream._answer.chunks):
         await anext(stream)
     read = stream.timing.chunks
     token.abort("stop")

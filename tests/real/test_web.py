@@ -6,9 +6,11 @@ No test here has an event loop: see `real.chromium`.
 import json
 import re
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,8 +23,10 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect
 from real.chromium import BOUND, chromium, find_chromium
 from real.needs import needs
 from real.ollama_server import RealOllama
+from real.proxies import UPSTREAM, Nginx, without
 from real.web_page import WebPage, web_page
 
+from ollama_async.cli._web import PORT
 from ollama_async.testing import ConnectionRecord, Cut, FakeOllama, Gate, Reply, Stall
 
 pytestmark = pytest.mark.browser
@@ -117,6 +121,57 @@ class Tab:
         """How many tokens the page says have come."""
         expect(self.meter).to_have_text(re.compile("token"))
         return int(self.meter.inner_text().partition(" ")[0])
+
+
+# -- on a phone --
+
+
+@pytest.mark.parametrize("width", [320, 360, 390, 480, 481, 820])
+@pytest.mark.parametrize("model", ["m", "a-model-with-a-name-that-is-longer-than-a-phone-is-wide:30b-instruct-q4_K_M"])
+def test_all_of_the_header_is_seen(browser: Browser, width: int, model: str) -> None:
+    with FakeOllama(models=[model]) as server, web_page(server.url) as page:
+        context = browser.new_context(viewport={"width": width, "height": 720})
+        try:
+            tab = Tab(context.new_page(), page.url)
+            for part in (tab.page.get_by_label("Model"), tab.page.get_by_role("button", name="New chat")):
+                box = part.bounding_box()
+                assert box is not None
+                assert box["x"] >= 0
+                assert box["x"] + box["width"] <= width
+                assert box["width"] >= 60
+            assert tab.page.evaluate("document.documentElement.scrollWidth") <= width
+            assert tab.page.get_by_role("heading", level=1).inner_text() == "ollama-async"
+        finally:
+            context.close()
+
+
+# -- behind a proxy --
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "web.md"
+
+
+@pytest.mark.parametrize("passes_name", [True, False])
+def test_the_page_behind_the_nginx_of_the_docs(
+    context: BrowserContext, ollama: FakeOllama, tmp_path: Path, passes_name: bool
+) -> None:
+    [config] = re.findall(r"^```nginx\n(.*?)^```$", DOCS.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    config = config.replace(f"127.0.0.1:{PORT}", UPSTREAM)
+    if not passes_name:
+        config = without(config, "proxy_set_header Host")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with Nginx(tmp_path, config, port) as proxy:
+        # A name that leads here; chat.example.com does not.
+        site = proxy.url.replace("127.0.0.1", "site.localhost")
+        with web_page(ollama.url, "--allow-host", site, port=port):
+            ollama.script("/api/chat", Reply.chat("Good"), ENDLESS)
+            tab = Tab(context.new_page(), site)
+            tab.ask()
+            expect(tab.status).to_have_text(re.compile("^Done"))
+            tab.ask_until("No model was asked")
+            tab.page.close()
+            assert connection_of(ollama, 2).wait_left(BOUND)
 
 
 def connection_of(ollama: FakeOllama, number: int = 1) -> ConnectionRecord:

@@ -62,7 +62,7 @@ def count_runs(record_property: Callable[[str, object], None]) -> Callable[[int]
 @pytest_asyncio.fixture(autouse=True)
 async def nothing_left(server: FakeOllama) -> AsyncIterator[Baseline]:
     """Before and after each test the same is open, with the garbage collector off in between."""
-    async with nothing_left_behind() as baseline:
+    async with nothing_left_behind(limit=5.0) as baseline:
         yield baseline
 
 

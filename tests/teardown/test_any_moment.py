@@ -28,12 +28,14 @@ import pytest
 import uvloop
 from teardown.harness import BOUND, in_thread, registrations, saw_leave, ticks
 
-import ollama_async._exchange
-import ollama_async._http
-import ollama_async._stream
+import ollama_async._call.exchange
+import ollama_async._call.stream
+import ollama_async._wire.connection
+import ollama_async._wire.parser
 from ollama_async import AbortError, AsyncClient, CancelToken, ChatResponse, DirectTransport, Stream, Timeouts
-from ollama_async._awaitable import Guarded
-from ollama_async._http import GuardedSocket
+from ollama_async._call.awaitable import Guarded
+from ollama_async._call.decoder import NdjsonDecoder
+from ollama_async._wire.socket import GuardedSocket
 from ollama_async.registry import AbortRegistry
 from ollama_async.testing import FakeOllama, Reply, Stall
 from ollama_async.testing._script import encode
@@ -227,7 +229,7 @@ async def test_only_a_step_that_a_task_may_be_made_of_is_guarded(
             guarded.append(args)
             super().__init__(*args)
 
-    monkeypatch.setattr(ollama_async._stream, "Guarded", Counted)
+    monkeypatch.setattr(ollama_async._call.stream, "Guarded", Counted)
     fake_ollama.script("/api/chat", Reply.chat("a", "b", "c"), always=True)
     async for _ in client.chat("fake", PROMPT, stream=True):
         pass
@@ -257,7 +259,7 @@ async def test_no_chunk_is_delivered_when_a_signal_handler_aborts_while_it_is_me
     stream: Stream[Any] = (
         client.chat("fake", PROMPT, stream=True) if what == "chat" else client.generate("fake", "x", stream=True)
     )
-    add, count, looked = stream._add, 0, []
+    add, count, looked = stream._answer.add, 0, []
 
     def interrupted(part: Any) -> None:
         nonlocal count
@@ -270,7 +272,7 @@ async def test_no_chunk_is_delivered_when_a_signal_handler_aborts_while_it_is_me
         if when == "before":
             add(part)
 
-    stream._add = interrupted
+    stream._answer.add = interrupted
     seen: list[Any] = []
     with pytest.raises(AbortError) as caught:
         async for part in stream:
@@ -287,7 +289,7 @@ def _lines(reply: Reply) -> list[bytes]:
 
 
 @pytest.mark.parametrize("until", [False, True])
-@pytest.mark.parametrize("inside", ["_make_ready", "_parse", "_feed"])
+@pytest.mark.parametrize("inside", ["_deliver", "decode", "feed_data"])
 @pytest.mark.parametrize("who", ["a signal handler", "a thread"])
 async def test_whoever_aborts_and_looks_while_chunks_are_made_sees_a_beginning_and_loses_nothing(
     fake_ollama: FakeOllama,
@@ -300,7 +302,8 @@ async def test_whoever_aborts_and_looks_while_chunks_are_made_sees_a_beginning_a
     words = [f"{number} " for number in range(200)]
     lines = _lines(Reply.chat(*words))
     fake_ollama.script("/api/chat", Reply([b"".join(lines[:90]), b"".join(lines[90:])]), always=True)
-    original = getattr(Stream, inside)
+    owner = Stream if inside == "_deliver" else NdjsonDecoder
+    original = getattr(owner, inside)
     for nth in range(1, 5):
         options: dict[str, Any] = {"until": lambda _: False} if until else {}
         stream = client.chat("fake", PROMPT, stream=True, **options)
@@ -311,22 +314,22 @@ async def test_whoever_aborts_and_looks_while_chunks_are_made_sees_a_beginning_a
             looked.append(stream.text)
             return True
 
-        def watched(self: Any, *args: Any, nth: int = nth, stop: Callable[[], bool] = stop) -> Any:
+        def watched(self: Any, *args: Any, nth: int = nth, stop: Callable[[], bool] = stop, **keywords: Any) -> Any:
             nonlocal calls
             calls += 1
             for when in ("before", "after"):
                 if calls == nth and when == ("before" if nth % 2 else "after"):
                     assert stop() if who == "a signal handler" else in_thread(stop)
                 if when == "before":
-                    result = original(self, *args)
+                    result = original(self, *args, **keywords)
             return result
 
-        monkeypatch.setattr(Stream, inside, watched)
+        monkeypatch.setattr(owner, inside, watched)
         seen: list[str] = []
         with contextlib.suppress(AbortError):
             async for chunk in stream:
                 seen.append(chunk.message.content or "")
-        monkeypatch.setattr(Stream, inside, original)
+        monkeypatch.setattr(owner, inside, original)
         whole = "".join(words)
         assert all(whole.startswith(text) for text in (*looked, "".join(seen), stream.text))
         assert stream.text.startswith("".join(seen))
@@ -341,7 +344,7 @@ async def test_a_chunk_whose_merge_is_interrupted_is_merged_once(
     words = [f"{number} " for number in range(20)]
     fake_ollama.script("/api/chat", Reply([b"".join(_lines(Reply.chat(*words)))]), always=True)
     stream = client.chat("fake", PROMPT, stream=True)
-    add, count = stream._add, 0
+    add, count = stream._answer.add, 0
 
     def interrupted(part: Any) -> None:
         nonlocal count
@@ -352,7 +355,7 @@ async def test_a_chunk_whose_merge_is_interrupted_is_merged_once(
         if count == 5 and where == "after":
             raise KeyboardInterrupt
 
-    stream._add = interrupted
+    stream._answer.add = interrupted
     with pytest.raises(KeyboardInterrupt):
         async for _ in stream:
             pass
@@ -371,14 +374,14 @@ def test_what_a_signal_handler_raises_in_the_parser_comes_out_of_the_loop(
     monkeypatch: pytest.MonkeyPatch, new_loop: Callable[[], asyncio.AbstractEventLoop], callback: str, error: type
 ) -> None:
     pending = [error]
-    original = getattr(ollama_async._http._Answer, callback)
+    original = getattr(ollama_async._wire.parser.ResponseParser, callback)
 
     def interrupted(*args: Any) -> None:
         if pending:
             raise pending.pop()
         original(*args)
 
-    monkeypatch.setattr(ollama_async._http._Answer, callback, interrupted)
+    monkeypatch.setattr(ollama_async._wire.parser.ResponseParser, callback, interrupted)
     loop = new_loop()
     with FakeOllama() as server:
         client = AsyncClient(server.url)
@@ -414,7 +417,7 @@ def test_ctrl_c_in_a_destructor_comes_out_of_the_loop_and_the_stream_is_closed(
     monkeypatch: pytest.MonkeyPatch, new_loop: Callable[[], asyncio.AbstractEventLoop]
 ) -> None:
     loop = new_loop()
-    severed = GuardedSocket.sever
+    severed = GuardedSocket.shutdown
     pending = [KeyboardInterrupt()]
 
     def interrupted(sock: GuardedSocket) -> None:
@@ -428,7 +431,7 @@ def test_ctrl_c_in_a_destructor_comes_out_of_the_loop_and_the_stream_is_closed(
         async def leave(client: AsyncClient) -> Stream[Any]:
             stream = client.chat("fake", PROMPT, stream=True)
             async for _ in stream:
-                monkeypatch.setattr(GuardedSocket, "sever", interrupted)
+                monkeypatch.setattr(GuardedSocket, "shutdown", interrupted)
                 break
             saw_leave(server)
             return stream
@@ -447,7 +450,10 @@ def test_ctrl_c_in_a_destructor_comes_out_of_the_loop_and_the_stream_is_closed(
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RecursionError, MemoryError])
-@pytest.mark.parametrize("where", ["_http.GuardedSocket.sever", "_channel._in_turn", "_exchange.Exchange._unwatch"])
+@pytest.mark.parametrize(
+    "where",
+    ["_wire.socket.GuardedSocket.shutdown", "_wire.reader._release_in_turn", "_call.exchange.Exchange.outcome_decided"],
+)
 async def test_an_abort_that_fails_half_way_says_so_and_is_finished_by_the_next_one(
     fake_ollama: FakeOllama,
     client: AsyncClient,
@@ -583,13 +589,13 @@ async def test_nothing_is_sent_over_a_kept_connection_after_abort_has_returned(
 ) -> None:
     await client.version()
     token = CancelToken()
-    write = ollama_async._http.Connection.write
+    write = ollama_async._wire.connection.Connection.write
 
     def late(connection: Any, data: bytes) -> None:
         token.abort("a signal")
         write(connection, data)
 
-    monkeypatch.setattr(ollama_async._http.Connection, "write", late)
+    monkeypatch.setattr(ollama_async._wire.connection.Connection, "write", late)
     with pytest.raises(AbortError):
         await client.ps(token=token)
     saw_leave(fake_ollama)

@@ -11,10 +11,10 @@ import pytest
 from teardown.harness import BOUND, registrations, ticks, until
 
 from ollama_async import AbortError, AsyncClient, CancelToken, ChatResponse
-from ollama_async._channel import _A_ROUND, Channel
+from ollama_async._wire.reader import _RELEASES_A_ROUND, ResponseReader
 from ollama_async.testing import FakeOllama, Reply, Stall
 
-MANY = 3 * _A_ROUND
+MANY = 3 * _RELEASES_A_ROUND
 CHUNK = {"model": "m", "message": {"role": "assistant", "content": "one"}, "done": False}
 
 Readers = list["asyncio.Task[ChatResponse]"]
@@ -57,7 +57,7 @@ async def test_hundreds_are_left_at_once_and_given_back_in_turn(
         await asyncio.sleep(0)
         before, ended = ended, sum(task.done() for task in readers)
         most = max(most, ended - before)
-    assert most <= _A_ROUND
+    assert most <= _RELEASES_A_ROUND
     for result in await asyncio.gather(*readers, return_exceptions=True):
         assert isinstance(result, AbortError)
         assert result.partial.message.content == "one"
@@ -66,16 +66,16 @@ async def test_hundreds_are_left_at_once_and_given_back_in_turn(
 async def test_one_that_cannot_be_given_back_does_not_keep_the_others(
     readers: Readers, token: CancelToken, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loop, give_back, broken = asyncio.get_running_loop(), Channel.give_back, []
+    loop, give_back, broken = asyncio.get_running_loop(), ResponseReader.release, []
     told: list[dict[str, Any]] = []
 
-    def fail_once(channel: Channel) -> None:
-        give_back(channel)
+    def fail_once(reader: ResponseReader) -> None:
+        give_back(reader)
         if not broken:
-            broken.append(channel)
+            broken.append(reader)
             raise RuntimeError("broken")
 
-    monkeypatch.setattr(Channel, "give_back", fail_once)
+    monkeypatch.setattr(ResponseReader, "release", fail_once)
     before = loop.get_exception_handler()
     loop.set_exception_handler(lambda _, context: told.append(context))
     try:

@@ -42,7 +42,8 @@ from ollama_async import (
     StreamError,
     Timeouts,
 )
-from ollama_async._http import Connection
+from ollama_async._wire.connection import Connection
+from ollama_async._wire.phase import Phase
 
 BOUND = 30.0
 FIRST_CHUNK, IDLE, TOKEN = 50.0, 300.0, 100.0
@@ -205,7 +206,7 @@ class Machine(RuleBasedStateMachine):
             self.model.end("aborted", self.early, AbortError)
         elif not self.model.started and self.model.live:
             self.model.started = True
-            self.settle(lambda: self.stream._exchange and self.stream._exchange.sent)
+            self.settle(lambda: self.stream._call.exchange and self.stream._call.exchange.reader.phase >= Phase.WAITING)
             self.peer, _ = self.listener.accept()
             self.peer.settimeout(BOUND)
             request = b""
@@ -389,7 +390,7 @@ class Machine(RuleBasedStateMachine):
                 due["idle"] = model.touched + IDLE
         possible = {phase for phase, at in due.items() if at <= now}
         token_is_due = model.token_due is not None and model.token_due <= now
-        end = self.stream._exchange.end if self.stream._exchange else None
+        end = self.stream._call.outcome
         if not possible and not token_is_due:
             assert end is None
         elif end is not None and end.kind == "aborted":
@@ -470,9 +471,9 @@ class Machine(RuleBasedStateMachine):
         assert self.peer is not None
         self.model.over = True
         self.peer.shutdown(socket.SHUT_WR)
-        exchange = self.stream._exchange
+        exchange = self.stream._call.exchange
         assert exchange is not None
-        self.settle(lambda: exchange._failure is not None or exchange.end is not None)
+        self.settle(lambda: exchange.reader.failed or exchange.reader.outcome is not None)
         self.model.waiting.append(("cut", ""))
         self.look()
 

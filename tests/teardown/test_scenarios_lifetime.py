@@ -35,7 +35,8 @@ from teardown.harness import (
 )
 from tunnel import TunnelProxy
 
-from ollama_async import AbortError, AsyncClient, CancelToken, ChatResponse, Stream, StreamBusy, StreamClosed, _channel
+from ollama_async import AbortError, AsyncClient, CancelToken, ChatResponse, Stream, StreamBusy, StreamClosed
+from ollama_async._wire import reader as _reader
 from ollama_async.testing import Endless, FakeOllama, Gate, NoEnd, Pause, Reply, Stall
 
 TEXTS = [f"word{number} " for number in range(20)]
@@ -716,15 +717,15 @@ async def test_s82_left_at_the_last_chunk_while_reading_is_paused(
     server: FakeOllama, client: AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody waits for the end of the body, which has to be read all the same for the connection to be used again."""
-    monkeypatch.setattr(_channel, "HIGH_WATER", 10)
+    monkeypatch.setattr(_reader, "HIGH_WATER", 10)
     server.script("/api/chat", Reply([line("one "), DONE, Pause(0.02)]))
     stream = chat(client)
     async for chunk in stream:
         if chunk.done:
             break
-    exchange = stream._exchange
+    exchange = stream._call.exchange
     assert exchange is not None
-    await until(lambda: not exchange.linked, "the end of the body")
+    await until(lambda: not exchange.reader.is_attached, "the end of the body")
     assert (await client.version()).version
     assert len(server.connections) == 1
 
@@ -880,7 +881,7 @@ async def test_s83_no_timer_is_left_of_a_drain_that_was_over_early(
     server.script("/api/chat", Reply([line("one "), DONE, gate]))
     stream = chat(client)
     await leave_at_done(stream)
-    exchange = stream._exchange
+    exchange = stream._call.exchange
     assert exchange is not None
     await ticks(2)
     if closes:
@@ -890,7 +891,7 @@ async def test_s83_no_timer_is_left_of_a_drain_that_was_over_early(
         del stream
         await ticks(2)
         gate.open()
-        while exchange.linked:
+        while exchange.reader.is_attached:
             await asyncio.sleep(0)
     # The timer of idle connections is the pool's.
     assert len(live_timers(loop)) <= before + 1

@@ -46,9 +46,10 @@ from ollama_async import (
     ConnectionBroken,
     Stream,
     StreamClosed,
-    _dial,
-    _http,
 )
+from ollama_async._wire import dial as _dial
+from ollama_async._wire.connection import Connection
+from ollama_async._wire.socket import GuardedSocket
 from ollama_async.testing import Block, FakeOllama, Gate, NoEnd, Raw, Reply, Stall
 
 ONE_SERVER = pytest.mark.parametrize("server", ["tcp"], indirect=True)
@@ -166,7 +167,8 @@ async def leave_nothing(client: AsyncClient, token: CancelToken, count: int) -> 
         async for chunk in stream:
             assert chunk.done
         assert stream.outcome == "done"
-        exchange = weakref.ref(stream._exchange) if hasattr(stream._exchange, "__weakref__") else lambda: None
+        assert stream._call.exchange is not None
+        exchange = weakref.ref(stream._call.exchange)
         del stream, chunk
         assert dead() is None, f"stream {number}"
         assert registrations(token) == 0
@@ -881,14 +883,14 @@ async def test_s57_ctrl_c_in_the_middle_of_an_abort_still_ends_the_stream(
     server: FakeOllama, token: CancelToken, mid_stream: MidStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, task, seen = mid_stream
-    original = _http.GuardedSocket.sever
+    original = GuardedSocket.shutdown
 
-    def interrupted(sock: _http.GuardedSocket) -> None:
+    def interrupted(sock: GuardedSocket) -> None:
         monkeypatch.undo()
         original(sock)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_http.GuardedSocket, "sever", interrupted)
+    monkeypatch.setattr(GuardedSocket, "shutdown", interrupted)
     with pytest.raises(KeyboardInterrupt):
         token.abort("why")
     with pytest.raises(AbortError, match="why"):
@@ -996,7 +998,7 @@ def same_tick(monkeypatch: pytest.MonkeyPatch, event: str) -> Callable[[list[Cal
     Returns:
         A function that takes them in their order; ``None`` stands for the event itself.
     """
-    original = getattr(_http.Connection, event)
+    original = getattr(Connection, event)
     waiting: list[list[Callable[[], object] | None]] = []
 
     def happens(connection: Any, *args: Any) -> None:
@@ -1006,7 +1008,7 @@ def same_tick(monkeypatch: pytest.MonkeyPatch, event: str) -> Callable[[list[Cal
             else:
                 act()
 
-    monkeypatch.setattr(_http.Connection, event, happens)
+    monkeypatch.setattr(Connection, event, happens)
     return waiting.append
 
 

@@ -1,0 +1,1 @@
+"""One call: its attempts, limits, and stream. Nothing in here knows an endpoint."""

@@ -1,0 +1,438 @@
+"""``Exchange``: one attempt: a request and its answer, under tokens and limits, over any transport.
+
+It has two forms. Over ``DirectTransport`` the caller's task sends the request and waits on the reader, and ``abort()``
+shuts the socket down. Over anything else (a proxy that speaks TLS, somebody's own httpx client, a mock), and where
+somebody's code runs on the way (an auth flow, event hooks), the request runs in a task that the library owns, which is
+cancelled once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from ollama_async._cancel import EmptyContext, Watch, in_loop
+from ollama_async._errors import AbortError, PhaseTimeout, ProtocolError, StreamClosed
+from ollama_async._wire.guard import MAX_BODY_BYTES
+from ollama_async._wire.intercept import is_intercepted
+from ollama_async._wire.phase import Phase
+from ollama_async._wire.reader import ExchangeEnded, ExchangeOutcome, Framing, Kind, ResponseReader
+from ollama_async._wire.transport import ANSWERED, READER
+from ollama_async._wire.unpack import Unpacker, encoding_of
+
+from .chunk import ResponseInfo
+from .failures import json_object, status_error, strange_encoding, stream_error, translate
+from .foreign import ForeignRequest
+from .timeouts import LIMITS, TO_COME
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from ollama_async._cancel import CancelToken
+    from ollama_async._wire.parser import Head
+    from ollama_async._wire.transport import DirectTransport
+
+    from .request import Request
+    from .retry import RetryBudget
+    from .timeouts import Limit, Timeouts
+
+# More of an error's body than this is of no use.
+_MAX_ERROR_BODY = 64 * 1024
+
+_FOR_HTTPX = {b"location", b"set-cookie"}
+
+# How long the end of the body may take after the last chunk said that it is the last (it is one packet away).
+DISCARD_SECONDS = 0.1
+
+
+class Exchange:
+    """One request and its answer.
+
+    Args:
+        client: The httpx client to send with.
+        request: The request.
+        transport: The ``DirectTransport`` under the client, if the request can be sent in the caller's task; else None.
+        streaming: Whether the answer is complete when its reader has got to the end, not when it has arrived.
+        timeouts: How long each phase may last.
+        budget: How often the request may be sent again.
+        unpackable: How the answer may be compressed.
+
+    Attributes:
+        reader: The reader of the answer; it knows the phase and decides the outcome.
+        loop: The event loop in which it runs.
+        started_at: When the call began, by the loop's clock; later than that for no attempt.
+        ended_at: When the outcome was decided; 0 before that.
+        budget: As given.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_client",
+        "_foreign",
+        "_not_before",
+        "_registrations",
+        "_request",
+        "_streaming",
+        "_timeouts",
+        "_timer",
+        "_transport",
+        "_unpackable",
+        "budget",
+        "ended_at",
+        "loop",
+        "reader",
+        "started_at",
+    )
+
+    def __init__(
+        self,
+        client: httpx.AsyncClient,
+        request: Request,
+        *,
+        transport: DirectTransport | None,
+        streaming: bool,
+        timeouts: Timeouts,
+        budget: RetryBudget,
+        unpackable: frozenset[str] = frozenset(),
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.reader = ResponseReader(self.loop, self, Framing.LINES if streaming else Framing.WHOLE)
+        self.started_at = self.loop.time()
+        self.ended_at = 0.0
+        self._client = client
+        self._request = request
+        self._transport = transport
+        self._streaming = streaming
+        self._timeouts = timeouts
+        self.budget = budget
+        self._unpackable = unpackable
+        # Not before this time of the loop's clock is it sent.
+        self._not_before = 0.0
+        self._foreign: ForeignRequest | None = None
+        self._registrations: list[Watch] = []
+        self._timer: asyncio.TimerHandle | None = None
+
+    def again(self, delay: float) -> Exchange:
+        """Return another attempt at the same, which waits for ``delay`` seconds before it sends the request."""
+        attempt = Exchange(
+            self._client,
+            self._request,
+            transport=self._transport,
+            streaming=self._streaming,
+            timeouts=self._timeouts,
+            budget=self.budget,
+            unpackable=self._unpackable,
+        )
+        attempt.started_at = self.started_at
+        attempt._not_before = self.loop.time() + delay
+        return attempt
+
+    def register(self, token: CancelToken, kind: Kind = "aborted") -> None:
+        """End with the token."""
+        watch = _EndByToken(token, self.reader, kind)
+        self._registrations.append(watch)
+        watch.arm()
+        if self.reader.outcome_slot:
+            # Whoever decided may have looked at the list before this one was in it.
+            watch.remove()
+
+    async def open(self) -> None:
+        """Send the request and wait for the head of the answer.
+
+        Raises:
+            ExchangeEnded: By whatever ended it.
+
+        Cancellation: the socket is closed at once.
+        """
+        reader = self.reader
+        try:
+            reader.check()
+            if self._not_before:
+                await self._wait_for_backoff()
+            await self._send()
+            reader.check()
+        except BaseException as exc:
+            reader.close(ExchangeOutcome("error" if isinstance(exc, Exception) else "cancelled", exc))
+            await self.wait_closed()
+            if isinstance(exc, Exception):
+                assert reader.outcome is not None
+                raise ExchangeEnded(reader.outcome) from exc
+            raise
+        finally:
+            # It holds the reader, which holds it.
+            self._request.discard(for_good=self.budget.exhausted)
+
+    async def _send(self) -> None:
+        reader = self.reader
+        # A mock or an instrumentation of httpx runs somebody's code on the way of the request.
+        foreign = self._transport is None or is_intercepted()
+        at_once = not foreign and self._send_at_once()
+        if self._timer is None:
+            # After that, since the server is at work meanwhile.
+            self._arm()
+        if foreign:
+            self._foreign = ForeignRequest(reader, self._client, self._httpx_request())
+            reader.attach(self._foreign)
+            self._foreign.start()
+            await reader.wait_for_head()
+        elif self._transport is None or self._request.encoded is None:
+            await self._send_by_httpx()
+        else:
+            if not at_once:
+                # The limit of connecting is this exchange's, as all others are.
+                await self._transport.send(reader, self._request.encoded, None)
+            await reader.wait_for_head()
+            if self._concerns_httpx():
+                await self._send_by_httpx(answered=True)
+
+    def _send_at_once(self) -> bool:
+        encoded = self._request.encoded
+        return (
+            encoded is not None and self._transport is not None and self._transport.send_at_once(self.reader, encoded)
+        )
+
+    def _httpx_request(self) -> httpx.Request:
+        request = self._request.http
+        connect = self._timeouts.connect
+        limits = {"connect": connect, "pool": connect, "read": None, "write": None}
+        request.extensions = {**request.extensions, "timeout": limits}
+        return request
+
+    def _concerns_httpx(self) -> bool:
+        """Whether the answer is one that httpx acts upon: it follows redirects and keeps cookies."""
+        return not _FOR_HTTPX.isdisjoint([name.lower() for name, _ in self.reader.head.headers])
+
+    async def _send_by_httpx(self, *, answered: bool = False) -> None:
+        request = self._httpx_request()
+        request.extensions.update({READER: self.reader, ANSWERED: answered})
+        response = await self._client.send(request, stream=True)
+        # The response and its stream hold each other; nothing of it is needed but what the reader has.
+        response.stream = httpx.ByteStream(b"")
+
+    async def _wait_for_backoff(self) -> None:
+        self.reader.enter(Phase.BACKOFF)
+        self._arm()
+        while self.loop.time() < self._not_before:
+            timer = self.loop.call_at(self._not_before, self.reader.wake, context=EmptyContext())
+            try:
+                await self.reader.wait()
+            finally:
+                timer.cancel()
+
+    async def read_body(self) -> bytes:
+        """Wait for the whole body.
+
+        Raises:
+            ExchangeEnded: By whatever ended it; also when the body is over the limit.
+
+        Cancellation: the socket is closed at once.
+        """
+        blocks: list[bytes] = []
+        size = 0
+        while block := await self._read():
+            blocks.append(block)
+            size += len(block)
+            if size > MAX_BODY_BYTES:
+                error = ProtocolError(f"the server's answer is over {MAX_BODY_BYTES:,} bytes")
+                self.reader.close(ExchangeOutcome("error", error))
+                self.reader.check()
+        return blocks[0] if len(blocks) == 1 else b"".join(blocks)
+
+    async def _read(self) -> bytes:
+        try:
+            return await self.reader.read()
+        except BaseException:
+            await self.wait_closed()
+            raise
+
+    async def raise_for_status(self) -> None:
+        """Raise the ``ResponseError`` that the server answered with, if it did.
+
+        Cancellation: the socket is closed at once.
+        """
+        if self.reader.status < 300:
+            return
+        error = status_error(self.reader, await self._error_body())
+        self.reader.close(ExchangeOutcome("error", error))
+        if self.reader.outcome is not None and self.reader.outcome.kind == "error":
+            # Also where the connection broke after the status had come: the status says more.
+            self.reader.outcome.cause = error
+        try:
+            # This raises the error, unless another end came first; an answer that is complete when it has arrived was
+            # complete by then.
+            self.reader.check()
+            raise error
+        finally:
+            # Raised, it holds this frame.
+            del error
+
+    async def _error_body(self) -> bytes:
+        body = b""
+        try:
+            while len(body) < _MAX_ERROR_BODY and (block := await self._read()):
+                body += block
+        except ExchangeEnded as ended:
+            if ended.outcome.kind != "error":
+                raise
+        return body[:_MAX_ERROR_BODY]
+
+    def no_error(self, body: bytes) -> bytes:
+        """Return the body of an answer, unless it is an error that came with a status of success."""
+        if b'"error"' in body:
+            frame = json_object(body)
+            if frame.get("error") is not None:
+                raise stream_error(frame, self.reader)
+        return body
+
+    def response_info(self, response_model: type[BaseModel] | None = None) -> ResponseInfo:
+        """Return what an answer made of this is to know of where it comes from."""
+        head = self.reader.head
+        return ResponseInfo(head.status, head.headers, response_model)
+
+    async def discard_body(self) -> None:
+        """Wait a moment for the rest of a committed answer, so that its connection can be used again.
+
+        Cancellation: the socket is closed at once.
+        """
+        reader = self.reader
+        if not reader.is_attached or reader.is_read:
+            # All of it has arrived, or another task waits for it already.
+            return
+        self._discard_body_soon()
+        while reader.is_attached:
+            reader.read_buffered()
+            await reader.wait()
+
+    def discard_body_soon(self) -> None:
+        """Do what ``discard_body()`` does, without waiting for it; from any thread."""
+        # To tell the loop is a syscall or two, and mostly the whole answer has arrived.
+        if self.reader.is_attached:
+            in_loop(self.loop, self._discard_body_soon)
+
+    def _discard_body_soon(self) -> None:
+        reader = self.reader
+        if reader.is_attached and self._timer is None:
+            if reader.paused:
+                reader.read_buffered()
+                reader.resume_reading()
+            complete = ExchangeOutcome("complete")
+            self._timer = self.loop.call_later(DISCARD_SECONDS, reader.close, complete, context=EmptyContext())
+
+    def error(self, partial: Any = None) -> BaseException:
+        """Return what to raise for how this ended, to a caller that has ``partial``; a new instance each time."""
+        outcome = self.reader.outcome
+        assert outcome is not None
+        cause = outcome.cause
+        if outcome.kind == "aborted":
+            return AbortError(cause, partial)
+        if outcome.kind == "timeout":
+            return PhaseTimeout(str(cause), getattr(self._timeouts, str(cause)), partial)
+        if isinstance(cause, BaseException):
+            return translate(cause, self._timeouts, partial)
+        return StreamClosed(cause if isinstance(cause, str) else _CLOSED[outcome.kind], partial)
+
+    async def wait_closed(self) -> None:
+        """Wait a moment for what an exchange that has ended leaves behind.
+
+        Cancellation: safe; it ends anyway.
+        """
+        if self._foreign is not None:
+            await self._foreign.wait_closed()
+
+    def __repr__(self) -> str:
+        outcome = self.reader.outcome
+        end = "" if outcome is None else f", {outcome.kind}"
+        return f"<Exchange: {self.reader.phase.name.lower()}{end}>"
+
+    # -- as the owner of the reader --
+
+    def head_arrived(self, head: Head) -> None:
+        """Tell what the body is made of, and refuse what cannot be read."""
+        reader = self.reader
+        leads_on = 300 <= head.status < 400
+        if self._streaming:
+            reader.framing = Framing.LINES if head.status < 300 else Framing.PAGE
+        else:
+            reader.framing = Framing.PAGE if leads_on else Framing.WHOLE
+        # Decided here, because an answer that comes all at once is at its end before its reader has seen the head.
+        encoding = None if leads_on else encoding_of(head.headers)
+        if encoding is not None and encoding in self._unpackable:
+            reader.unpacker = Unpacker(encoding)
+        elif encoding is not None and self._transport is not None:
+            reader.decide(ExchangeOutcome("error", strange_encoding(encoding)))
+
+    def outcome_decided(self) -> None:
+        """Leave the tokens: one that outlives many calls must not collect what is left of them; in any thread."""
+        self.ended_at = self.ended_at or self.loop.time()
+        if self._registrations:
+            for watch in tuple(self._registrations):
+                watch.remove()
+            self._registrations.clear()
+
+    def link_released(self) -> None:
+        """Stop the timer."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    # -- the one timer --
+
+    def _arm(self) -> None:
+        due = self._due()
+        if due is not None:
+            self._timer = self.loop.call_at(due[0], self._check_limits, context=EmptyContext())
+
+    def _due(self) -> tuple[float, Limit] | None:
+        """Return when the next limit passes, and which it is, as things stand now."""
+        now, reader = self.loop.time(), self.reader
+        phase = Phase.EOF if reader.failed else reader.phase
+        began = {
+            "total": self.started_at,
+            "idle": now if reader.paused else reader.last_activity_at,
+            "first_chunk": reader.entered_at,
+            "upload": reader.entered_at,
+            "connect": reader.entered_at,
+        }
+        due: list[tuple[float, Limit]] = []
+        for name in TO_COME[phase]:
+            seconds: float | None = getattr(self._timeouts, name)
+            if seconds is not None:
+                # A limit of a later phase has not begun: look again after its time at the latest.
+                due.append(((began[name] if name in LIMITS[phase] else now) + seconds, name))
+        return min(due, default=None)
+
+    def _check_limits(self) -> None:
+        # Chunks only note when they came. The timer, when it goes off, finds out how long the silence has been, and
+        # sets itself anew: one timer a stream, not one a chunk.
+        self._timer = None
+        due = self._due()
+        if due is None or self.reader.outcome is not None:
+            return
+        if due[0] <= self.loop.time():
+            self.reader.close(ExchangeOutcome("timeout", due[1]))
+        else:
+            self._timer = self.loop.call_at(due[0], self._check_limits, context=EmptyContext())
+
+
+class _EndByToken(Watch):
+    """Ends an exchange with a token."""
+
+    __slots__ = ("_kind", "_reader")
+
+    def __init__(self, token: CancelToken, reader: ResponseReader, kind: Kind) -> None:
+        super().__init__(token)
+        self._reader = reader
+        self._kind: Kind = kind
+
+    def end(self, reason: object) -> None:
+        self._reader.close_threadsafe(ExchangeOutcome(self._kind, reason))
+
+
+_CLOSED = {
+    "closed": "the stream is closed",
+    "cancelled": "the stream is closed: the task that read it was cancelled",
+    "error": "the stream is closed",
+    "complete": "the stream is at its end",
+}

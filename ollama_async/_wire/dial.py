@@ -1,0 +1,272 @@
+"""How a connection is made: names, addresses, sockets, TLS; the caller knows every socket from the start."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import os
+import re
+import socket
+import ssl
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from ollama_async._secret import Secret
+
+from .http1 import MAX_HEAD_BYTES, HttpProxy, Origin, encode_headers
+from .socket import GuardedSocket
+from .tasks import cancel_once
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from .connection import TlsConnection
+
+# RFC 8305, section 5: how long one address may take before the next one is tried beside it.
+_STAGGER = 0.25
+
+# Python on Windows does not have this name.
+_AF_UNIX: int | None = getattr(socket, "AF_UNIX", None)
+
+# How long to wait before a unix socket whose server has a full queue is tried again.
+_QUEUE_FULL = 0.01
+
+_STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-9][0-9]{2})(?: ([^\r\n]*))?\r\n")
+
+
+class Sockets:
+    """The sockets of a connection in the making; all of them can be shut down, also those still to come."""
+
+    __slots__ = ("_open", "_shut_down")
+
+    def __init__(self) -> None:
+        self._open: set[GuardedSocket] = set()
+        self._shut_down = False
+
+    def add(self, sock: GuardedSocket) -> None:
+        """Take in a socket, before it connects."""
+        self._open.add(sock)
+        # shutdown() sets the mark first and then looks at the set; this does it the other way round. One of the two
+        # sees the other.
+        if self._shut_down:
+            sock.shutdown()
+
+    def discard(self, sock: GuardedSocket) -> None:
+        """Let go of a socket."""
+        self._open.discard(sock)
+
+    def shutdown(self) -> None:
+        """Send the FIN on each socket; from any thread or signal handler."""
+        self._shut_down = True
+        for sock in list(self._open):
+            sock.shutdown()
+
+    def close(self) -> None:
+        """Close the sockets, after their loop was closed."""
+        self.shutdown()
+        for sock in list(self._open):
+            sock.close()
+
+
+async def open_socket(
+    loop: asyncio.AbstractEventLoop, origin: Origin, uds: str | None, sockets: Sockets
+) -> GuardedSocket:
+    """Connect to an origin, or to a unix socket in its place.
+
+    Args:
+        loop: The event loop.
+        origin: Where to.
+        uds: Path of a unix socket, or None.
+        sockets: Takes in each socket before it connects, so that it can be shut down.
+
+    Cancellation: safe; all sockets are closed.
+    """
+    if uds is not None:
+        if _AF_UNIX is None:
+            raise OSError("this system has no unix sockets")
+        return await _connect_socket(loop, _AF_UNIX, 0, uds, sockets)
+    addresses = await _resolve(loop, origin)
+    if len(addresses) == 1:
+        return await _connect_socket(loop, *addresses[0], sockets)
+    return await _first_connected(loop, addresses, sockets)
+
+
+async def start_tls(
+    connection: TlsConnection, create: Any, sock: GuardedSocket, context: ssl.SSLContext | None, name: str
+) -> None:
+    """Make a TLS connection in two steps; raise if there is no context.
+
+    In one step (``create_connection(ssl=...)``) uvloop, cancelled between the two, leaves a future behind whose
+    exception is never retrieved.
+    """
+    if not isinstance(context, ssl.SSLContext):
+        sock.close()
+        raise httpx.ConnectError("there is no TLS context, and the connection would not be encrypted")
+    plain = _Plain()
+    try:
+        await create(lambda: plain, sock=sock)
+        tls = await asyncio.get_running_loop().start_tls(plain.transport, connection, context, server_hostname=name)
+        if tls is None or tls.is_closing():
+            raise ConnectionResetError("the connection was lost as soon as it was made")
+        connection.secured(plain.transport, tls)
+    except BaseException:
+        if plain.transport is not None:
+            plain.transport.abort()
+        raise
+
+
+class _Plain(asyncio.Protocol):
+    """The protocol of a connection until its TLS handshake; it keeps the transport as soon as there is one."""
+
+    transport: Any = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+
+
+async def open_tunnel(loop: asyncio.AbstractEventLoop, sock: GuardedSocket, origin: Origin, proxy: HttpProxy) -> None:
+    """Ask the proxy at the other end of a socket for a tunnel to an origin.
+
+    Raises:
+        httpx.ProxyError: The proxy refuses.
+
+    Cancellation: safe; the socket is closed.
+    """
+    where = str(origin).encode("ascii")
+    host = (b"Host", where)
+    try:
+        headers = Secret(encode_headers(Secret([host, *proxy.extra_headers([host])])))
+        await loop.sock_sendall(sock, b"CONNECT %b HTTP/1.1\r\n%b\r\n" % (where, headers.value))
+        status, rest = await _answer_to_connect(loop, sock)
+        if not status[1].startswith(b"2"):
+            # The body is not shown: it may have come with the head, or not.
+            raise httpx.ProxyError(b" ".join(filter(None, status.groups())).decode("ascii", "replace"))
+        if rest:
+            # In a tunnel we speak first, so an answer with more than a head is not a tunnel.
+            raise httpx.ProxyError("its answer to CONNECT has more than an HTTP head")
+    except BaseException:
+        sock.close()
+        raise
+
+
+async def _answer_to_connect(loop: asyncio.AbstractEventLoop, sock: GuardedSocket) -> tuple[re.Match[bytes], bytes]:
+    """Return the status line of the final answer, and the bytes after its head."""
+    rest, left = b"", MAX_HEAD_BYTES
+    while True:
+        # All heads together are bounded: bytes that have arrived are read without a pause, so a proxy that never ends
+        # its heads would block the loop.
+        while b"\r\n\r\n" not in rest:
+            block = await loop.sock_recv(sock, MAX_HEAD_BYTES)
+            rest, left = rest + block, left - len(block)
+            if not block or left < 0:
+                raise httpx.ProxyError("its answer to CONNECT does not have a complete HTTP head")
+        head, _, rest = rest.partition(b"\r\n\r\n")
+        status = _STATUS_LINE.match(head + b"\r\n")
+        if status is None:
+            raise httpx.ProxyError("its answer to CONNECT is not HTTP")
+        if not status[1].startswith(b"1") or status[1] == b"101":
+            return status, rest
+
+
+async def _resolve(loop: asyncio.AbstractEventLoop, origin: Origin) -> list[tuple[int, int, Any]]:
+    try:
+        address = ipaddress.ip_address(origin.host)
+    except ValueError:
+        found = await loop.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
+        return [(family, proto, where) for family, _, proto, _, where in found]
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    return [(family, 0, (origin.host, origin.port))]
+
+
+async def _connect_socket(
+    loop: asyncio.AbstractEventLoop, family: int, proto: int, address: Any, sockets: Sockets
+) -> GuardedSocket:
+    sock = GuardedSocket(family, socket.SOCK_STREAM, proto)
+    try:
+        sockets.add(sock)
+        if family in (socket.AF_INET, socket.AF_INET6):
+            # asyncio sets it only on sockets that name their protocol; without it a second small write waits 40 ms.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if family == _AF_UNIX:
+            await _connect_unix(sock, address)
+        else:
+            await loop.sock_connect(sock, address)
+        return sock  # noqa: TRY300  (Ctrl-C at this line leaves nothing either)
+    except BaseException:
+        sock.close()
+        sockets.discard(sock)
+        raise
+
+
+async def _connect_unix(sock: GuardedSocket, path: str) -> None:
+    # A unix socket connects at once, or the server's queue is full. asyncio and uvloop take that for "in progress", and
+    # then for connected.
+    while True:
+        try:
+            sock.connect(path)
+        except BlockingIOError:
+            await asyncio.sleep(_QUEUE_FULL)
+        else:
+            return
+
+
+async def _first_connected(
+    loop: asyncio.AbstractEventLoop, addresses: Iterable[tuple[int, int, Any]], sockets: Sockets
+) -> GuardedSocket:
+    """Connect to the addresses in order, starting the next beside a slow one; return the first that succeeds."""
+    waiting = list(addresses)
+    running: set[asyncio.Task[GuardedSocket]] = set()
+    error: BaseException | None = None
+    winner: asyncio.Task[GuardedSocket] | None = None
+    try:
+        while winner is None and (waiting or running):
+            if waiting:
+                running.add(loop.create_task(_connect_socket(loop, *waiting.pop(0), sockets)))
+            done, running = await asyncio.wait(
+                running, timeout=_STAGGER if waiting else None, return_when=asyncio.FIRST_COMPLETED
+            )
+            for task in done:
+                if task.exception() is None and winner is None:
+                    winner = task
+                elif task.exception() is None:
+                    task.result().close()
+                error = error or task.exception()
+        _stop_dialling(running)
+        if running:
+            await asyncio.wait(running)
+    except BaseException:
+        _stop_dialling(running)
+        if winner is not None:
+            winner.result().close()
+        raise
+    if winner is None:
+        raise error or OSError("the name has no address")
+    return winner.result()
+
+
+def _stop_dialling(tasks: Iterable[asyncio.Task[GuardedSocket]]) -> None:
+    for task in tasks:
+        if not task.cancelling():
+            task.add_done_callback(_close_late)
+        cancel_once(task)
+
+
+def _close_late(task: asyncio.Task[GuardedSocket]) -> None:
+    if not task.cancelled() and task.exception() is None:
+        task.result().close()
+
+
+def explain_error(exc: OSError) -> str:
+    """Return a readable text for an ``OSError``."""
+    # asyncio's text contains the address as a tuple.
+    return os.strerror(exc.errno) if exc.errno and exc.errno > 0 else str(exc) or "the connection was lost"
+
+
+def explain_tls_error(exc: ssl.SSLError) -> str:
+    """Return a readable text for an error of TLS."""
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        return f"the certificate is not accepted: {exc.verify_message}"
+    if exc.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"):
+        return f"the server does not speak TLS at this port; try http:// instead of https:// ({exc.reason})"
+    return str(exc.reason or exc)

@@ -1,0 +1,108 @@
+"""Mocks and instrumentation of httpx: whether there are any, and how a request of ours passes through them.
+
+respx, pytest-httpx, OpenTelemetry and Sentry replace methods of httpx or httpcore. A request that takes the quick way
+past httpx would not meet them: then a test reaches the real server, and a trace has a gap.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+# Class and method that a request passes on its way through httpx, from the outside to the inside.
+_SEAMS = (
+    (httpx.AsyncClient, "send"),
+    (httpx.AsyncClient, "_transport_for_url"),
+    (httpx.AsyncHTTPTransport, "handle_async_request"),
+)
+
+
+def is_intercepted() -> bool:
+    """Whether somebody has replaced a method of httpx or httpcore that a request passes on its way."""
+    for owner, name in _SEAMS:
+        if not _is_untouched(owner, name):
+            return True
+    return _core_is_intercepted()
+
+
+def transport_is_intercepted() -> bool:
+    """Whether a method below the client has been replaced: of httpx's transport, or of httpcore."""
+    owner, name = _SEAMS[-1]
+    return not _is_untouched(owner, name) or _core_is_intercepted()
+
+
+def _core_is_intercepted() -> bool:
+    # httpx imports it when the first of its transports is made; until then nobody can have replaced anything.
+    core = sys.modules.get("httpcore")
+    return core is not None and not _is_untouched(core.AsyncConnectionPool, "handle_async_request")
+
+
+# The methods that have been found untouched, so that the next look costs next to nothing.
+_originals: dict[tuple[type, str], object] = {}
+
+
+def _is_untouched(owner: Any, name: str) -> bool:
+    method = getattr(owner, name)
+    if method is _originals.get((owner, name)):
+        return True
+    # A wrapper is another kind of object (wrapt, mock), comes from another module, or says what it wraps.
+    untouched = (
+        type(method) is FunctionType
+        and method.__module__.partition(".")[0] in ("httpx", "httpcore")
+        and not hasattr(method, "__wrapped__")
+    )
+    if untouched:
+        _originals[owner, name] = method
+    return untouched
+
+
+async def through_httpx(
+    request: httpx.Request, send: Callable[[httpx.Request], Awaitable[httpx.Response]]
+) -> httpx.Response:
+    """Pass a request through httpx's transport and httpcore's pool, as they have been replaced; then send it.
+
+    Args:
+        request: The request.
+        send: Sends it, if the replaced methods call what they replaced.
+    """
+    transport = object.__new__(httpx.AsyncHTTPTransport)
+    transport._pool = _Pool(send)  # type: ignore[assignment]
+    return await httpx.AsyncHTTPTransport.handle_async_request(transport, request)
+
+
+class _Pool:
+    """Stands for httpcore's pool, below httpx's transport."""
+
+    def __init__(self, send: Callable[[httpx.Request], Awaitable[httpx.Response]]) -> None:
+        self._send = send
+
+    async def handle_async_request(self, request: Any) -> Any:
+        import httpcore
+
+        if _core_is_intercepted():
+            # What the mock does not know goes through this one, which keeps no connection.
+            return await httpcore.AsyncConnectionPool(max_keepalive_connections=0).handle_async_request(request)
+        url = request.url
+        port = "" if url.port is None else f":{url.port}"
+        target = f"{url.scheme.decode()}://{url.host.decode()}{port}{url.target.decode()}"
+        response = await self._send(
+            httpx.Request(
+                request.method.decode(),
+                target,
+                headers=request.headers,
+                stream=request.stream,
+                extensions=request.extensions,
+            )
+        )
+        return httpcore.Response(
+            response.status_code,
+            headers=response.headers.raw,
+            content=response.stream,
+            extensions=response.extensions,
+        )

@@ -1,0 +1,594 @@
+"""``ResponseReader``: one answer on its way from a connection to its consumer, and the one place that ends it.
+
+It has one writer (a connection, or the task that drives a foreign transport) and one consumer. Its outcome is decided
+once, by whoever comes first: the consumer, the writer, a timer, or ``abort()`` from any thread or signal handler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import weakref
+from collections import deque
+from enum import Enum
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from ollama_async._cancel import SetOnce, in_loop, resolve
+from ollama_async._errors import ProtocolError
+
+from .parser import Head
+from .phase import Phase
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from .unpack import Unpacker
+
+_log = logging.getLogger("ollama_async.exchange")
+
+# Reading from the socket pauses when this many bytes wait for the consumer, and resumes when the consumer waits for
+# more, so that a slow consumer of a fast server holds a bounded amount. One read brings up to as much on top of it,
+# over TLS up to 256 KiB.
+HIGH_WATER = 64 * 1024
+
+Kind = Literal["complete", "error", "aborted", "timeout", "closed", "cancelled"]
+
+
+class ExchangeOutcome:
+    """How an exchange ended; ``cause`` is the error, the abort reason, or the phase that timed out."""
+
+    __slots__ = ("cause", "kind")
+
+    def __init__(self, kind: Kind, cause: object = None) -> None:
+        self.kind: Kind = kind
+        self.cause = cause
+
+
+class ExchangeEnded(Exception):  # noqa: N818  (not an error: it tells the consumer that the outcome is decided)
+    """Raised to the consumer when the exchange ends before it is complete."""
+
+    def __init__(self, outcome: ExchangeOutcome) -> None:
+        super().__init__(outcome.kind)
+        self.outcome = outcome
+
+
+class Framing(Enum):
+    """What the body of an answer is made of."""
+
+    LINES = "lines"
+    """Lines; the answer is complete when its consumer says so."""
+    WHOLE = "whole"
+    """One document; complete when its last byte has arrived."""
+    PAGE = "page"
+    """What a redirect, a challenge or an error of a stream says; complete when its consumer says so."""
+
+
+class Link(Protocol):
+    """What a reader is attached to: a connection, a connection in the making, an upload, a foreign request."""
+
+    def shutdown_for(self, reader: ResponseReader) -> None:
+        """Send the FIN now. From any thread or signal handler; touches nothing of the event loop."""
+
+    def close_for(self, reader: ResponseReader) -> None:
+        """Release everything now. In the event loop's thread; idempotent."""
+
+    def pause_reading(self) -> None:
+        """Read no more for now. In the event loop's thread."""
+
+    def resume_reading(self) -> None:
+        """Read on. In the event loop's thread."""
+
+
+class Owner(Protocol):
+    """Whoever is told what happens to a reader: an exchange."""
+
+    def head_arrived(self, head: Head) -> None:
+        """Take note of the head, before it is delivered. In the event loop's thread."""
+
+    def outcome_decided(self) -> None:
+        """Leave the tokens. In the thread that decided; may be repeated."""
+
+    def link_released(self) -> None:
+        """Stop the timers: the outcome is decided, and nothing can arrive any more. In the event loop's thread."""
+
+
+class ResponseReader:
+    """Blocks of one answer's body in the order in which they arrived, until the end.
+
+    Attributes:
+        loop: The event loop in which it is read.
+        phase: How far the attempt is.
+        head: The head of the answer, once it has arrived.
+        framing: What the body is made of.
+        unpacker: Unpacks the body, where it is compressed.
+        paused: Whether the connection has been told to read no more.
+        entered_at: When the attempt entered its phase, by the loop's clock; from HEAD on, when it entered the one
+            before that: from there the limits of connecting, of the upload and of the first chunk are counted.
+        first_line_at: When the first line arrived; 0 before that, as with the next two.
+        last_activity_at: When the exchange last made progress.
+        received_at: When the data that is being fed arrived: noted once for all that one read brings.
+        tidied: Whether everything that follows from the outcome has been done, or will be in the loop's next round.
+            Set after the deed.
+    """
+
+    # In a dict, so many attributes would be 1.3 KiB more for each open stream.
+    __slots__ = (
+        "__weakref__",
+        "_blocks",
+        "_buffered_bytes",
+        "_failure",
+        "_link",
+        "_outcome",
+        "_owner",
+        "_waiter",
+        "entered_at",
+        "first_line_at",
+        "framing",
+        "head",
+        "last_activity_at",
+        "loop",
+        "paused",
+        "phase",
+        "received_at",
+        "tidied",
+        "unpacker",
+    )
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, owner: Owner | None = None, framing: Framing = Framing.WHOLE
+    ) -> None:
+        self.loop = loop
+        self.phase = Phase.NEW
+        self.head = _NO_HEAD
+        self.framing = framing
+        self.unpacker: Unpacker | None = None
+        self.paused = False
+        self.entered_at = 0.0
+        self.first_line_at = 0.0
+        self.last_activity_at = 0.0
+        self.received_at = 0.0
+        self.tidied = False
+        self._blocks: list[bytes] = []
+        self._buffered_bytes = 0
+        self._failure: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._link: Link | None = None
+        self._outcome = SetOnce()
+        # The exchange, which has this: the circle is opened when the exchange is over.
+        self._owner = owner
+
+    # -- the writer's side, in the loop's thread --
+
+    def enter(self, phase: Phase) -> None:
+        """Note how far the attempt is; nothing follows CLOSED, whatever a foreign transport still says."""
+        if self.phase is _CLOSED:
+            return
+        self.phase = phase
+        if _log.isEnabledFor(logging.DEBUG):
+            # Never the cause: an abort's reason is the caller's, and an error may quote what the server sent.
+            outcome = self.outcome
+            _log.debug("exchange %#x: %s%s", id(self), phase.name, f", {outcome.kind}" if outcome else "")
+        if phase < _HEAD:
+            self.last_activity_at = self.entered_at = self.loop.time()
+
+    def restart(self) -> None:
+        """Begin anew: the answer was a redirect, or asked for credentials, and another one follows."""
+        self.head = _NO_HEAD
+        self.unpacker = None
+        self.paused = False
+        self.first_line_at = 0.0
+        self._blocks = []
+        self._buffered_bytes = 0
+
+    def attach(self, link: Link) -> None:
+        """Attach the reader to a link; if the exchange has ended in the meantime, the link is closed at once."""
+        self._link = link
+        # close_threadsafe() decides first and then looks for the link; this does it the other way round. One of both
+        # sees the other.
+        if self._outcome.slot:
+            link.shutdown_for(self)
+            link.close_for(self)
+
+    def detach(self) -> None:
+        """Let go of the link: the answer has arrived, and the connection may serve others."""
+        self._link = None
+        if self._outcome.slot:
+            self._let_go_of_owner()
+            self.tidied = self.failure_outcome is None
+
+    def drop_link(self) -> None:
+        """Close the link, and leave the outcome to others."""
+        link = self._link
+        if link is not None:
+            link.shutdown_for(self)
+            link.close_for(self)
+            self._link = None
+
+    def feed_head(self, head: Head) -> None:
+        """Take the head of the answer."""
+        self.head = head
+        self.enter(Phase.HEAD)
+        # From here on the server may not fall silent for longer than the idle limit.
+        self.last_activity_at = self.loop.time()
+        if self._owner is not None:
+            self._owner.head_arrived(head)
+        self.wake()
+
+    def feed_data(self, block: bytes) -> bool:
+        """Take a block of the body, and wake the consumer.
+
+        Returns:
+            Whether there is room for more; if not, the link's ``resume_reading()`` is called when there is.
+        """
+        if self.unpacker is not None:
+            block = self._unpacked(self.unpacker, block)
+            if not block:
+                return not self.paused
+        # A byte now and then is not an answer: whole lines count where the answer is made of lines.
+        if self.framing is not _LINES or b"\n" in block:
+            if not self.first_line_at:
+                self.first_line_at = self.received_at
+                self.enter(Phase.BODY)
+            self.last_activity_at = self.received_at
+        self._blocks.append(block)
+        self._buffered_bytes += len(block)
+        if self._buffered_bytes > HIGH_WATER:
+            self.paused = True
+        # As wake() does, which would be two more calls for each token.
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            try:
+                waiter.set_result(None)
+            except asyncio.InvalidStateError:
+                # As in resolve().
+                return not self.paused
+        return not self.paused
+
+    def _unpacked(self, unpacker: Unpacker, block: bytes) -> bytes:
+        if self._outcome.slot:
+            return b""
+        try:
+            return unpacker.feed(block)
+        except ProtocolError as exc:
+            # Released in the next round: the writer is in the middle of a read.
+            self.close_threadsafe(ExchangeOutcome("error", exc))
+            return b""
+
+    def feed_eof(self) -> None:
+        """Note that the whole answer has arrived."""
+        if self.unpacker is not None and not self.unpacker.whole:
+            self.detach()
+            self.set_exception(ProtocolError("the answer ends in the middle of what is packed in it"))
+            return
+        self.enter(Phase.EOF)
+        if self.framing is Framing.WHOLE:
+            self.decide(ExchangeOutcome("complete"))
+        self.detach()
+        self.wake()
+
+    def set_exception(self, error: Exception) -> None:
+        """Note that the answer broke off; what has arrived is delivered before the consumer gets the error."""
+        self._failure = error
+        # An error that a waiting consumer is about to get has been reached: an abort after it is too late.
+        if self._waiter is not None and not self._blocks:
+            self.close(ExchangeOutcome("error", error))
+        self.wake()
+
+    def wake(self) -> None:
+        """Let the consumer look again."""
+        if self._waiter is not None:
+            resolve(self._waiter)
+
+    # -- the consumer's side, in the loop's thread --
+
+    @property
+    def status(self) -> int:
+        """The HTTP status; 0 before the head has arrived."""
+        return self.head.status
+
+    @property
+    def eof(self) -> bool:
+        """Whether the whole answer has arrived, or nothing of it can arrive any more."""
+        return self.phase >= Phase.EOF
+
+    @property
+    def failed(self) -> bool:
+        """Whether the answer broke off, and the consumer has not got the error yet."""
+        return self._failure is not None
+
+    @property
+    def outcome(self) -> ExchangeOutcome | None:
+        """How the exchange ended, ``None`` while it is open."""
+        # As SetOnce.value, without the call: a stream asks ten times.
+        outcome: ExchangeOutcome | None = self._outcome.slot.get(0)
+        return outcome
+
+    @property
+    def outcome_slot(self) -> Mapping[int, object]:
+        """A mapping that is empty until the outcome is decided, and stays the same object: for those who ask often."""
+        return self._outcome.slot
+
+    @property
+    def failure_outcome(self) -> ExchangeOutcome | None:
+        """The outcome, unless the exchange is open or at its natural end."""
+        outcome = self.outcome
+        return None if outcome is None or outcome.kind == "complete" else outcome
+
+    def check(self) -> None:
+        """Raise ``ExchangeEnded`` if the outcome is decided and is not the natural end."""
+        if self._failure is not None and not self._blocks:
+            self.close(ExchangeOutcome("error", self._failure))
+        if self._outcome.slot:
+            outcome = self.failure_outcome
+            if outcome is not None:
+                raise ExchangeEnded(outcome)
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether something may still arrive."""
+        return self._link is not None
+
+    @property
+    def is_read(self) -> bool:
+        """Whether a task waits for what arrives."""
+        return self._waiter is not None
+
+    async def wait(self) -> None:
+        """Wait until something has happened.
+
+        Cancellation: the connection is closed at once, then the cancellation is raised.
+        """
+        # Whether there is anything to check is asked here, and in read_nowait(), without a call: it is for every token.
+        if self._outcome.slot or self._failure is not None:
+            self.check()
+        if self.paused and not self._blocks:
+            self.resume_reading()
+        waiter = self._waiter = self.loop.create_future()
+        try:
+            await waiter
+        except BaseException:
+            self.close(ExchangeOutcome("cancelled"))
+            raise
+        finally:
+            self._waiter = None
+        if self._outcome.slot or self._failure is not None:
+            self.check()
+
+    async def wait_for_head(self) -> None:
+        """Wait until the head of the answer has arrived.
+
+        Cancellation: as ``wait()``.
+        """
+        while not self.head.status:
+            await self.wait()
+
+    async def read(self) -> bytes:
+        """Wait for the next bytes of the body.
+
+        Returns:
+            All that has arrived and not been read; ``b""`` after the end.
+
+        Cancellation: as ``wait()``.
+        """
+        while (data := self.read_nowait()) is None:
+            await self.wait()
+        return data
+
+    def read_nowait(self) -> bytes | None:
+        """Return what ``read()`` would return without waiting, ``None`` if it would have to wait."""
+        if not self._blocks and self.phase < _EOF:
+            return None
+        if self._outcome.slot or self._failure is not None:
+            self.check()
+        return self.read_buffered() if self._blocks else b""
+
+    def read_buffered(self) -> bytes:
+        """Return the bytes that wait to be read, without waiting for more."""
+        blocks = self._blocks
+        data = blocks[0] if len(blocks) == 1 else b"".join(blocks)
+        self._blocks = []
+        self._buffered_bytes = 0
+        return data
+
+    def resume_reading(self) -> None:
+        """Let more come in, after a pause."""
+        # Not when the consumer takes a block, but when none is left: until then another one would be held.
+        self.paused = False
+        # The time that the consumer took is not the server's silence.
+        self.last_activity_at = self.loop.time()
+        if self._link is not None:
+            self._link.resume_reading()
+
+    # -- the end --
+
+    def close_threadsafe(self, outcome: ExchangeOutcome) -> bool:
+        """Decide the outcome and send the FIN, from any thread or signal handler.
+
+        The rest (waking the consumer, giving the transport back) follows in the loop's next round: a signal handler may
+        have interrupted the loop in the middle of its own bookkeeping, which must not be entered again.
+
+        Everything in here can be repeated, and is, until one call got through all of it: Ctrl-C may come at any line.
+
+        Returns:
+            Whether this call decided.
+        """
+        decided = self._outcome.try_set(outcome)
+        if self.tidied:
+            return False
+        owner = self._owner
+        if self.failure_outcome is None:
+            # At its natural end, and what was dealing with that may have been interrupted.
+            if owner is not None:
+                owner.outcome_decided()
+                in_loop(self.loop, self._release_if_not_tidied)
+            return False
+        # The FIN before everything else: the server works until it has seen it.
+        link = self._link
+        try:
+            if link is not None:
+                link.shutdown_for(self)
+        finally:
+            _release_in_turn(self)
+        # At last, since it takes this from the tokens: through them the next abort finds it.
+        if owner is not None:
+            owner.outcome_decided()
+        self.tidied = True
+        return decided
+
+    def close(self, outcome: ExchangeOutcome) -> None:
+        """Decide the outcome if it is not decided, and release everything now; in the loop's thread, idempotent."""
+        self.decide(outcome)
+        link = self._link
+        if link is not None:
+            link.shutdown_for(self)
+        self.release()
+        self.tidied = True
+
+    def commit(self) -> bool:
+        """Decide for the natural end: the consumer has all that it wanted, and nothing can end this any more.
+
+        Returns:
+            Whether that is the outcome; False if another one came first.
+        """
+        self.decide(ExchangeOutcome("complete"))
+        committed = self.failure_outcome is None
+        if self._link is None:
+            self._let_go_of_owner()
+        elif self._owner is not None:
+            self._owner.outcome_decided()
+            self._owner.link_released()
+        self.tidied = committed
+        return committed
+
+    def decide(self, outcome: ExchangeOutcome) -> bool:
+        """Decide the outcome if it is not decided, and release nothing yet.
+
+        Returns:
+            Whether this call decided.
+        """
+        decided = self._outcome.try_set(outcome)
+        if decided and self._owner is not None:
+            self._owner.outcome_decided()
+        return decided
+
+    def release(self) -> None:
+        """Let go of everything and wake the consumer; in the event loop's thread, when the outcome is decided."""
+        self._let_go_of_owner()
+        link = self._link
+        if link is not None:
+            link.close_for(self)
+            # Not before: a Ctrl-C in between would leave nothing that knows the link.
+            self._link = None
+        self.wake()
+
+    def _release_if_not_tidied(self) -> None:
+        # Mostly it is by now: another thread was dealing with the end.
+        if not self.tidied:
+            self.release()
+            self.tidied = True
+
+    def _let_go_of_owner(self) -> None:
+        owner = self._owner
+        if owner is not None:
+            owner.outcome_decided()
+            owner.link_released()
+            self._owner = None
+        self.enter(Phase.CLOSED)
+
+    def pause_reading(self) -> None:
+        """Read no more until the link is released; in the event loop's thread."""
+        if self._link is not None:
+            self._link.pause_reading()
+
+    def __repr__(self) -> str:
+        outcome = self.outcome
+        end = "" if outcome is None else f", {outcome.kind}"
+        return f"<{type(self).__name__}: {self.phase.name.lower()}{end}, {self._buffered_bytes} bytes buffered>"
+
+
+_NO_HEAD = Head()
+# Names of their own: Python 3.11 looks a member up in its enum by a call, and these are asked for every token.
+_LINES = Framing.LINES
+_HEAD = Phase.HEAD
+_EOF = Phase.EOF
+_CLOSED = Phase.CLOSED
+
+
+class _ReleaseQueue:
+    """The readers that are to be released in a loop, some in each of its rounds.
+
+    One abort may end thousands of exchanges. Their sockets are shut down when it returns, as promised; but to close
+    them all and to wake all their consumers in one round would keep the loop from everything else meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._new: deque[ResponseReader] = deque()
+        self._waiting: deque[ResponseReader] = deque()
+        # When a round was scheduled that has not begun yet; 0 if none is scheduled.
+        self._scheduled_at = 0.0
+
+    def add(self, reader: ResponseReader) -> None:
+        """Put in a reader, from any thread or signal handler."""
+        self._new.append(reader)
+        # A round takes this mark back before it looks at what is new. So whoever finds it set is seen by a round to
+        # come; and if two set it at once there is one round more than needed.
+        now = time.monotonic()
+        # A loop loses a callback if Ctrl-C comes at its first instruction: a round that is long due does not count.
+        if not self._scheduled_at or now - self._scheduled_at > _LOST_SECONDS:
+            try:
+                self._scheduled_at = now
+                in_loop(reader.loop, self._round, reader.loop)
+            except BaseException:
+                self._scheduled_at = 0.0
+                raise
+
+    def _round(self, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            self._scheduled_at = 0.0
+            for _ in range(_RELEASES_A_ROUND):
+                queue = self._waiting or self._new
+                if not queue:
+                    break
+                self._release_first(queue)
+            while self._new:
+                # Else the loop would see the ends of all these sockets in this very round.
+                self._new[0].pause_reading()
+                self._waiting.append(self._new.popleft())
+        finally:
+            # Also when one of them could not be released: the others still have to be.
+            if (self._waiting or self._new) and not self._scheduled_at:
+                self._scheduled_at = time.monotonic()
+                loop.call_soon(self._round, loop)
+
+    @staticmethod
+    def _release_first(queue: deque[ResponseReader]) -> None:
+        try:
+            queue[0].release()
+        except Exception:
+            queue.popleft()
+            raise
+        # After the deed: if Ctrl-C interrupts it, the next round repeats it.
+        queue.popleft()
+
+
+# After this many seconds a round that has not begun is taken for lost; in a loop that is merely blocked, another one is
+# harmless.
+_LOST_SECONDS = 1.0
+
+# How many readers are released in one round of a loop: a few milliseconds' worth.
+_RELEASES_A_ROUND = 64
+
+_release_queues: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _ReleaseQueue] = weakref.WeakKeyDictionary()
+
+
+def _release_in_turn(reader: ResponseReader) -> None:
+    queue = _release_queues.get(reader.loop)
+    if queue is None:
+        # What waits in a loop that was closed holds that loop, which would be kept here for good.
+        for reference in _release_queues.keyrefs():
+            loop = reference()
+            if loop is not None and loop.is_closed():
+                _release_queues.pop(loop, None)
+        queue = _release_queues.setdefault(reader.loop, _ReleaseQueue())
+    queue.add(reader)
