@@ -15,28 +15,16 @@ import secrets
 import socket
 import types
 from contextlib import AsyncExitStack, suppress
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, cast
 
 from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ._errors import (
-    CONNECTION_ERROR_MESSAGE,
-    AbortError,
-    ConnectError,
-    ConnectionBroken,
-    HostError,
-    OllamaError,
-    PhaseTimeout,
-    ProtocolError,
-    RequestError,
-    ResponseError,
-    StreamClosed,
-    StreamTruncated,
-)
-from .registry import RegistryClosed, RegistryUnavailable
+from ._errors import AbortError, ConnectError, OllamaError, RequestError, ResponseError
+from .durable import AnswersClosed, AnswersUnavailable, BadOffset, UnknownAnswer
+from .durable._told import ABOUT_THE_REQUEST, MAX_TEXT, NOT_SENT, STATUSES, Told, summary, tell
 from .registry._local import checked_reason
 
 if TYPE_CHECKING:
@@ -46,11 +34,22 @@ if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope, Send
 
     from ._call.stream import Stream
+    from .durable import Answer, DurableAnswers, Event, Viewer
     from .registry import AbortRegistry
 
     Owner: TypeAlias = Callable[[Request], str | Awaitable[str]]
 
-__all__ = ["CLIENT_LEFT", "CLIENT_STUCK", "ID_HEADER", "RECONNECTED", "StreamResponse", "stop_route"]
+__all__ = [
+    "CLIENT_LEFT",
+    "CLIENT_STUCK",
+    "ID_HEADER",
+    "RECONNECTED",
+    "AnswerResponse",
+    "StreamResponse",
+    "attach_route",
+    "list_route",
+    "stop_route",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +70,18 @@ _LOOK = 2.0
 # Bytes that the kernel may hold for a client. By itself it takes 4 MB, minutes of an answer, before a send has to wait
 # and anybody can tell that the client takes nothing.
 _SEND_BUFFER = 65536
+_NEVER_STORED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+# Of the number of an event.
+_MAX_DIGITS = 15
 _MEDIA_TYPES = {"sse": "text/event-stream", "ndjson": "application/x-ndjson"}
+
+
+def _check_delivery(format: object, **times: float | None) -> None:  # noqa: A002  (the parameter's public name)
+    if format not in _MEDIA_TYPES:
+        raise RequestError(f'format={format!r}: give "sse" or "ndjson"')
+    for name, seconds in times.items():
+        if seconds is not None and not seconds > 0:
+            raise RequestError(f"{name}={seconds!r}: give a number of seconds above 0")
 
 
 class StreamResponse(Response):
@@ -81,6 +91,9 @@ class StreamResponse(Response):
     events ``open``, ``chunk`` for each chunk, and ``end`` follow, as Server-Sent Events or as lines of JSON.
     A client that leaves is noticed at once, also while the model is silent or the client reads slowly.
 
+    With ``answers`` it is the first viewer of a durable answer: the events have numbers (the ``id`` of an SSE event,
+    the ``number`` in a line of JSON), and others can attach behind any of them, see ``attach_route()``.
+
     A request that continues an earlier response, as a browser's ``EventSource`` sends it each time a response has
     ended, is answered 204, which tells the browser to stop: the model is not asked a second time.
 
@@ -88,6 +101,9 @@ class StreamResponse(Response):
         stream: What ``chat(..., stream=True)`` or ``generate(..., stream=True)`` returned, not read yet.
         registry: Where the stream is registered while the response lasts, so that it can be stopped by its id.
         owner: Who may stop it.
+        answers: Where the stream is begun as a durable answer; these have a registry, and so does the response.
+        on_leave: What a client that leaves, or takes nothing for too long, does to a durable answer: ``"abort"`` ends
+            it; with ``"continue"`` it goes on.
         stream_id: The id; by default the one in the request's header ``X-Stream-Id``, else a new random one. The
             response has it in the same header and in its first event.
         format: ``"sse"`` or ``"ndjson"``.
@@ -103,7 +119,7 @@ class StreamResponse(Response):
         background: What runs afterwards, however the response ended, unless the server cancelled it.
 
     Raises:
-        RequestError: The format, the id or a time is not valid.
+        RequestError: The format, the id, a time, or what happens when the client leaves is not valid.
     """
 
     def __init__(
@@ -112,6 +128,8 @@ class StreamResponse(Response):
         *,
         registry: AbortRegistry | None = None,
         owner: str = "",
+        answers: DurableAnswers | None = None,
+        on_leave: Literal["abort", "continue"] = "abort",
         stream_id: str | None = None,
         format: Literal["sse", "ndjson"] = "sse",  # noqa: A002
         heartbeat: float = 15.0,
@@ -121,19 +139,24 @@ class StreamResponse(Response):
         headers: Mapping[str, str] | None = None,
         background: BackgroundTask | None = None,
     ) -> None:
-        if format not in _MEDIA_TYPES:
-            raise RequestError(f'format={format!r}: give "sse" or "ndjson"')
+        _check_delivery(format, heartbeat=heartbeat, head_within=head_within, send_timeout=send_timeout)
         if stream_id is not None and not _ID.fullmatch(stream_id):
             raise RequestError(f"stream_id={stream_id[:130]!r}: {_ID_RULE}")
-        times = {"heartbeat": heartbeat, "head_within": head_within, "send_timeout": send_timeout}
-        for name, seconds in times.items():
-            if seconds is not None and not seconds > 0:
-                raise RequestError(f"{name}={seconds!r}: give a number of seconds above 0")
+        if on_leave not in ("abort", "continue"):
+            raise RequestError(f'on_leave={on_leave!r}: give "abort" or "continue"')
+        if answers is None and on_leave == "continue":
+            raise RequestError('on_leave="continue" needs answers=: without it nobody could come back to the answer')
+        if answers is not None and registry not in (None, answers.registry):
+            raise RequestError(
+                "answers have their own registry: give it to them, as DurableAnswers.from_url(registry=)"
+            )
         self.stream = stream
         self.registry = registry
+        self.answers = answers
+        self.on_leave = on_leave
         self.owner = owner
         self.stream_id = stream_id
-        self.format = format
+        self.format: Literal["sse", "ndjson"] = format
         self.heartbeat = heartbeat
         self.head_within = head_within
         self.send_timeout = send_timeout
@@ -141,7 +164,7 @@ class StreamResponse(Response):
         self.status_code = 200
         self.media_type = _MEDIA_TYPES[format]
         self.background = background
-        self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no", **(headers or {})})
+        self.init_headers({**_NEVER_STORED, **(headers or {})})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request.
@@ -149,7 +172,8 @@ class StreamResponse(Response):
         Cancellation: the stream is closed at once.
         """
         given = self.stream_id or Headers(scope=scope).get(ID_HEADER) or secrets.token_urlsafe(24)
-        delivery = _Delivery(self, given, scope, receive, send)
+        source = _Direct(self) if self.answers is None else _Begun(self, self.answers)
+        delivery = _Delivery(self, source, given, scope, receive, send)
         if _continues(scope):
             self.stream.abort(RECONNECTED)
             await delivery.answer(Response(status_code=204, headers={"Cache-Control": "no-store"}))
@@ -179,9 +203,11 @@ class _Left(Exception):  # noqa: N818
 class _Delivery:
     """One response on its way."""
 
-    def __init__(self, response: StreamResponse, stream_id: str, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(
+        self, response: _Terms, source: _Source, stream_id: str, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         self._response = response
-        self._stream = response.stream
+        self._source = source
         self._id = stream_id
         self._scope = scope
         self._receive = receive
@@ -190,7 +216,6 @@ class _Delivery:
         if self._connection is not None and response.send_timeout is not None:
             _limit_buffer(self._connection)
         self._begun = False
-        self._events: int = 0
         self._left = False
         self._stuck = False
         # The pulse sends, too.
@@ -204,7 +229,7 @@ class _Delivery:
             async with AsyncExitStack() as stack:
                 stack.enter_context(suppress(_Left))
                 try:
-                    await self._register(stack)
+                    await self._source.begin(self._id, stack)
                 except OllamaError as exc:
                     await self._refuse(exc)
                 else:
@@ -220,12 +245,6 @@ class _Delivery:
         """Send another response than the stream."""
         with suppress(_Left):
             await response(self._scope, self._receive, self._pass)
-
-    async def _register(self, stack: AsyncExitStack) -> None:
-        registry = self._response.registry
-        if registry is not None:
-            token = await stack.enter_async_context(registry.token(self._id, owner=self._response.owner))
-            stack.callback(token.on_abort(self._stream.abort).remove)
 
     # -- beside the sending --
 
@@ -262,7 +281,7 @@ class _Delivery:
         with suppress(_Left):
             if head_within is not None:
                 await asyncio.sleep(head_within)
-                await self._begin()
+                await self.begin()
             pause = heartbeat
             while True:
                 await asyncio.sleep(pause)
@@ -271,11 +290,11 @@ class _Delivery:
                     pause = heartbeat
                     # Where something waits to be sent, it is not our silence.
                     if self._begun and not self._sending.locked():
-                        await self._send(self._ping())
+                        await self.send(self._ping())
 
     def _leave(self) -> None:
         self._left = True
-        self._stream.abort(CLIENT_LEFT)
+        self._source.leave(CLIENT_LEFT)
 
     def _give_up(self) -> None:
         """Let go of a client that takes nothing: first of the model, then of the connection, which has it all buffered.
@@ -283,7 +302,7 @@ class _Delivery:
         Where the connection cannot be had, the server closes it, as soon as the client has read what is buffered.
         """
         self._left = self._stuck = True
-        self._stream.abort(CLIENT_STUCK)
+        self._source.leave(CLIENT_STUCK)
         if self._connection is not None:
             self._connection.abort()
         _log.info("stream %s: the client took nothing for %g s", self._id, self._response.send_timeout)
@@ -293,35 +312,36 @@ class _Delivery:
     async def _deliver(self) -> None:
         error: OllamaError | None = None
         try:
-            await self._stream
-            await self._begin()
-            async for chunk in self._stream:
-                await self._send(self._event("chunk", chunk.model_dump_json(exclude_none=True, exclude=_NOT_SENT)))
+            await self._source.deliver(self)
         except OllamaError as exc:
             error = exc
         if self._left:
             await self._say_goodbye()
         elif error is None or isinstance(error, AbortError):
-            await self._begin()
+            await self.begin()
             await self._end(None)
         else:
             await self._refuse(error)
 
-    async def _begin(self) -> None:
+    async def begin(self) -> None:
+        """Send the head, once."""
         async with self._sending:
             if self._begun:
                 return
             self._begun = True
             headers = MutableHeaders(raw=list(self._response.raw_headers))
-            headers[ID_HEADER] = self._id
+            if self._id:
+                headers[ID_HEADER] = self._id
             if self._scope.get("http_version", "").startswith("1"):
                 # Nobody has a reason to send a second request behind this one; see _has_left().
                 headers["Connection"] = "close"
             await self._pass({"type": "http.response.start", "status": 200, "headers": headers.raw})
-            event = self._event("open", json.dumps({"id": self._id}))
-            await self._pass({"type": "http.response.body", "body": event, "more_body": True})
+            opening = self._source.opening(self._id)
+            if opening is not None:
+                await self._pass({"type": "http.response.body", "body": self.event(*opening), "more_body": True})
 
-    async def _send(self, event: bytes, *, more: bool = True) -> None:
+    async def send(self, event: bytes, *, more: bool = True) -> None:
+        """Send one event, or several."""
         async with self._sending:
             if self._connection is not None and self._connection.is_closing():
                 self._leave()
@@ -342,17 +362,18 @@ class _Delivery:
 
     async def _refuse(self, error: OllamaError) -> None:
         """Send an error: as the whole response if that has not begun, else as its last event."""
-        told = _told(error, self._response.explain)
+        told = tell(error, self._response.explain)
         _record(self._id, error, told)
         async with self._sending:
             begun, self._begun = self._begun, True
             if not begun:
                 await _refusal(error, told)(self._scope, self._receive, self._pass)
         if begun:
-            await self._end(told)
+            await self._end(told, error)
 
-    async def _end(self, told: _Told | None) -> None:
-        await self._send(self._event("end", json.dumps(self._summary(told))), more=False)
+    async def _end(self, told: Told | None, error: OllamaError | None = None) -> None:
+        ending = self._source.ending(told, error)
+        await self.send(b"" if ending is None else self.event(*ending), more=False)
 
     async def _say_goodbye(self) -> None:
         """Leave a status to what stands between the client and us: nobody else will see it."""
@@ -362,36 +383,193 @@ class _Delivery:
 
     # -- in which form --
 
-    def _event(self, name: str, data: str) -> bytes:
+    def event(self, name: str, data: bytes, number: int | None = None) -> bytes:
+        """Return an event as it is sent."""
         # JSON has no line breaks of its own, so one "data" line is enough.
         if self._response.format == "sse":
-            # With the number, a browser says which event it had last when it connects again; see _continues().
-            self._events += 1
-            return f"id: {self._events}\nevent: {name}\ndata: {data}\n\n".encode()
-        return f'{{"event":"{name}","data":{data}}}\n'.encode()
+            counted = b"" if number is None else b"id: %d\n" % number
+            return b"%bevent: %b\ndata: %b\n\n" % (counted, name.encode(), data)
+        counted = b"" if number is None else b'"number":%d,' % number
+        return b'{"event":"%b",%b"data":%b}\n' % (name.encode(), counted, data)
 
     def _ping(self) -> bytes:
         return b": ping\n\n" if self._response.format == "sse" else b'{"event":"ping"}\n'
 
-    def _summary(self, told: _Told | None) -> dict[str, Any]:
-        stream = self._stream
-        timing, merged, outcome = stream.timing, stream.response, stream.outcome
-        return {
-            "outcome": outcome,
-            "reason": None if outcome == "error" else _told_reason(stream.reason),
-            "error": None if told is None else told.text,
-            "error_type": None if told is None else told.kind,
-            "text": stream.text,
-            "timing": {
-                "first_chunk": timing.first_chunk,
-                "total": timing.total,
-                "chunks": timing.chunks,
-                "chunks_per_second": timing.chunks_per_second,
-            },
-            "response": None
-            if merged is None
-            else merged.model_dump(mode="json", exclude_none=True, exclude=_NOT_SENT),
-        }
+
+# -- what is delivered --
+
+
+class _Terms(Protocol):
+    """How something is delivered."""
+
+    format: Literal["sse", "ndjson"]
+    heartbeat: float
+    head_within: float | None
+    send_timeout: float | None
+    explain: Callable[[OllamaError], str] | None
+
+    @property
+    def raw_headers(self) -> list[tuple[bytes, bytes]]: ...
+
+
+class _Source(Protocol):
+    """Where events come from."""
+
+    async def begin(self, stream_id: str, stack: AsyncExitStack) -> None:
+        """Prepare; what is to be undone at the end of the response goes onto the stack."""
+        ...
+
+    def opening(self, stream_id: str) -> _Event | None:
+        """Return what is sent behind the head."""
+        ...
+
+    async def deliver(self, delivery: _Delivery) -> None:
+        """Send all events but those that the delivery sends itself."""
+        ...
+
+    def ending(self, told: Told | None, error: OllamaError | None) -> _Event | None:
+        """Return what is sent at last."""
+        ...
+
+    def leave(self, reason: str) -> None:
+        """Take note that the client will get nothing any more."""
+        ...
+
+
+# Its name, its data, and its number in a durable answer.
+_Event: TypeAlias = "tuple[str, bytes, int | None]"
+
+
+class _Direct:
+    """A model's stream, which lives as long as its response."""
+
+    def __init__(self, response: StreamResponse) -> None:
+        self._response = response
+        self._stream = response.stream
+        self._events = 0
+
+    def _numbered(self, name: str, data: bytes) -> _Event:
+        # With the number, a browser says which event it had last when it connects again; see _continues().
+        self._events += 1
+        return name, data, self._events if self._response.format == "sse" else None
+
+    async def begin(self, stream_id: str, stack: AsyncExitStack) -> None:
+        registry = self._response.registry
+        if registry is not None:
+            token = await stack.enter_async_context(registry.token(stream_id, owner=self._response.owner))
+            stack.callback(token.on_abort(self._stream.abort).remove)
+
+    def opening(self, stream_id: str) -> _Event:
+        return self._numbered("open", json.dumps({"id": stream_id}).encode())
+
+    async def deliver(self, delivery: _Delivery) -> None:
+        await self._stream
+        await delivery.begin()
+        async for chunk in self._stream:
+            data = chunk.model_dump_json(exclude_none=True, exclude=NOT_SENT).encode()
+            await delivery.send(delivery.event(*self._numbered("chunk", data)))
+
+    def ending(self, told: Told | None, error: OllamaError | None) -> _Event:
+        return self._numbered("end", json.dumps(summary(self._stream, told)).encode())
+
+    def leave(self, reason: str) -> None:
+        self._stream.abort(reason)
+
+
+class _Watched:
+    """A durable answer, from any of its events on."""
+
+    def __init__(self, viewer: Viewer) -> None:
+        self._viewer = viewer
+
+    async def begin(self, stream_id: str, stack: AsyncExitStack) -> None:
+        stack.callback(self._viewer.detach)
+
+    def opening(self, stream_id: str) -> _Event | None:
+        return None
+
+    async def deliver(self, delivery: _Delivery) -> None:
+        await delivery.begin()
+        while events := await self._viewer.read():
+            await delivery.send(b"".join(delivery.event(*_shown(event)) for event in events))
+
+    def ending(self, told: Told | None, error: OllamaError | None) -> _Event | None:
+        # The answer's own end was among its events.
+        if told is None or isinstance(error, AnswersClosed):
+            return None
+        return _failed(told, error)
+
+    def leave(self, reason: str) -> None:
+        self._viewer.detach()
+
+
+class _Begun:
+    """A durable answer that begins with this response."""
+
+    def __init__(self, response: StreamResponse, answers: DurableAnswers) -> None:
+        self._response = response
+        self._answers = answers
+        self._answer: Answer | None = None
+        self._viewer: Viewer | None = None
+        self._opened = False
+        # Its end, where that may still become an HTTP error.
+        self._last: Event | None = None
+
+    async def begin(self, stream_id: str, stack: AsyncExitStack) -> None:
+        response = self._response
+        self._answer = await self._answers.begin(
+            response.stream, stream_id, owner=response.owner, explain=response.explain
+        )
+        self._viewer = self._answer.attach(after=1)
+        stack.callback(self._viewer.detach)
+
+    def opening(self, stream_id: str) -> _Event | None:
+        # Without an answer the head goes out before Redis has said that it may begin.
+        if self._answer is None or self._opened:
+            return None
+        self._opened = True
+        return _shown(self._answer.opened) if self._answer.claimed else _shown(self._answer.opened, away=True)
+
+    async def deliver(self, delivery: _Delivery) -> None:
+        answer, viewer = self._answer, self._viewer
+        assert answer is not None
+        assert viewer is not None
+        events = await viewer.read()
+        if events and events[0].name == "end" and answer.error is not None:
+            # An HTTP error of its own, if that can still be.
+            self._last = events[0]
+            raise answer.error
+        await delivery.begin()
+        opening = self.opening("")
+        if opening is not None:
+            await delivery.send(delivery.event(*opening))
+        while events:
+            await delivery.send(b"".join(delivery.event(*_shown(event)) for event in events))
+            events = await viewer.read()
+
+    def ending(self, told: Told | None, error: OllamaError | None) -> _Event | None:
+        if told is None or isinstance(error, AnswersClosed):
+            return None
+        return _failed(told, error) if self._last is None else _shown(self._last)
+
+    def leave(self, reason: str) -> None:
+        if self._response.on_leave == "abort":
+            self._response.stream.abort(reason)
+        elif self._viewer is not None:
+            self._viewer.detach()
+
+
+def _failed(told: Told, error: OllamaError | None) -> _Event:
+    # Without a number: whoever reconnects asks for the same again.
+    return "error", json.dumps({"error": told.text, "code": _code(error)}).encode(), None
+
+
+def _shown(event: Event, **more: object) -> _Event:
+    """Return an event as viewers get it; what tells one producer from another is not theirs."""
+    data = event.json
+    if event.name == "open":
+        data = json.dumps({key: value for key, value in event.data.items() if key != "nonce"} | more).encode()
+    return event.name, data, event.number
 
 
 # -- sending, for so long --
@@ -514,97 +692,29 @@ def _limit_buffer(connection: asyncio.Transport) -> None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
 
 
-# -- what the client is told of an error --
+# -- errors --
 
-# The address of another server.
-_NOT_SENT = {"remote_host"}
-
-
-class _Told(NamedTuple):
-    """What the client is told of an error."""
-
-    status: int
-    text: str
-    kind: str
-
-
-# By the class of the error, the first in its line of descent. The text of an error is for whoever runs this server: it
-# names addresses, files and what other servers said. Nothing of it is sent but what _told() lets through.
-_KINDS: dict[type[BaseException], tuple[int, str]] = {
-    ConnectError: (502, CONNECTION_ERROR_MESSAGE),
-    ConnectionBroken: (502, "the connection to the model's server was lost before the answer was complete"),
-    ProtocolError: (502, "the model's server sent something that cannot be read"),
-    StreamTruncated: (502, "the model's server ended the answer before it was complete"),
-    HostError: (502, "the model's server cannot be reached under its address"),
-    RequestError: (400, "the request cannot be sent to the model's server as it is"),
-    StreamClosed: (503, "the answer was closed; this server may be about to end"),
-    RegistryClosed: (503, "this server is about to end"),
-    RegistryUnavailable: (503, "the registry of streams does not answer"),
-    OllamaError: (502, "the answer failed"),
-}
-_PHASES = {
-    "connect": "no connection to the model's server in time (connect timeout)",
-    "first_chunk": "the model did not begin to answer in time (first_chunk timeout)",
-    "idle": "the model's server was silent for too long (idle timeout)",
-    "total": "the answer was not complete in time (total timeout)",
-}
-# These statuses are passed on.
-_STATUSES = {
-    400: "the model's server does not accept the request",
-    404: "the model's server does not have what was asked for",
-    413: "the request is too large for the model's server",
-    429: "too many requests; try again later",
-    503: "the model's server is busy; try again later",
-}
-# With these, the text of the server is passed on, too: it speaks of the request, which is the client's. What it says
-# with others is about our access to it, or about its inside.
-_ABOUT_THE_REQUEST = {400, 404, 413}
-# Even so: something between us and the server may have written it.
-_PLACE_OR_KEY = re.compile(
-    r"://|@|\*\*\*|\bsk-|\d\.\d{1,3}\.\d{1,3}\.\d|:\d{2,5}(?!\w)|\.(?:internal|lan|local|svc)\b|(?<!\S)[\"'(]?/\w|:\\"
-)
-_MAX_TEXT = 500
+# Seconds in which a Redis that is restarted has most answers back.
+_TRY_AGAIN = "3"
 _RETRY_AFTER = re.compile(r"[A-Za-z0-9 ,:]{1,40}")
 
 
-def _told(error: OllamaError, explain: Callable[[OllamaError], str] | None = None) -> _Told:
-    """Decide what the client is told of an error: the only place that does."""
-    # The name that is in the documentation: a class of somebody else's derived from it says nothing to the client.
-    kind = next(cls.__name__ for cls in type(error).__mro__ if cls.__module__.startswith("ollama_async."))
-    if isinstance(error, ResponseError):
-        status, text = error.status_code, _STATUSES.get(error.status_code)
-        if text is None:
-            status, text = 502, "the model's server failed"
-        elif status in _ABOUT_THE_REQUEST and not _PLACE_OR_KEY.search(error.error):
-            text = error.error[:_MAX_TEXT]
-    elif isinstance(error, PhaseTimeout):
-        status, text = 504, _PHASES.get(error.phase, "the model's server took too long")
-    else:
-        status, text = next(_KINDS[cls] for cls in type(error).__mro__ if cls in _KINDS)
-    return _Told(status, text if explain is None else explain(error), kind)
-
-
-def _told_reason(reason: object) -> str | None:
-    """Decide what the client is told of why a stream ended: a text was written to be shown, an exception was not."""
-    if reason is None or isinstance(reason, str):
-        return reason
-    return str(reason) if isinstance(reason, (int, float)) else type(reason).__name__
-
-
-def _refusal(error: OllamaError, told: _Told) -> JSONResponse:
+def _refusal(error: OllamaError, told: Told) -> JSONResponse:
     wait = error.headers.get("retry-after", "") if isinstance(error, ResponseError) else ""
+    if isinstance(error, AnswersUnavailable):
+        wait = _TRY_AGAIN
     known = told.status in (429, 503) and _RETRY_AFTER.fullmatch(wait)
-    return _error(told.status, told.text, {"Retry-After": wait} if known else None)
+    return _error(told.status, told.text, {"Retry-After": wait} if known else None, code=_code(error))
 
 
-def _record(stream_id: str, error: OllamaError, told: _Told) -> None:
+def _record(stream_id: str, error: OllamaError, told: Told) -> None:
     """Log what the client is not told."""
     level, status, about = logging.WARNING, told.status, str(error)
     if isinstance(error, ResponseError):
         status, about = error.status_code, error.error
-        if status in _ABOUT_THE_REQUEST:
+        if status in ABOUT_THE_REQUEST:
             # The client's own fault, and the prompt may be in the text.
-            level, about = logging.INFO, _STATUSES[status]
+            level, about = logging.INFO, STATUSES[status]
     elif isinstance(error, ConnectError):
         about = error.detail or about
     else:
@@ -615,7 +725,7 @@ def _record(stream_id: str, error: OllamaError, told: _Told) -> None:
 
 def _loggable(text: str) -> str:
     """Cut what others wrote to one short line without keys."""
-    words = text[:_MAX_TEXT].split()
+    words = text[:MAX_TEXT].split()
     shown = " ".join("[...]" if _like_a_key(word) else word for word in words)
     return "".join(letter if letter.isprintable() else "?" for letter in shown)
 
@@ -626,8 +736,146 @@ def _like_a_key(word: str) -> bool:
     return "***" in word or bare.startswith("sk-") or (len(bare) >= 20 and mixed and "/" not in bare)
 
 
-def _error(status: int, text: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    return JSONResponse({"error": text, "status_code": status}, status, headers)
+def _error(
+    status: int, text: str, headers: Mapping[str, str] | None = None, *, code: str | None = None
+) -> JSONResponse:
+    body: dict[str, object] = {"error": text, "status_code": status}
+    return JSONResponse(body if code is None else body | {"code": code}, status, headers)
+
+
+def _code(error: OllamaError | None) -> str | None:
+    """Return what a program can tell the errors of durable answers by."""
+    code: str | None = getattr(error, "code", None)
+    return code
+
+
+async def _asked_by(request: Request, owner: Owner | None) -> str:
+    who = "" if owner is None else owner(request)
+    return who if isinstance(who, str) else await who
+
+
+class AnswerResponse(Response):
+    """A response that streams a durable answer, from any of its events on; leaving it ends nothing.
+
+    Args:
+        viewer: What ``attach()`` returned.
+        format: As in ``StreamResponse``.
+        heartbeat: As in ``StreamResponse``.
+        send_timeout: As in ``StreamResponse``; a client that takes nothing for so long is detached.
+        headers: Further headers.
+
+    Raises:
+        RequestError: The format or a time is not valid.
+    """
+
+    format: Literal["sse", "ndjson"]
+    head_within: float | None = None
+    explain: Callable[[OllamaError], str] | None = None
+
+    def __init__(
+        self,
+        viewer: Viewer,
+        *,
+        format: Literal["sse", "ndjson"] = "sse",  # noqa: A002
+        heartbeat: float = 15.0,
+        send_timeout: float | None = 120.0,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        _check_delivery(format, heartbeat=heartbeat, send_timeout=send_timeout)
+        self.viewer = viewer
+        self.format = format
+        self.heartbeat = heartbeat
+        self.send_timeout = send_timeout
+        self.status_code = 200
+        self.media_type = _MEDIA_TYPES[format]
+        self.background = None
+        self.init_headers({**_NEVER_STORED, **(headers or {})})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request.
+
+        Cancellation: the viewer is detached at once; the answer goes on.
+        """
+        try:
+            await _Delivery(self, _Watched(self.viewer), "", scope, receive, send).run()
+        finally:
+            self.viewer.detach()
+
+
+def attach_route(path: str, answers: DurableAnswers, *, owner: Owner | None = None) -> Route:
+    """Make the route ``GET <path>/{id}``, which streams a durable answer to whoever may see it, as often as asked.
+
+    It goes on behind the event whose number is in the header ``Last-Event-ID``, which browsers send when they
+    reconnect, else in ``?after=``, else it begins at the start. ``?format=ndjson`` gives lines of JSON in place of
+    Server-Sent Events. Without events to come the answer is 204, which ends an ``EventSource``; 400 means a number that
+    is not one of the answer's, 404 that there is no such answer (any more), 503 that Redis is away. Nothing that it is
+    asked begins an answer anew.
+
+    Args:
+        path: Of the route, without the id.
+        answers: Where the answers are.
+        owner: As for ``stop_route()``. Without it everybody who knows an id may watch.
+    """
+
+    async def attach(request: Request) -> Response:
+        who = await _asked_by(request, owner)
+        query = request.query_params
+        given = request.headers.get("last-event-id") or query.get("lastEventId") or query.get("after") or "0"
+        kind = request.query_params.get("format", "sse")
+        if kind not in _MEDIA_TYPES:
+            return _error(400, 'format is "sse" or "ndjson"')
+        try:
+            viewer = await answers.attach(_answer_id(request), owner=who, after=_offset(given))
+        except OllamaError as exc:
+            return _refused("(a viewer)", exc)
+        if viewer.at_end:
+            viewer.detach()
+            return Response(status_code=204)
+        return AnswerResponse(viewer, format=cast("Any", kind))
+
+    return Route(f"{path}/{{id}}", attach, methods=["GET"])
+
+
+def list_route(path: str, answers: DurableAnswers, *, owner: Owner | None = None) -> Route:
+    """Make the route ``GET <path>``, which lists the durable answers of whoever asks.
+
+    The answer is ``[{"id": text, "state": "running" | "silent" | "ended", "begun": seconds}]``, the oldest first; 503
+    if Redis is away.
+
+    Args:
+        path: Of the route.
+        answers: Where the answers are.
+        owner: As for ``stop_route()``. Without it everybody sees the answers that have no owner.
+    """
+
+    async def list_answers(request: Request) -> Response:
+        try:
+            listed = await answers.list(await _asked_by(request, owner))
+        except OllamaError as exc:
+            return _refused("(a list)", exc)
+        return JSONResponse([each._asdict() for each in listed], headers={"Cache-Control": "no-store"})
+
+    return Route(path, list_answers, methods=["GET"])
+
+
+def _answer_id(request: Request) -> str:
+    answer_id: str = request.path_params["id"]
+    if not _ID.fullmatch(answer_id):
+        # One that no answer can have is unknown like any other.
+        raise UnknownAnswer("no answer has such an id")
+    return answer_id
+
+
+def _offset(given: str) -> int:
+    if not (given.isascii() and given.isdigit() and len(given) <= _MAX_DIGITS):
+        raise BadOffset(f"{given[:40]!r} is not the number of an event")
+    return int(given)
+
+
+def _refused(what: str, error: OllamaError) -> Response:
+    told = tell(error)
+    _record(what, error, told)
+    return _refusal(error, told)
 
 
 def stop_route(path: str, registry: AbortRegistry, *, owner: Owner | None = None) -> Route:
@@ -645,9 +893,7 @@ def stop_route(path: str, registry: AbortRegistry, *, owner: Owner | None = None
     """
 
     async def stop(request: Request) -> Response:
-        who = "" if owner is None else owner(request)
-        if not isinstance(who, str):
-            who = await who
+        who = await _asked_by(request, owner)
         try:
             reason = checked_reason(await _reason(request))
         except RequestError as exc:
@@ -657,9 +903,7 @@ def stop_route(path: str, registry: AbortRegistry, *, owner: Owner | None = None
         try:
             stopped = await registry.abort(stream_id, reason, owner=who) if _ID.fullmatch(stream_id) else "kept"
         except OllamaError as exc:
-            told = _told(exc)
-            _record("(a Stop)", exc, told)
-            return _refusal(exc, told)
+            return _refused("(a Stop)", exc)
         if stopped == "stopped":
             return JSONResponse({"stopped": True})
         status, text = _NOT_STOPPED[stopped]

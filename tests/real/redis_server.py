@@ -3,6 +3,7 @@
 import contextlib
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -21,7 +22,7 @@ def find_redis() -> Path | None:
 
 
 class RealRedis:
-    """`redis-server` as a child process that keeps nothing: killed, it has forgotten all. A context manager."""
+    """`redis-server` as a child process that keeps nothing but what `SAVE` wrote. A context manager."""
 
     def __init__(self, binary: Path, folder: Path) -> None:
         self._binary = binary
@@ -67,6 +68,20 @@ class RealRedis:
         if process is not None:
             process.kill()
             process.wait(BOUND)
+
+    def freeze(self) -> None:
+        """Stop it in the middle of whatever it does; connections stay open."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Have it go on."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
+    def forget_snapshot(self) -> None:
+        """Have it start with nothing the next time, whatever `SAVE` has written."""
+        (self._folder / "dump.rdb").unlink(missing_ok=True)
 
     def ask(self, *command: str) -> Any:
         """Give it a command."""

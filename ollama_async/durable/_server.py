@@ -1,0 +1,155 @@
+"""The Redis that carries answers: its clients, the names of its keys, and whether it can be used."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+from zlib import crc32
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+)
+
+from ._errors import RedisFull, RedisRefuses, RedisTooOld
+
+if TYPE_CHECKING:
+    from ollama_async.registry import Name
+
+__all__ = ["FIELD", "LOST", "PATIENCE", "Keys", "Server", "entry_id", "first_number", "refusal"]
+
+LOST = (RedisError, OSError, asyncio.TimeoutError)
+"""What the connection can end with, beside what Redis itself says."""
+PATIENCE = 2.0
+"""How many seconds a caller waits for Redis."""
+FIELD = b"e"
+"""The one field of an entry: its events, a line each."""
+_CONNECT = 5.0
+# XADD NOMKSTREAM, exclusive ranges, SET with GET.
+_OLDEST = (6, 2)
+
+
+class Keys:
+    """The names of keys. Those of an answer have one hash tag; one that nobody can write into it from outside."""
+
+    def __init__(self, namespace: str, shards: int = 1) -> None:
+        self._namespace = quote(namespace, safe="")
+        self._shards = shards
+
+    def _of(self, kind: str, name: Name) -> str:
+        owner, answer = quote(name.owner, safe=""), quote(name.id, safe="")
+        return f"{self._tag(crc32(f'{owner}:{answer}'.encode()) % self._shards)}:{kind}:{owner}:{answer}"
+
+    def _tag(self, shard: int) -> str:
+        return f"{{{self._namespace}}}" if self._shards == 1 else f"{{{self._namespace}:{shard}}}"
+
+    def log(self, name: Name) -> str:
+        """A stream: the events."""
+        return self._of("log", name)
+
+    def run(self, name: Name) -> str:
+        """The lease of the producer."""
+        return self._of("run", name)
+
+    def seen(self, name: Name) -> str:
+        """Whether somebody watches."""
+        return self._of("seen", name)
+
+    def wake(self, process: str, shard: int = 0) -> str:
+        """A stream: wakes the reader of a process."""
+        return f"{self._tag(shard)}:wake:{process}"
+
+    def of(self, owner: str) -> str:
+        """A sorted set: the ids of an owner's answers, by when they were last heard of."""
+        return f"{{{self._namespace}}}:of:{quote(owner, safe='')}"
+
+
+def entry_id(first: int) -> str:
+    """Return the id of the entry whose first event has this number."""
+    return f"{first}-0"
+
+
+def first_number(given: Any) -> int:
+    """Return the number of an entry's first event.
+
+    Raises:
+        ValueError: It is not the id of an entry of ours.
+    """
+    number, _, sequence = given.decode("ascii").partition("-")
+    if sequence != "0":
+        raise ValueError("the id of an entry of somebody else")
+    return int(number)
+
+
+class Server:
+    """A Redis under a url.
+
+    Attributes:
+        lost_at: When a connection of this process was last lost, by the loop's clock.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self.lost_at = float("-inf")
+
+    def client(self, *, connections: int, silence: float) -> Any:
+        """Make a client.
+
+        Args:
+            connections: How many connections it has at most; a command waits until one is free.
+            silence: How many seconds a command may go without an answer.
+        """
+        untyped: Any = BlockingConnectionPool
+        pool = untyped.from_url(
+            self._url,
+            max_connections=connections,
+            timeout=PATIENCE,
+            socket_connect_timeout=min(_CONNECT, silence),
+            socket_timeout=silence,
+            socket_keepalive=True,
+            retry=Retry(NoBackoff(), 0),  # connecting again is for those who know what was lost
+            decode_responses=False,
+        )
+        return Redis(connection_pool=pool)
+
+    def note_lost(self) -> None:
+        """Take note that a connection was lost."""
+        self.lost_at = asyncio.get_running_loop().time()
+
+    async def check(self, client: Any) -> None:
+        """See whether it is new enough.
+
+        Raises:
+            RedisTooOld: It is not.
+        """
+        try:
+            version: str = (await client.info("server"))["redis_version"]
+        except NoPermissionError:
+            # Nobody has to allow INFO.
+            return
+        with suppress(ValueError):
+            if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
+                raise RedisTooOld(f"Redis {version} is too old for durable answers: use 6.2 or newer, or Valkey")
+
+
+def refusal(error: BaseException) -> RedisRefuses | None:
+    """Return what to raise if Redis answers, and would answer the same again; else ``None``."""
+    if isinstance(error, RedisRefuses):
+        return error
+    if isinstance(error, OutOfMemoryError):
+        return RedisFull("Redis has reached its maxmemory: raise it, keep answers for less time (keep=), or keep fewer")
+    if isinstance(error, NoPermissionError):
+        return RedisRefuses(f"Redis does not give its user the rights that durable answers need: {error}")
+    if isinstance(error, ReadOnlyError):
+        return RedisRefuses("Redis is a replica that takes no writes: give the url of the primary")
+    if isinstance(error, AuthenticationError):
+        return RedisRefuses("Redis does not accept the user and password of the url")
+    return None

@@ -1,0 +1,525 @@
+"""Carries the answers of this process into Redis: one task, one connection, one pipeline at a time for all of them.
+
+An answer's log is a stream whose entries have the numbers of their first events as ids. Redis takes no id that is not
+above the last one. So an entry that is sent again after a lost connection is not there twice, of two producers only one
+writes, and one that was taken for dead finds its place taken. Two things it does take: an entry that leaves a hole
+before it, where Redis has lost the end of a log; and one that begins a log anew that it has forgotten. Against the
+second one each append says that it must not; against the first one the log's last entry is looked at after each loss of
+the connection, and its length from time to time.
+
+Whatever the model sends is in a list first, and goes to Redis when that answers. A slow Redis makes entries larger, and
+no model slower. What was sent once keeps its bounds: whoever has read a part of a log that was lost, reads on behind it
+once it is back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from bisect import bisect_right
+from copy import copy
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.exceptions import ResponseError
+
+from ._errors import AnswerInUse, RedisRefuses
+from ._producer import UNATTENDED
+from ._server import FIELD, LOST, PATIENCE, entry_id, first_number, refusal
+
+if TYPE_CHECKING:
+    from ollama_async.registry import Name
+
+    from ._producer import Producer
+    from ._server import Keys, Server
+
+__all__ = ["Writer"]
+
+_log = logging.getLogger("ollama_async.durable")
+
+# Seconds between two entries of an answer, but for its first events, its last one, and many bytes.
+_WINDOW = 0.04
+_MANY_BYTES = 4096
+_MAX_ENTRY = 65536
+_LONGEST_PAUSE = 3.0
+_IN_USE = "there is an answer with this id already: take another id, or attach to it"
+
+
+class State(IntEnum):
+    """How far an answer has come."""
+
+    UNCLAIMED = 0
+    RUNNING = 1
+    ENDING = 2
+    LOGGED = 3
+    SUPERSEDED = 4
+
+
+class _Writing:
+    """An answer on its way into Redis."""
+
+    def __init__(self, producer: Producer, keys: Keys) -> None:
+        self.producer = producer
+        self.fragments = producer.log.fragments
+        self.log, self.run, self.seen = (key(producer.name) for key in (keys.log, keys.run, keys.seen))
+        self.index = keys.of(producer.name.owner)
+        self.state = State.UNCLAIMED
+        loop = asyncio.get_running_loop()
+        self.claimed: asyncio.Future[bool] = loop.create_future()
+        self.kept: asyncio.Future[None] = loop.create_future()
+        # The first numbers of the entries whose bounds are settled, the last number in them, and how many of them Redis
+        # has. The first one is the event ``open`` alone.
+        self.starts, self.bounded, self.held = [1], 1, 0
+        # The producer's size when the last entry was cut.
+        self.cut_at = 0
+        self.renew_at = 0.0
+        # Whether somebody in this process has begun or ceased to watch since it was last told.
+        self.watched = False
+        # Nothing is sent before, after Redis has refused.
+        self.not_before = 0.0
+        self.refused = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether Redis has all events so far."""
+        return self.held == len(self.starts) and self.bounded == len(self.fragments)
+
+    def entry(self, place: int) -> tuple[int, bytes]:
+        """Return the first number of an entry, and what is in it."""
+        first = self.starts[place]
+        last = self.starts[place + 1] - 1 if place + 1 < len(self.starts) else self.bounded
+        return first, b"\n".join(self.fragments[first - 1 : last])
+
+    def cut(self) -> None:
+        """Settle the bounds of the next entry, unless one is on its way."""
+        if self.held < len(self.starts):
+            return
+        first = last = self.bounded + 1
+        size = len(self.fragments[first - 1])
+        while last < len(self.fragments) and size < _MAX_ENTRY:
+            size += len(self.fragments[last])
+            last += 1
+        self.starts.append(first)
+        self.bounded, self.cut_at = last, self.producer.size
+
+    def holds(self, tail: Any) -> bool:
+        """Take over what Redis has as the last entry; return whether it is one of this answer."""
+        fields: dict[bytes, bytes] = tail[1] or {}
+        try:
+            first = first_number(tail[0])
+        except ValueError:
+            return False
+        place = bisect_right(self.starts, first) - 1
+        if place < 0 or self.entry(place) != (first, fields.get(FIELD)):
+            return False
+        self.held = place + 1
+        return True
+
+    def stands_back(self, now: float) -> None:
+        """Leave Redis in peace for a while: longer each time."""
+        self.refused += 1
+        self.not_before = now + min(_LONGEST_PAUSE, 0.05 * 2**self.refused)
+
+
+class Writer:
+    """What brings the answers of this process into Redis."""
+
+    def __init__(self, server: Server, keys: Keys, lease: float) -> None:
+        self._server = server
+        self._keys = keys
+        self._lease = lease
+        self._client = server.client(connections=1, silence=max(PATIENCE, lease / 3))
+        self._backoff = ExponentialWithJitterBackoff(cap=min(_LONGEST_PAUSE, lease / 6), base=0.05)
+        self._task: asyncio.Task[NoReturn] | None = None
+        self._wake = asyncio.Event()
+        self._writings: dict[Name, _Writing] = {}
+        self._claims: list[_Writing] = []
+        # Those with news: for the next time, and at once.
+        self._news: set[_Writing] = set()
+        self._urgent: set[_Writing] = set()
+        self._flush_at = 0.0
+        self._connected = False
+        # Not at the first attempt: those who begin wait for that one.
+        self._away = False
+        self._refuses: RedisRefuses | None = None
+
+    # -- for producers --
+
+    async def claim(self, producer: Producer) -> bool:
+        """Take the name of an answer; return whether Redis was there to ask."""
+        if producer.name in self._writings:
+            raise AnswerInUse(_IN_USE)
+        if self._refuses is not None:
+            raise copy(self._refuses)
+        writing = self._writings[producer.name] = _Writing(producer, self._keys)
+        if producer.unattended is not None:
+            producer.log.on_attended = lambda: self._attended(writing)
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run(), name="ollama_async answers, writer")
+        if self._away:
+            return False
+        self._claims.append(writing)
+        self._wake.set()
+        await asyncio.wait({writing.claimed}, timeout=PATIENCE)
+        return writing.claimed.result() if writing.claimed.done() else False
+
+    def ring(self, producer: Producer) -> None:
+        """Take note of news; this runs for every token."""
+        writing = self._writings.get(producer.name)
+        if writing is None or writing.producer is not producer:
+            return
+        ended = producer.log.ended
+        if ended and writing.state is State.RUNNING:
+            writing.state = State.ENDING
+        if ended or len(writing.fragments) == 2 or producer.size - writing.cut_at > _MANY_BYTES:
+            self._urgent.add(writing)
+            self._wake.set()
+        else:
+            if not self._news:
+                self._wake.set()
+            self._news.add(writing)
+
+    def _attended(self, writing: _Writing) -> None:
+        writing.watched = True
+        writing.renew_at = 0.0
+        self._wake.set()
+
+    def producer(self, name: Name) -> Producer | None:
+        """Return the producer of a name, while its answer is not all in Redis."""
+        writing = self._writings.get(name)
+        return None if writing is None else writing.producer
+
+    def producers(self, owner: str) -> list[Producer]:
+        """Return the producers of an owner's answers."""
+        return [writing.producer for name, writing in self._writings.items() if name.owner == owner]
+
+    async def drain(self) -> None:
+        """Wait until Redis has all answers that have ended."""
+        ended = [writing.kept for writing in self._writings.values() if writing.producer.log.ended]
+        if ended:
+            await asyncio.wait(ended)
+
+    async def aclose(self) -> None:
+        """End the task and its connection."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.wait({task})
+        await self._client.aclose()
+        await self._client.connection_pool.disconnect()
+
+    # -- the task --
+
+    async def _run(self) -> NoReturn:
+        failures = 0
+        while True:
+            try:
+                await self._serve()
+            except Exception as exc:
+                # Whatever it is: a writer that had given up would leave logs without their ends.
+                failures = 1 if self._connected else failures + 1
+                self._lost(exc)
+            await asyncio.sleep(self._backoff.compute(failures))
+
+    def _lost(self, error: BaseException) -> None:
+        self._refuses = refusal(error)
+        if not self._away:
+            why = self._refuses or type(error).__name__
+            _log.warning("Redis is away (%s): answers are kept in this process until it is back", why)
+        if self._refuses is None and not isinstance(error, LOST):
+            _log.error("the writer of answers failed", exc_info=error)
+        self._connected, self._away = False, True
+        self._server.note_lost()
+        claims, self._claims = self._claims, []
+        for writing in claims:
+            if self._refuses is None:
+                self._settle_claim(writing, False)
+            else:
+                self._refuse_claim(writing, self._refuses)
+
+    async def _serve(self) -> NoReturn:
+        """Be connected, until that ends by an error."""
+        await self._server.check(self._client)
+        self._refuses = None
+        for writing in list(self._writings.values()):
+            if writing not in self._claims:
+                await self._repair(writing)
+        if self._away:
+            _log.info("Redis is back")
+        self._connected, self._away = True, False
+        while True:
+            self._wake.clear()
+            await self._take_claims()
+            await self._flush()
+            await self._renew()
+            await self._pause()
+
+    async def _pause(self) -> None:
+        """Wait for news, or for the next thing that is due."""
+        loop = asyncio.get_running_loop()
+        due = [max(self._flush_at, writing.not_before) for writing in self._news]
+        due += [writing.not_before for writing in self._urgent]
+        due += [writing.renew_at for writing in self._writings.values() if writing.state > State.UNCLAIMED]
+        timer = loop.call_at(min(due), self._wake.set) if due else None
+        try:
+            await self._wake.wait()
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    # -- to begin --
+
+    async def _take_claims(self) -> None:
+        claims = list(self._claims)
+        if not claims:
+            return
+        # Together, so that there is no log without an end to its life.
+        pipeline = self._client.pipeline(transaction=True)
+        for writing in claims:
+            self._open(pipeline, writing)
+        try:
+            replies = await pipeline.execute(raise_on_error=False)
+        except ResponseError as exc:
+            replies = [exc] * (2 * len(claims))
+        for writing, reply in zip(claims, replies[::2], strict=True):
+            error: Exception | None = reply if isinstance(reply, Exception) else None
+            if error is None or (refusal(error) is None and await self._is_mine(writing)):
+                error = await self._claimed(writing)
+            # Only now: if the connection is lost before, it is told so.
+            self._claims.remove(writing)
+            if error is None:
+                self._settle_claim(writing, True)
+            else:
+                self._refuse_claim(writing, refusal(error) or AnswerInUse(_IN_USE))
+
+    def _open(self, pipeline: Any, writing: _Writing) -> None:
+        first, data = writing.entry(0)
+        pipeline.xadd(writing.log, {FIELD: data}, id=entry_id(first))
+        pipeline.pexpire(writing.log, _ms(writing.producer.keep))
+
+    async def _is_mine(self, writing: _Writing) -> bool:
+        try:
+            found = await self._client.xrange(writing.log, min=entry_id(1), max=entry_id(1))
+        except ResponseError:
+            return False
+        return bool(found) and found[0][1].get(FIELD) == writing.entry(0)[1]
+
+    async def _claimed(self, writing: _Writing) -> RedisRefuses | None:
+        """Go on with an answer whose log has begun; return what Redis refuses besides."""
+        refused = await self._sign(writing)
+        if refused is not None:
+            await self._client.pipeline(transaction=False).delete(writing.log).execute(raise_on_error=False)
+            return refused
+        writing.held = 1
+        writing.state = State.ENDING if writing.producer.log.ended else State.RUNNING
+        self._urgent.add(writing)
+        return None
+
+    def _settle_claim(self, writing: _Writing, known: bool) -> None:
+        if not writing.claimed.done():
+            writing.claimed.set_result(known)
+
+    def _refuse_claim(self, writing: _Writing, error: Exception) -> None:
+        if writing.claimed.done():
+            # It has begun already, without being asked.
+            if isinstance(error, AnswerInUse):
+                self._supersede(writing)
+            else:
+                writing.stands_back(asyncio.get_running_loop().time())
+                self._urgent.add(writing)
+            return
+        self._drop(writing, State.SUPERSEDED)
+        writing.claimed.set_exception(error)
+
+    # -- to go on --
+
+    async def _flush(self) -> None:
+        now = asyncio.get_running_loop().time()
+        due = self._urgent
+        if self._news and now >= self._flush_at:
+            due = due | self._news
+            self._flush_at = now + _WINDOW
+        due = {writing for writing in due if writing.not_before <= now}
+        self._urgent -= due
+        self._news -= due
+        for writing in [each for each in due if each.state is State.UNCLAIMED]:
+            await self._rebuild(writing)
+            due.discard(writing)
+        sent = [writing for writing in due if not writing.complete]
+        if not sent:
+            await self._finish(due)
+            return
+        pipeline = self._client.pipeline(transaction=False)
+        for writing in sent:
+            writing.cut()
+            first, data = writing.entry(writing.held)
+            pipeline.xadd(writing.log, {FIELD: data}, id=entry_id(first), nomkstream=True)
+        replies = await pipeline.execute(raise_on_error=False)
+        for writing, reply in zip(sent, replies, strict=True):
+            if isinstance(reply, Exception):
+                await self._refused(writing, reply)
+            elif reply is None:
+                await self._rebuild(writing)
+            else:
+                writing.held += 1
+                writing.refused = 0
+                if writing.held < len(writing.starts):
+                    self._urgent.add(writing)
+                elif not writing.complete:
+                    self.ring(writing.producer)
+        await self._finish(due)
+
+    async def _refused(self, writing: _Writing, error: Exception) -> None:
+        if refusal(error) is None:
+            before = writing.held
+            await self._reconcile(writing)
+            if writing.state >= State.LOGGED or writing.held != before:
+                return
+        elif not writing.refused:
+            _log.warning("answer %s: %s", writing.producer.name.id, refusal(error))
+        writing.stands_back(asyncio.get_running_loop().time())
+        self._urgent.add(writing)
+
+    async def _finish(self, writings: set[_Writing]) -> None:
+        done = [each for each in writings if each.state is State.ENDING and each.complete]
+        if not done:
+            return
+        pipeline = self._client.pipeline(transaction=False)
+        for writing in done:
+            pipeline.pexpire(writing.log, _ms(writing.producer.keep))
+            self._list(pipeline, writing)
+            pipeline.delete(writing.run)
+        await pipeline.execute(raise_on_error=False)
+        for writing in done:
+            self._drop(writing, State.LOGGED)
+
+    # -- to be alive --
+
+    async def _sign(self, writing: _Writing) -> RedisRefuses | None:
+        """Have it known that there is a producer; return what Redis refuses."""
+        producer = writing.producer
+        pipeline = self._client.pipeline(transaction=False)
+        pipeline.set(writing.run, producer.nonce, px=_ms(self._lease))
+        self._list(pipeline, writing)
+        pipeline.zremrangebyscore(writing.index, "-inf", time.time() - producer.keep - 2 * self._lease - 60)
+        if producer.unattended is not None:
+            # Absence counts from when Redis was there to take note of presence.
+            pipeline.set(writing.seen, "1", px=_ms(producer.unattended), nx=True)
+        replies = await pipeline.execute(raise_on_error=False)
+        writing.renew_at = asyncio.get_running_loop().time() + self._interval(producer)
+        return next(filter(None, (refusal(reply) for reply in replies if isinstance(reply, Exception))), None)
+
+    def _interval(self, producer: Producer) -> float:
+        return min(self._lease, producer.unattended or self._lease) / 3
+
+    def _list(self, pipeline: Any, writing: _Writing) -> None:
+        pipeline.zadd(writing.index, {writing.producer.name.id: time.time()})
+        pipeline.pexpire(writing.index, _ms(writing.producer.keep + self._lease))
+
+    async def _renew(self) -> None:
+        now = asyncio.get_running_loop().time()
+        due = [each for each in self._writings.values() if each.state > State.UNCLAIMED and each.renew_at <= now]
+        if not due:
+            return
+        pipeline = self._client.pipeline(transaction=False)
+        for writing in due:
+            producer = writing.producer
+            pipeline.xlen(writing.log)
+            pipeline.pexpire(writing.log, _ms(producer.keep))
+            pipeline.set(writing.run, producer.nonce, px=_ms(self._lease))
+            self._list(pipeline, writing)
+            if producer.unattended is not None and (producer.log.viewers or writing.watched):
+                writing.watched = False
+                pipeline.set(writing.seen, "1", px=_ms(producer.unattended))
+            else:
+                pipeline.exists(writing.seen)
+        replies = await pipeline.execute(raise_on_error=False)
+        for place, writing in enumerate(due):
+            length, *_, seen = replies[6 * place : 6 * place + 6]
+            writing.renew_at = now + self._interval(writing.producer)
+            if length == 0:
+                await self._rebuild(writing)
+            elif length != writing.held:
+                await self._reconcile(writing)
+            elif seen == 0 and writing.producer.unattended is not None:
+                await self._unattended(writing)
+
+    async def _unattended(self, writing: _Writing) -> None:
+        producer = writing.producer
+        if producer.log.viewers or writing.watched or producer.log.ended:
+            return
+        # One of both finds the other: whoever comes sets it, too, and sees what was there.
+        if await self._client.set(writing.seen, "ended", px=_ms(producer.keep), nx=True):
+            producer.abort(UNATTENDED)
+
+    # -- after a loss --
+
+    async def _repair(self, writing: _Writing) -> None:
+        if writing.state is State.UNCLAIMED:
+            await self._rebuild(writing)
+            return
+        await self._reconcile(writing)
+        if writing.state < State.LOGGED:
+            await self._sign(writing)
+            self._urgent.add(writing)
+
+    async def _reconcile(self, writing: _Writing) -> None:
+        """Find out what Redis has of an answer."""
+        pipeline = self._client.pipeline(transaction=False)
+        pipeline.xrevrange(writing.log, count=1)
+        pipeline.xlen(writing.log)
+        tail, length = await pipeline.execute(raise_on_error=False)
+        if isinstance(tail, Exception):
+            # It is the key of something else, unless it is kept from us.
+            if refusal(tail) is None:
+                self._supersede(writing)
+        elif not tail:
+            await self._rebuild(writing)
+        elif not writing.holds(tail[0]):
+            self._supersede(writing)
+        elif length != writing.held:
+            # Redis has lost a part of it, and nobody noticed before it went on behind that.
+            await self._client.delete(writing.log)
+            await self._rebuild(writing)
+        else:
+            self._urgent.add(writing)
+
+    async def _rebuild(self, writing: _Writing) -> None:
+        """Begin the log of an answer, of which Redis has nothing."""
+        pipeline = self._client.pipeline(transaction=True)
+        self._open(pipeline, writing)
+        try:
+            reply = (await pipeline.execute(raise_on_error=False))[0]
+        except ResponseError as exc:
+            reply = exc
+        if isinstance(reply, Exception):
+            if refusal(reply) is not None:
+                writing.stands_back(asyncio.get_running_loop().time())
+                self._urgent.add(writing)
+                return
+            if not await self._is_mine(writing):
+                self._supersede(writing)
+                return
+        if await self._claimed(writing) is not None:
+            writing.stands_back(asyncio.get_running_loop().time())
+            self._urgent.add(writing)
+
+    def _supersede(self, writing: _Writing) -> None:
+        _log.warning("answer %s: another log has its place; it is ended", writing.producer.name.id)
+        self._drop(writing, State.SUPERSEDED)
+        writing.producer.supersede()
+
+    def _drop(self, writing: _Writing, state: State) -> None:
+        writing.state = state
+        if self._writings.get(writing.producer.name) is writing:
+            del self._writings[writing.producer.name]
+        self._urgent.discard(writing)
+        self._news.discard(writing)
+        if not writing.kept.done():
+            writing.kept.set_result(None)
+
+
+def _ms(seconds: float) -> int:
+    return max(1, int(seconds * 1000))
