@@ -106,6 +106,9 @@ def types(session: nox.Session) -> None:
     session.run("mypy", "--platform", "darwin")
     session.run("pyright", "--pythonplatform", "Windows")
     session.run("pyright", "--pythonplatform", "Darwin")
+    # Of the installed package, as its users' checkers see it, which the configuration of this project would hide.
+    with session.chdir(session.create_tmp()):
+        session.run("pyright", "--verifytypes", "ollama_async", "--ignoreexternal")
 
 
 @nox.session(python=OLDEST)

@@ -30,10 +30,8 @@ Each error that ends a stream has the partial answer in ``partial``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from collections.abc import Mapping
+from typing import Any
 
 # Word for word what ollama-python says: programs compare it.
 CONNECTION_ERROR_MESSAGE = (

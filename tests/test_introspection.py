@@ -10,9 +10,17 @@ from typing import Any
 import pytest
 
 import ollama_async
-from ollama_async import asgi, registry, testing
+from ollama_async import asgi, batch, durable, pool, registry, testing
 
-MODULES = {"ollama_async": ollama_async, "asgi": asgi, "registry": registry, "testing": testing}
+MODULES = {
+    "ollama_async": ollama_async,
+    "asgi": asgi,
+    "batch": batch,
+    "durable": durable,
+    "pool": pool,
+    "registry": registry,
+    "testing": testing,
+}
 
 
 def public() -> Iterator[Any]:

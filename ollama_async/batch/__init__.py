@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping
 from contextlib import aclosing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ollama_async._cancel import CancelToken
 from ollama_async._errors import RequestError
-from ollama_async.pool import Host, Pool
+from ollama_async.pool import Host, Kind, Pool
 
 from ._errors import BatchError, DiskError, HostsGone, InputRefused, OutputRefused
 from ._items import Item, Reader, Shape
@@ -17,12 +19,6 @@ from ._journal import Journal
 from ._parquet import write_parquet
 from ._records import Embedding, Form, can_pass
 from ._run import BatchProgress, BatchResult, Run
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping
-
-    from ollama_async._cancel import CancelToken
-    from ollama_async.pool import Kind
 
 __all__ = [
     "BatchError",

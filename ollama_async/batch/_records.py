@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import base64
 import struct
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from ollama_async._errors import OllamaError, ResponseError
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from ._items import Item
+from ._items import Item
 
 __all__ = ["Form", "can_pass"]
 

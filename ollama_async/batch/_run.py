@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ollama_async._cancel import CancelToken
 from ollama_async._errors import (
@@ -18,17 +19,12 @@ from ollama_async._errors import (
     ResponseError,
     StreamTruncated,
 )
+from ollama_async.pool import HostState, Pool, PoolStream
 
 from ._errors import BatchError, DiskError, HostsGone
+from ._items import Item
+from ._journal import Journal
 from ._records import Form, can_pass
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine
-
-    from ollama_async.pool import HostState, Pool, PoolStream
-
-    from ._items import Item
-    from ._journal import Journal
 
 __all__ = ["BatchProgress", "BatchResult", "Run"]
 

@@ -7,11 +7,14 @@ import copy
 import logging
 import time
 import weakref
+from collections.abc import Callable, Coroutine, Hashable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
+from ollama_async._call.stream import Stream
 from ollama_async._call.timeouts import Timeouts
-from ollama_async._cancel import CancelToken, in_loop, resolve
+from ollama_async._cancel import CancelToken, Registration, in_loop, resolve
+from ollama_async._client import AsyncClient
 from ollama_async._errors import (
     ConnectError,
     ConnectionBroken,
@@ -24,16 +27,7 @@ from ollama_async._errors import (
     StreamClosed,
 )
 
-from ._hosts import Queue, Server, Waiter, full_name
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Hashable
-
-    from ollama_async._call.stream import Stream
-    from ollama_async._cancel import Registration
-    from ollama_async._client import AsyncClient
-
-    from ._hosts import Outage
+from ._hosts import Outage, Queue, Server, Waiter, full_name
 
 __all__ = ["TIMEOUTS", "Call", "Calls", "Kind", "Lease"]
 

@@ -7,11 +7,8 @@ import itertools
 import random
 import time
 from collections import OrderedDict
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 
 __all__ = ["Host", "HostState", "Outage", "Queue", "Server", "Waiter", "full_name"]
 

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import Any, NoReturn, Protocol, Self, cast
 
 from ollama_async._cancel import CancelToken, in_loop
 from ollama_async._errors import RequestError
 
-if TYPE_CHECKING:
-    from collections.abc import Coroutine
-    from typing import Self
-
-    from ._calls import Kind
-    from ._pool import Pool
-    from ._stream import PoolStream
+from ._calls import Kind
+from ._stream import PoolStream
 
 __all__ = ["MapResult", "PoolMap", "as_call"]
+
+
+class Caller(Protocol):
+    """What makes the calls: a ``Pool``, which is made on this module."""
+
+    async def embed(self, **parameters: Any) -> Any:
+        """Embed texts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class PoolMap:
 
     def __init__(
         self,
-        pool: Pool,
+        pool: Caller,
         items: Iterable[Any] | AsyncIterable[Any],
         kind: Kind | None,
         defaults: dict[str, Any],

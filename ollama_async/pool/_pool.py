@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, overload
+from collections.abc import AsyncIterable, Callable, Coroutine, Hashable, Iterable, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self, Unpack, overload
+
+import httpx
 
 from ollama_async._call.timeouts import Timeouts
 from ollama_async._cancel import CancelToken, LiveObject
-from ollama_async._client import AsyncClient
+from ollama_async._client import AsyncClient, Messages, _ChatOptions, _GenerateOptions
 from ollama_async._errors import RequestError
+from ollama_async._model.types import ChatResponse, EmbedResponse, GenerateResponse
 
 from ._calls import TIMEOUTS, Call, Calls, Kind
 from ._hosts import Host, HostState, Server
 from ._map import PoolMap
 from ._stream import PoolStream, with_host
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Callable, Coroutine, Hashable, Iterable, Sequence
-    from types import TracebackType
-    from typing import Self, Unpack
-
-    import httpx
-
-    from ollama_async._client import Messages, _ChatOptions, _GenerateOptions
-    from ollama_async._model.types import ChatResponse, EmbedResponse, GenerateResponse
 
 __all__ = ["Pool"]
 

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import copy
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, cast
+from types import TracebackType
+from typing import Any, Generic, NoReturn, Self, TypeVar, cast
 
 import httpx
 
 from ollama_async._call.awaitable import Guarded
 from ollama_async._call.chunk import ChunkT
-from ollama_async._call.stream import Stream, Timing
+from ollama_async._call.stream import Outcome, Stream, Timing
+from ollama_async._cancel import CancelToken
+from ollama_async._client import AsyncClient
 from ollama_async._errors import AbortError, OllamaError, PhaseTimeout, StreamBusy, StreamClosed, StreamTruncated
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Generator
-    from types import TracebackType
-    from typing import Self
-
-    from ollama_async._call.stream import Outcome
-    from ollama_async._cancel import CancelToken
-    from ollama_async._client import AsyncClient
-
-    from ._calls import Call, Calls, Lease
+from ._calls import Call, Calls, Lease
 
 __all__ = ["PoolStream", "with_host"]
 
