@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeAlias, Unpack, overload
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeAlias, TypeVar, Unpack, overload
 
 from pydantic import BaseModel, ValidationError
 
@@ -31,6 +31,7 @@ from ._session import CallOptions, deferred, hide
 
 if TYPE_CHECKING:
     from ._model import systemone as systemone_types
+    from ._model.types import ParsedChatResponse, ParsedGenerateResponse
 else:
     systemone_types = Later("systemone")
 
@@ -41,13 +42,15 @@ KeepAlive: TypeAlias = float | str | timedelta | None
 ImageLike: TypeAlias = str | bytes | os.PathLike[str] | BinaryIO | Image | Dumpable
 
 
+ParsedT = TypeVar("ParsedT", bound=BaseModel)
+
+
 class _AnswerOptions(CallOptions, total=False):
     """What ``chat`` and ``generate`` have in common; described there."""
 
     think: bool | str | None
     logprobs: bool | None
     top_logprobs: int | None
-    format: Format
     options: OptionsLike
     keep_alive: KeepAlive
     truncate: bool | None
@@ -111,6 +114,29 @@ class AsyncClient(ModelManagement):
     # -- generating --
 
     @overload
+    def chat(  # pyright: ignore[reportOverlappingOverload]  (the narrower type is right for what is given)
+        self,
+        model: str,
+        messages: Messages = None,
+        *,
+        stream: Literal[True],
+        format: type[ParsedT],
+        until: Callable[[ChatResponse], object] | None = None,
+        **options: Unpack[_ChatOptions],
+    ) -> Stream[ParsedChatResponse[ParsedT]]: ...
+
+    @overload
+    def chat(
+        self,
+        model: str,
+        messages: Messages = None,
+        *,
+        stream: Literal[False] = False,
+        format: type[ParsedT],
+        **options: Unpack[_ChatOptions],
+    ) -> Coroutine[Any, Any, ParsedChatResponse[ParsedT]]: ...
+
+    @overload
     def chat(
         self,
         model: str,
@@ -118,6 +144,7 @@ class AsyncClient(ModelManagement):
         *,
         stream: Literal[True],
         until: Callable[[ChatResponse], object] | None = None,
+        format: Format = None,
         **options: Unpack[_ChatOptions],
     ) -> Stream[ChatResponse]: ...
 
@@ -128,6 +155,7 @@ class AsyncClient(ModelManagement):
         messages: Messages = None,
         *,
         stream: Literal[False] = False,
+        format: Format = None,
         **options: Unpack[_ChatOptions],
     ) -> Coroutine[Any, Any, ChatResponse]: ...
 
@@ -139,10 +167,12 @@ class AsyncClient(ModelManagement):
         *,
         stream: bool,
         until: Callable[[ChatResponse], object] | None = None,
+        format: Format = None,
         **options: Unpack[_ChatOptions],
     ) -> Coroutine[Any, Any, ChatResponse] | Stream[ChatResponse]: ...
 
-    @deferred(ChatMerge)
+    # For mypy a Stream of the narrower type is no Stream of the wider.
+    @deferred(ChatMerge)  # type: ignore[misc]
     def chat(
         self,
         model: str = "",
@@ -220,6 +250,31 @@ class AsyncClient(ModelManagement):
         return self._request(ChatResponse, "POST", "/api/chat", body, call, response_model=form)
 
     @overload
+    def generate(  # pyright: ignore[reportOverlappingOverload]  (the narrower type is right for what is given)
+        self,
+        model: str,
+        prompt: str | None = None,
+        suffix: str | None = None,
+        *,
+        stream: Literal[True],
+        format: type[ParsedT],
+        until: Callable[[GenerateResponse], object] | None = None,
+        **options: Unpack[_GenerateOptions],
+    ) -> Stream[ParsedGenerateResponse[ParsedT]]: ...
+
+    @overload
+    def generate(
+        self,
+        model: str,
+        prompt: str | None = None,
+        suffix: str | None = None,
+        *,
+        stream: Literal[False] = False,
+        format: type[ParsedT],
+        **options: Unpack[_GenerateOptions],
+    ) -> Coroutine[Any, Any, ParsedGenerateResponse[ParsedT]]: ...
+
+    @overload
     def generate(
         self,
         model: str,
@@ -228,6 +283,7 @@ class AsyncClient(ModelManagement):
         *,
         stream: Literal[True],
         until: Callable[[GenerateResponse], object] | None = None,
+        format: Format = None,
         **options: Unpack[_GenerateOptions],
     ) -> Stream[GenerateResponse]: ...
 
@@ -239,6 +295,7 @@ class AsyncClient(ModelManagement):
         suffix: str | None = None,
         *,
         stream: Literal[False] = False,
+        format: Format = None,
         **options: Unpack[_GenerateOptions],
     ) -> Coroutine[Any, Any, GenerateResponse]: ...
 
@@ -251,10 +308,12 @@ class AsyncClient(ModelManagement):
         *,
         stream: bool,
         until: Callable[[GenerateResponse], object] | None = None,
+        format: Format = None,
         **options: Unpack[_GenerateOptions],
     ) -> Coroutine[Any, Any, GenerateResponse] | Stream[GenerateResponse]: ...
 
-    @deferred(GenerateMerge)
+    # For mypy a Stream of the narrower type is no Stream of the wider.
+    @deferred(GenerateMerge)  # type: ignore[misc]
     def generate(
         self,
         model: str = "",

@@ -16,7 +16,20 @@ from ollama_async.testing import FakeOllama
 
 OPTIONS = {"chat": _ChatOptions, "generate": _GenerateOptions, "create": _CreateFromOptions}
 # They are in the signatures of the overloads, since they decide what a call returns, or come first.
-NAMED = {"self", "model", "messages", "prompt", "suffix", "stream", "until", "call", "files", "adapters", "from_"}
+NAMED = {
+    "self",
+    "model",
+    "messages",
+    "prompt",
+    "suffix",
+    "stream",
+    "until",
+    "call",
+    "files",
+    "adapters",
+    "from_",
+    "format",
+}
 METHODS = pytest.mark.parametrize("name", OPTIONS)
 GIVEN: dict[str, Any] = {
     "context": [1],
