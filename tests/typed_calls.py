@@ -56,7 +56,7 @@ async def parsed(client: AsyncClient) -> None:
     reply = await client.chat("m", "hi", format=City)
     assert_type(reply.parsed, City)
     assert_type(reply.text, str)
-    reply.parsed.nmae  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    reply.parsed.no_such_field  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
     assert_type((await client.generate("m", "hi", format=City)).parsed.name, str)
     assert_type((await client.chat("m", "hi", format=City, stream=True).collect()).parsed, City)
     async for chunk in client.generate("m", "hi", format=City, stream=True, think=False):
