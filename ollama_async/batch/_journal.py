@@ -7,9 +7,9 @@ Both are only appended to, a whole line at a ``write()``. What a process that wa
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
+import sys
 from typing import TYPE_CHECKING, Any, cast
 
 from ._errors import DiskError, OutputRefused
@@ -18,7 +18,23 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
+if sys.platform == "win32":
+    import msvcrt
+
+    def _take(lock: int) -> None:
+        msvcrt.locking(lock, msvcrt.LK_NBLCK, 1)
+
+else:
+    import fcntl
+
+    def _take(lock: int) -> None:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 __all__ = ["Journal", "encode_line", "records"]
+
+# Windows makes two bytes of a line end in a file that is not opened so.
+_BINARY: int = getattr(os, "O_BINARY", 0)
 
 
 def encode_line(record: Mapping[str, Any]) -> bytes:
@@ -52,7 +68,7 @@ class _Lines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _BINARY, 0o666)
         self._size = 0
         self._synced = True
         try:
@@ -67,7 +83,9 @@ class _Lines:
         self._size = end
         while self._size:
             begin = max(0, self._size - 65536)
-            block = os.pread(self._fd, self._size - begin, begin)
+            # What is written later goes to the end, wherever this leaves the place.
+            os.lseek(self._fd, begin, os.SEEK_SET)
+            block = os.read(self._fd, self._size - begin)
             last = block.rfind(b"\n")
             if last >= 0:
                 self._size = begin + last + 1
@@ -139,11 +157,11 @@ class Journal:
         path = self.path.with_name(self.path.name + ".lock")
         try:
             # It stays: a lock whose file is removed is one that two can have.
-            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | _BINARY, 0o666)
         except OSError as exc:
             raise OutputRefused(f"cannot write the output {self.path}: {exc.strerror}") from exc
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(lock)
         except OSError:
             os.close(lock)
             raise OutputRefused(f"another batch is writing {self.path}: wait for it, or name another output") from None

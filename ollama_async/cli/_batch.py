@@ -62,13 +62,16 @@ class _Stop:
         mine = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
         for number in mine:
             # It has the signal wake the loop, which may be just about to go to sleep; the handler is then replaced.
-            loop.add_signal_handler(number, lambda: None)
+            # The loop of Windows has none of this, and looks for signals by itself.
+            with contextlib.suppress(NotImplementedError):
+                loop.add_signal_handler(number, lambda: None)
             signal.signal(number, self._come)
         try:
             yield
         finally:
             for number in mine:
-                loop.remove_signal_handler(number)
+                with contextlib.suppress(NotImplementedError):
+                    loop.remove_signal_handler(number)
                 signal.signal(number, before[number])
 
 
