@@ -83,7 +83,7 @@ class AbortError(OllamaError):
         self.reason = reason
         self.partial = partial
         if isinstance(reason, BaseException):
-            self.__cause__ = reason
+            self.__cause__: BaseException | None = reason
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Its class sets the cause again.
@@ -144,7 +144,7 @@ class NoHost(ConnectError):
 
     def __init__(self, errors: Mapping[str, str]) -> None:
         super().__init__("; ".join(f"{url}: {error}" for url, error in errors.items()))
-        self.errors = dict(errors)
+        self.errors: dict[str, str] = dict(errors)
 
     def __str__(self) -> str:
         return f"no host can take the call: {self.detail}"

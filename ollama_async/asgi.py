@@ -782,8 +782,8 @@ class AnswerResponse(Response):
         self.heartbeat = heartbeat
         self.send_timeout = send_timeout
         self.status_code = 200
-        self.media_type = _MEDIA_TYPES[format]
-        self.background = None
+        self.media_type: str = _MEDIA_TYPES[format]
+        self.background: None = None
         self.init_headers({**_NEVER_STORED, **(headers or {})})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -34,12 +34,12 @@ class Log:
 
     def __init__(self) -> None:
         self.fragments: list[bytes] = []
-        self.ended = False
+        self.ended: bool = False
         # Why no more events come though the last one is not there; raised to its viewers once they have read all.
         self.failure: OllamaError | None = None
         # What tells the viewers of this process the end where that cannot be an event of the log.
         self.epilogue: bytes | None = None
-        self.viewers = 0
+        self.viewers: int = 0
         # Called when the first viewer has come and when the last one has gone.
         self.on_attended: Callable[[], object] | None = None
         # Which of the fragments are chunks that are kept whole.

@@ -100,9 +100,10 @@ class Producer(LiveObject):
     ) -> None:
         loop = asyncio.get_running_loop()
         self.name = name
-        self.keep, self.unattended = terms.keep, terms.unattended
-        self.nonce = secrets.token_hex(8)
-        self.log = Log()
+        self.keep: float = terms.keep
+        self.unattended: float | None = terms.unattended
+        self.nonce: str = secrets.token_hex(8)
+        self.log: Log = Log()
         self.log.append(
             named("open", {"id": name.id, "begun": time.time(), "unattended": terms.unattended, "nonce": self.nonce})
         )
@@ -113,9 +114,9 @@ class Producer(LiveObject):
         self._carrier = carrier
         self._terms = terms
         self._encoder = Encoder()
-        self.size = 0
+        self.size: int = 0
         self._superseded = False
-        self.task = loop.create_task(self._run(), name=f"ollama_async answer {name.id[:40]}")
+        self.task: asyncio.Task[None] = loop.create_task(self._run(), name=f"ollama_async answer {name.id[:40]}")
 
     def abort(self, reason: object) -> bool:
         """End the answer; its log gets an ``end``, and ``on_end`` is called, as ever."""

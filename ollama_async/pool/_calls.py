@@ -85,8 +85,8 @@ class Lease:
         self._calls = calls
         self._loop = asyncio.get_running_loop()
         self._given_back: dict[int, object] = {}
-        self.server = server
-        self.call = call
+        self.server: Server = server
+        self.call: Call = call
         self.stream: Callable[[], Stream[Any] | None] | None = None
         self.registration: Registration | None = None
 
@@ -120,8 +120,8 @@ class Calls:
     def __init__(self, clients: dict[str, AsyncClient], servers: list[Server], timeouts: Timeouts, patience: float):
         self.clients = clients
         self.servers = servers
-        self.queue = Queue(servers)
-        self.closing = CancelToken()
+        self.queue: Queue = Queue(servers)
+        self.closing: CancelToken = CancelToken()
         self._timeouts = timeouts
         self._patience = patience
         self._leases: set[Lease] = set()

@@ -74,10 +74,10 @@ class Outage:
     __slots__ = ("_failures", "kind", "probing", "until", "why")
 
     def __init__(self, kind: str) -> None:
-        self.kind = kind
-        self.probing = False
-        self.until = 0.0
-        self.why = ""
+        self.kind: str = kind
+        self.probing: bool = False
+        self.until: float = 0.0
+        self.why: str = ""
         self._failures = 0
 
     def add(self, why: str) -> None:
@@ -96,7 +96,7 @@ class Server:
         self.url = url
         self.slots = slots
         self.running = 0
-        self.given = None if models is None else frozenset(map(full_name, models))
+        self.given: frozenset[str] | None = None if models is None else frozenset(map(full_name, models))
         # None while it is not known, and for good where the server does not tell: it is then asked for any model.
         self.models: set[str] | None = None
         self.loaded: set[str] = set()
@@ -104,7 +104,8 @@ class Server:
         self.lacks: set[str] = set()
         # By model; under None what concerns all of them.
         self.outages: dict[str | None, Outage] = {}
-        self.looked_at = self.loaded_at = float("-inf")
+        self.looked_at: float = float("-inf")
+        self.loaded_at: float = self.looked_at
         self.looking = False
         # Whether it has been said that its slots are too many.
         self.warned = False
@@ -162,15 +163,15 @@ class Waiter:
     __slots__ = ("began", "gone", "group", "model", "order", "server", "sticky", "tried", "wake")
 
     def __init__(self, model: str, tried: frozenset[Server], sticky: Hashable | None) -> None:
-        self.model = model
-        self.tried = tried
-        self.sticky = sticky
-        self.began = time.monotonic()
+        self.model: str = model
+        self.tried: frozenset[Server] = tried
+        self.sticky: Hashable | None = sticky
+        self.began: float = time.monotonic()
         self.order: tuple[float, float, int] = (0, 0, 0)
         self.group: _Group | None = None
         # The host that it was given.
         self.server: Server | None = None
-        self.gone = False
+        self.gone: bool = False
         # Called when it was given a host, and when there is none for it.
         self.wake: Callable[[], object] = _nothing
 
@@ -184,7 +185,7 @@ class _Group:
 
     def __init__(self) -> None:
         self.heap: list[tuple[tuple[float, float, int], Waiter]] = []
-        self.waiting = 0
+        self.waiting: int = 0
         # Since when none of its hosts is in service.
         self.out_since: float | None = None
 

@@ -71,7 +71,7 @@ class PoolMap:
         self._concurrency = concurrency
         self._given = token
         # What ends the calls of this map, and nothing else.
-        self.token = CancelToken() if token is None else token.child()
+        self.token: CancelToken = CancelToken() if token is None else token.child()
         self._source = enumerate_items(items)
         self._reading = asyncio.Lock()
         self._read_all = False
