@@ -358,6 +358,20 @@ async def test_redis_loses_a_tail_and_no_connection_breaks(site: Site) -> None:
     check_whole(await rest_of(await attach(there)), "".join(words(200)))
 
 
+async def test_redis_is_emptied_and_no_connection_breaks(site: Site) -> None:
+    here, there = await site.process(), await site.process()
+    await site.begin(here, reply=telling(400, 0.005))
+    seen = list[Event]()
+    watching = asyncio.create_task(watch(there, seen))
+    await until(lambda: len(seen) > 50, "events")
+    site.redis.ask("FLUSHALL")
+    await until(lambda: site.redis.ask("EXISTS", LOG), "the log again")
+    assert site.redis.ask("XRANGE", LOG, "-", "+", "COUNT", "1")[0][0] == "1-0"
+    check_whole(await rest_of(await attach(await site.process())), "".join(words(400)))
+    await watching
+    check_whole(seen, "".join(words(400)))
+
+
 async def test_begun_while_redis_is_away(site: Site) -> None:
     here, there = await site.process(), await site.process()
     site.redis.kill()
