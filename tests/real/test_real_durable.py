@@ -453,7 +453,8 @@ async def test_nobody_watches_in_any_process(site: Site) -> None:
         async with asyncio.timeout(BOUND):
             begun = time.monotonic()
             while time.monotonic() - begun < 2:
-                await viewer.read()
+                assert await viewer.read()
+        assert site.results == []
     await asyncio.wait_for(answer.wait(), BOUND)
     assert (site.results[0].outcome, site.results[0].reason) == ("aborted", UNATTENDED)
     assert (await rest_of(await attach(there)))[-1].data["reason"] == UNATTENDED
