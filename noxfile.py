@@ -106,6 +106,12 @@ def types(session: nox.Session) -> None:
     session.run("mypy", "--platform", "darwin")
     session.run("pyright", "--pythonplatform", "Windows")
     session.run("pyright", "--pythonplatform", "Darwin")
+    # As a user's checker sees the installed package, which the configuration of this project would hide.
+    folder = Path(session.create_tmp(), "snippets")
+    session.run("python", "tests/snippets.py", str(folder))
+    with session.chdir(folder):
+        session.run("pyright", "--verifytypes", "ollama_async", "--ignoreexternal")
+        session.run("pyright")
 
 
 @nox.session(python=OLDEST)

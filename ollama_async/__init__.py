@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         ConnectError,
         ConnectionBroken,
         HostError,
+        NoHost,
         NotFoundError,
         OllamaError,
         ParseError,
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
         ToolCall,
     )
     from ._wire.transport import DirectTransport
+    from .pool import Host, HostState, MapResult, Pool, PoolStream
 
 __all__ = [
     "AbortError",
@@ -97,21 +99,27 @@ __all__ = [
     "EmbedResponse",
     "EmbeddingsResponse",
     "GenerateResponse",
+    "Host",
     "HostError",
+    "HostState",
     "Image",
     "ListResponse",
     "ListedModel",
     "LoadedModel",
     "Logprob",
+    "MapResult",
     "Message",
     "ModelDetails",
     "ModelRecommendation",
+    "NoHost",
     "NotFoundError",
     "OllamaError",
     "Options",
     "ParseError",
     "PermissionDeniedError",
     "PhaseTimeout",
+    "Pool",
+    "PoolStream",
     "ProcessResponse",
     "Progress",
     "ProgressResponse",
@@ -178,6 +186,10 @@ if not TYPE_CHECKING:
             from ._model import manage_types, systemone  # noqa: F401
 
             _publish()
+        if name not in globals():
+            from . import pool
+
+            globals().update({public: vars(pool)[public] for public in pool.__all__ if public in __all__})
         return globals()[name]
 
 

@@ -15,18 +15,15 @@ import math
 import sys
 import threading
 import time
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import Any, NoReturn, Self, SupportsIndex, cast
 
 import anyio
 
 from ._errors import AbortError, RequestError, shown
 from ._secret import showable
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Generator, Sequence
-    from typing import Self, SupportsIndex
 
 # Thirty years: a later deadline is no deadline.
 _ENDLESS = 1e9

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Unpack, overload
+import os
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeAlias, TypeVar, Unpack, overload
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
+from ._call.stream import Stream
 from ._errors import ProtocolError, RequestError
 from ._manage import ModelManagement
+from ._model import Later
 from ._model.input import (
     Image,
     checked_stream,
@@ -19,28 +24,25 @@ from ._model.input import (
     model_name,
 )
 from ._model.merge import ChatMerge, GenerateMerge
+from ._model.options import Options
 from ._model.tools import encode_tools
-from ._model.types import ChatResponse, EmbeddingsResponse, EmbedResponse, GenerateResponse, Message, plain
+from ._model.types import ChatResponse, Dumpable, EmbeddingsResponse, EmbedResponse, GenerateResponse, Message, plain
 from ._session import CallOptions, deferred, hide
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Callable, Coroutine, Mapping, Sequence
-    from datetime import timedelta
-    from typing import BinaryIO
+    from ._model import systemone as systemone_types
+    from ._model.types import ParsedChatResponse, ParsedGenerateResponse
+else:
+    systemone_types = Later("systemone")
 
-    from pydantic import BaseModel
+Messages: TypeAlias = str | Sequence[Mapping[str, Any] | Message | Dumpable] | None
+OptionsLike: TypeAlias = Mapping[str, Any] | Options | Dumpable | None
+Format: TypeAlias = str | Mapping[str, Any] | Dumpable | type[BaseModel] | None
+KeepAlive: TypeAlias = float | str | timedelta | None
+ImageLike: TypeAlias = str | bytes | os.PathLike[str] | BinaryIO | Image | Dumpable
 
-    from ._call.stream import Stream
-    from ._model.options import Options
-    from ._model.systemone import SystemOneContent, SystemOneQuestion, SystemOneResponse
-    from ._model.types import Dumpable
 
-    Messages: TypeAlias = str | Sequence[Mapping[str, Any] | Message | Dumpable] | None
-    OptionsLike: TypeAlias = Mapping[str, Any] | Options | Dumpable | None
-    Format: TypeAlias = str | Mapping[str, Any] | Dumpable | type[BaseModel] | None
-    KeepAlive: TypeAlias = float | str | timedelta | None
-    ImageLike: TypeAlias = str | bytes | os.PathLike[str] | BinaryIO | Image | Dumpable
+ParsedT = TypeVar("ParsedT", bound=BaseModel)
 
 
 class _AnswerOptions(CallOptions, total=False):
@@ -49,7 +51,6 @@ class _AnswerOptions(CallOptions, total=False):
     think: bool | str | None
     logprobs: bool | None
     top_logprobs: int | None
-    format: Format
     options: OptionsLike
     keep_alive: KeepAlive
     truncate: bool | None
@@ -113,6 +114,29 @@ class AsyncClient(ModelManagement):
     # -- generating --
 
     @overload
+    def chat(  # pyright: ignore[reportOverlappingOverload]  (the narrower type is right for what is given)
+        self,
+        model: str,
+        messages: Messages = None,
+        *,
+        stream: Literal[True],
+        format: type[ParsedT],
+        until: Callable[[ChatResponse], object] | None = None,
+        **options: Unpack[_ChatOptions],
+    ) -> Stream[ParsedChatResponse[ParsedT]]: ...
+
+    @overload
+    def chat(
+        self,
+        model: str,
+        messages: Messages = None,
+        *,
+        stream: Literal[False] = False,
+        format: type[ParsedT],
+        **options: Unpack[_ChatOptions],
+    ) -> Coroutine[Any, Any, ParsedChatResponse[ParsedT]]: ...
+
+    @overload
     def chat(
         self,
         model: str,
@@ -120,6 +144,7 @@ class AsyncClient(ModelManagement):
         *,
         stream: Literal[True],
         until: Callable[[ChatResponse], object] | None = None,
+        format: Format = None,
         **options: Unpack[_ChatOptions],
     ) -> Stream[ChatResponse]: ...
 
@@ -130,6 +155,7 @@ class AsyncClient(ModelManagement):
         messages: Messages = None,
         *,
         stream: Literal[False] = False,
+        format: Format = None,
         **options: Unpack[_ChatOptions],
     ) -> Coroutine[Any, Any, ChatResponse]: ...
 
@@ -141,10 +167,12 @@ class AsyncClient(ModelManagement):
         *,
         stream: bool,
         until: Callable[[ChatResponse], object] | None = None,
+        format: Format = None,
         **options: Unpack[_ChatOptions],
     ) -> Coroutine[Any, Any, ChatResponse] | Stream[ChatResponse]: ...
 
-    @deferred(ChatMerge)
+    # For mypy a Stream of the narrower type is no Stream of the wider.
+    @deferred(ChatMerge)  # type: ignore[misc]
     def chat(
         self,
         model: str = "",
@@ -222,6 +250,31 @@ class AsyncClient(ModelManagement):
         return self._request(ChatResponse, "POST", "/api/chat", body, call, response_model=form)
 
     @overload
+    def generate(  # pyright: ignore[reportOverlappingOverload]  (the narrower type is right for what is given)
+        self,
+        model: str,
+        prompt: str | None = None,
+        suffix: str | None = None,
+        *,
+        stream: Literal[True],
+        format: type[ParsedT],
+        until: Callable[[GenerateResponse], object] | None = None,
+        **options: Unpack[_GenerateOptions],
+    ) -> Stream[ParsedGenerateResponse[ParsedT]]: ...
+
+    @overload
+    def generate(
+        self,
+        model: str,
+        prompt: str | None = None,
+        suffix: str | None = None,
+        *,
+        stream: Literal[False] = False,
+        format: type[ParsedT],
+        **options: Unpack[_GenerateOptions],
+    ) -> Coroutine[Any, Any, ParsedGenerateResponse[ParsedT]]: ...
+
+    @overload
     def generate(
         self,
         model: str,
@@ -230,6 +283,7 @@ class AsyncClient(ModelManagement):
         *,
         stream: Literal[True],
         until: Callable[[GenerateResponse], object] | None = None,
+        format: Format = None,
         **options: Unpack[_GenerateOptions],
     ) -> Stream[GenerateResponse]: ...
 
@@ -241,6 +295,7 @@ class AsyncClient(ModelManagement):
         suffix: str | None = None,
         *,
         stream: Literal[False] = False,
+        format: Format = None,
         **options: Unpack[_GenerateOptions],
     ) -> Coroutine[Any, Any, GenerateResponse]: ...
 
@@ -253,10 +308,12 @@ class AsyncClient(ModelManagement):
         *,
         stream: bool,
         until: Callable[[GenerateResponse], object] | None = None,
+        format: Format = None,
         **options: Unpack[_GenerateOptions],
     ) -> Coroutine[Any, Any, GenerateResponse] | Stream[GenerateResponse]: ...
 
-    @deferred(GenerateMerge)
+    # For mypy a Stream of the narrower type is no Stream of the wider.
+    @deferred(GenerateMerge)  # type: ignore[misc]
     def generate(
         self,
         model: str = "",
@@ -460,11 +517,11 @@ class AsyncClient(ModelManagement):
     async def systemone(
         self,
         model: str,
-        state: SystemOneContent,
-        questions: Mapping[str, SystemOneQuestion | Mapping[str, Any] | Dumpable],
+        state: systemone_types.SystemOneContent,
+        questions: Mapping[str, systemone_types.SystemOneQuestion | Mapping[str, Any] | Dumpable],
         keep_alive: KeepAlive = None,
         **call: Unpack[CallOptions],
-    ) -> SystemOneResponse:
+    ) -> systemone_types.SystemOneResponse:
         """Have a System One model answer questions by a choice, a yes or no, or a score.
 
         Args:
@@ -483,16 +540,14 @@ class AsyncClient(ModelManagement):
         """
         hide(call)
         # Not at the top: see the package's __getattr__.
-        from ._model.systemone import SystemOneRequest, SystemOneResponse
-
         try:
             given = {"model": model_name(model), "state": plain(state), "questions": plain(questions)}
-            request = SystemOneRequest.model_validate({**given, **encoded(keep_alive=keep_alive)})
+            request = systemone_types.SystemOneRequest.model_validate({**given, **encoded(keep_alive=keep_alive)})
         except ValidationError as exc:
             raise RequestError(f"systemone: {first_error(exc)}") from exc
         # Of a choice without a description the null says that its name describes it.
         body = request.model_dump(exclude_none=True)
-        return await self._request(SystemOneResponse, "POST", "/v1/systemone", body, call)
+        return await self._request(systemone_types.SystemOneResponse, "POST", "/v1/systemone", body, call)
 
 
 def _only_for_streams(until: object) -> None:

@@ -7,6 +7,7 @@
     ├── RequestError          the request cannot be sent as given (also a ValueError)
     │   └── HostError         the host is not a usable address
     ├── ConnectError          no connection to the server (also a builtin ConnectionError)
+    │   └── NoHost                no host of a pool could take the call
     ├── ConnectionBroken      the connection was lost before the answer was complete
     ├── PhaseTimeout          one of the Timeouts passed (also a builtin TimeoutError)
     ├── ProtocolError         the answer is not what an Ollama server sends
@@ -29,6 +30,7 @@ Each error that ends a stream has the partial answer in ``partial``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 # Word for word what ollama-python says: programs compare it.
@@ -115,7 +117,37 @@ class ConnectError(OllamaError, ConnectionError):
         self.detail = detail
 
     def __str__(self) -> str:
-        return f"{CONNECTION_ERROR_MESSAGE} ({self.detail})" if self.detail else CONNECTION_ERROR_MESSAGE
+        return _DetailedText(f"{CONNECTION_ERROR_MESSAGE} ({self.detail})" if self.detail else CONNECTION_ERROR_MESSAGE)
+
+
+class _DetailedText(str):
+    """A text that says more than ollama-python's, and is equal to that: programs (its own tests, too) compare it."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return other == CONNECTION_ERROR_MESSAGE or super().__eq__(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(CONNECTION_ERROR_MESSAGE)
+
+
+class NoHost(ConnectError):
+    """No host of a ``Pool`` could take the call.
+
+    Attributes:
+        errors: What went wrong at each host, by its URL.
+    """
+
+    def __init__(self, errors: Mapping[str, str]) -> None:
+        super().__init__("; ".join(f"{url}: {error}" for url, error in errors.items()))
+        self.errors = dict(errors)
+
+    def __str__(self) -> str:
+        return f"no host can take the call: {self.detail}"
 
 
 class ConnectionBroken(OllamaError):

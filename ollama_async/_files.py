@@ -6,11 +6,11 @@ import asyncio
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Unpack, cast
+from typing import Any, NamedTuple, Unpack, cast
 
 import anyio
 import anyio.to_thread
@@ -23,9 +23,6 @@ from ._model.progress import Meter, ProgressResponse
 from ._regular import RegularFile
 from ._secret import Secret
 from ._session import CallOptions, Session, check_call, given_headers, hide
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
 
 _DIGEST = re.compile("sha256[:-][0-9a-fA-F]{64}")
 

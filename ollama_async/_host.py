@@ -19,7 +19,7 @@ _DEFAULT_PORT = {"http": 80, "https": 443}
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
 
 
-class Host(NamedTuple):
+class ServerAddress(NamedTuple):
     """A server's address.
 
     Attributes:
@@ -33,10 +33,10 @@ class Host(NamedTuple):
     credentials: str | None
 
     def __repr__(self) -> str:
-        return f"<Host {self.url}>"
+        return f"<ServerAddress {self.url}>"
 
 
-def parse_host(given: str | None) -> Host:
+def parse_host(given: str | None) -> ServerAddress:
     """Read an address in the form of ``OLLAMA_HOST``.
 
     Scheme, port and path may be left out: the defaults are ``http``, 11434 and no path; with a scheme, the port is that
@@ -67,7 +67,7 @@ def parse_host(given: str | None) -> Host:
         _ = httpx.URL(url).host
     except (httpx.InvalidURL, UnicodeError) as exc:
         raise HostError(f"invalid host {address!r}: {exc}") from exc
-    return Host(url, name, credentials.value)
+    return ServerAddress(url, name, credentials.value)
 
 
 def _taken_apart(given: Secret[str | None]) -> tuple[str | None, str, str, Secret[str | None]]:
@@ -170,32 +170,79 @@ def is_loopback(name: str) -> bool:
         return False
 
 
-def env_proxy(host: Host, *, even_local: bool = False) -> str | None:
+def env_proxy(host: ServerAddress, *, even_local: bool = False) -> str | None:
     """Return the proxy that the environment names for a host; none for this machine unless ``even_local``."""
-    if is_loopback(host.name) and not even_local:
-        return None
-    url = httpx.URL(host.url)
-    proxies = urllib.request.getproxies_environment()
-    proxy = proxies.get(url.scheme) or proxies.get("all")
-    # With the port, which NO_PROXY may name.
-    port = _DEFAULT_PORT[url.scheme] if url.port is None else url.port
-    if not proxy or _bypassed(f"{host.name}:{port}", proxies):
-        return None
-    return proxy if "://" in proxy else f"http://{proxy}"
+    return EnvironmentProxies(even_local=even_local).for_url(httpx.URL(host.url))
 
 
-def _bypassed(address: str, proxies: dict[str, str]) -> bool:
-    # In the standard library since 3.4, but not in its type stubs.
-    return bool(urllib.request.proxy_bypass_environment(address, proxies))  # type: ignore[attr-defined]
+class EnvironmentProxies:
+    """The proxies that the environment names, as it is when this is made; false if it names none.
+
+    ``NO_PROXY`` is read as Go and curl read it: names (with their subdomains), ``*.name`` and ``.name`` (the subdomains
+    alone), addresses, networks such as ``10.0.0.0/8``, each with a port if wanted, and ``*``.
+
+    Args:
+        even_local: Whether a server on this machine is reached through a proxy, too.
+    """
+
+    def __init__(self, *, even_local: bool = False) -> None:
+        self._proxies = urllib.request.getproxies_environment()
+        self._even_local = even_local
+        self._spared = [entry.strip() for entry in self._proxies.pop("no", "").split(",") if entry.strip()]
+
+    def __bool__(self) -> bool:
+        return bool(self._proxies)
+
+    @property
+    def urls(self) -> list[str]:
+        """The proxies, each once."""
+        return [proxy if "://" in proxy else f"http://{proxy}" for proxy in dict.fromkeys(self._proxies.values())]
+
+    def for_url(self, url: httpx.URL) -> str | None:
+        """Return the proxy for a URL, ``None`` for none."""
+        name = url.raw_host.decode("ascii")
+        proxy = self._proxies.get(url.scheme) or self._proxies.get("all")
+        if not proxy or (is_loopback(name) and not self._even_local):
+            return None
+        port = _DEFAULT_PORT.get(url.scheme) if url.port is None else url.port
+        if any(_spares(entry, name, port) for entry in self._spared):
+            return None
+        return proxy if "://" in proxy else f"http://{proxy}"
 
 
-def env_api_key(host: Host, *, anywhere: bool = False) -> str | None:
+def _spares(entry: str, name: str, port: int | None) -> bool:
+    """Whether an entry of ``NO_PROXY`` names a host and its port."""
+    if entry == "*":
+        return True
+    if "/" in entry:
+        return _in_network(name, entry)
+    host, colon, wanted = entry.rpartition(":")
+    # Not the last part of an IPv6 address without brackets.
+    if colon and wanted.isdecimal() and (":" not in host or host.endswith("]")):
+        if int(wanted) != port:
+            return False
+        entry = host
+    entry = entry.strip("[]").lower()
+    if _is_address(entry):
+        return _is_address(name) and ipaddress.ip_address(name) == ipaddress.ip_address(entry)
+    entry = entry.removeprefix("*")
+    return name.lower().endswith(entry if entry.startswith(".") else f".{entry}") or name.lower() == entry
+
+
+def _in_network(name: str, network: str) -> bool:
+    try:
+        return ipaddress.ip_address(name) in ipaddress.ip_network(network, strict=False)
+    except ValueError:
+        return False
+
+
+def env_api_key(host: ServerAddress, *, anywhere: bool = False) -> str | None:
     """Return ``OLLAMA_API_KEY`` if the host is ollama.com over TLS; for any other host only if ``anywhere``."""
     if not anywhere and not is_ollama_com(host):
         return None
     return os.environ.get("OLLAMA_API_KEY", "").strip() or None
 
 
-def is_ollama_com(host: Host) -> bool:
+def is_ollama_com(host: ServerAddress) -> bool:
     """Whether a host is ollama.com over TLS."""
     return host.url.startswith("https://") and (host.name == "ollama.com" or host.name.endswith(".ollama.com"))

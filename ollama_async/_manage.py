@@ -5,10 +5,16 @@ What they answer is imported by the call that wants it: see ``_manage_types``.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, cast, overload
 
+from pydantic import BaseModel
+
+from ._call.stream import Stream
 from ._errors import ProtocolError, RequestError
 from ._files import FileTransfer
+from ._model import Later
 from ._model.input import (
     checked,
     checked_stream,
@@ -21,29 +27,15 @@ from ._model.input import (
 )
 from ._model.merge import ProgressMerge
 from ._model.progress import ProgressResponse
+from ._model.types import Message, StatusResponse
 from ._session import CallOptions, deferred, hide
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Callable, Coroutine, Mapping, Sequence
+    from ._model import manage_types
+else:
+    manage_types = Later("manage_types")
 
-    from pydantic import BaseModel
-
-    from ._call.stream import Stream
-    from ._model.manage_types import (
-        CloudStatusResponse,
-        ListResponse,
-        ProcessResponse,
-        RecommendationsResponse,
-        ShowResponse,
-        UserResponse,
-        VersionResponse,
-        WebFetchResponse,
-        WebSearchResponse,
-    )
-    from ._model.types import Message, StatusResponse
-
-WebT = TypeVar("WebT", "WebSearchResponse", "WebFetchResponse")
+WebT = TypeVar("WebT", "manage_types.WebSearchResponse", "manage_types.WebFetchResponse")
 
 
 class _CreateOptions(CallOptions, total=False):
@@ -74,7 +66,7 @@ _CREATE_FROM = set(_CreateFromOptions.__optional_keys__)
 class ModelManagement(FileTransfer):
     """Lists, shows, makes, copies and deletes models; moves files and models."""
 
-    async def list(self, **call: Unpack[CallOptions]) -> ListResponse:
+    async def list(self, **call: Unpack[CallOptions]) -> manage_types.ListResponse:
         """Return the models that the server has.
 
         Raises:
@@ -85,11 +77,9 @@ class ModelManagement(FileTransfer):
         Server: ``GET /api/tags``
         """
         hide(call)
-        from ._model.manage_types import ListResponse
+        return await self._request(manage_types.ListResponse, "GET", "/api/tags", None, call)
 
-        return await self._request(ListResponse, "GET", "/api/tags", None, call)
-
-    async def ps(self, **call: Unpack[CallOptions]) -> ProcessResponse:
+    async def ps(self, **call: Unpack[CallOptions]) -> manage_types.ProcessResponse:
         """Return the models that are loaded.
 
         Raises:
@@ -100,11 +90,9 @@ class ModelManagement(FileTransfer):
         Server: ``GET /api/ps``
         """
         hide(call)
-        from ._model.manage_types import ProcessResponse
+        return await self._request(manage_types.ProcessResponse, "GET", "/api/ps", None, call)
 
-        return await self._request(ProcessResponse, "GET", "/api/ps", None, call)
-
-    async def version(self, **call: Unpack[CallOptions]) -> VersionResponse:
+    async def version(self, **call: Unpack[CallOptions]) -> manage_types.VersionResponse:
         """Return the server's version.
 
         Raises:
@@ -115,11 +103,9 @@ class ModelManagement(FileTransfer):
         Server: ``GET /api/version``
         """
         hide(call)
-        from ._model.manage_types import VersionResponse
+        return await self._request(manage_types.VersionResponse, "GET", "/api/version", None, call)
 
-        return await self._request(VersionResponse, "GET", "/api/version", None, call)
-
-    async def status(self, **call: Unpack[CallOptions]) -> CloudStatusResponse:
+    async def status(self, **call: Unpack[CallOptions]) -> manage_types.CloudStatusResponse:
         """Return whether the server uses models in the cloud.
 
         Raises:
@@ -130,11 +116,9 @@ class ModelManagement(FileTransfer):
         Server: ``GET /api/status``
         """
         hide(call)
-        from ._model.manage_types import CloudStatusResponse
+        return await self._request(manage_types.CloudStatusResponse, "GET", "/api/status", None, call)
 
-        return await self._request(CloudStatusResponse, "GET", "/api/status", None, call)
-
-    async def recommendations(self, **call: Unpack[CallOptions]) -> RecommendationsResponse:
+    async def recommendations(self, **call: Unpack[CallOptions]) -> manage_types.RecommendationsResponse:
         """Return the models that the server recommends.
 
         Raises:
@@ -145,12 +129,10 @@ class ModelManagement(FileTransfer):
         Server: ``GET /api/experimental/model-recommendations``
         """
         hide(call)
-        from ._model.manage_types import RecommendationsResponse
-
         path = "/api/experimental/model-recommendations"
-        return await self._request(RecommendationsResponse, "GET", path, None, call)
+        return await self._request(manage_types.RecommendationsResponse, "GET", path, None, call)
 
-    async def whoami(self, **call: Unpack[CallOptions]) -> UserResponse:
+    async def whoami(self, **call: Unpack[CallOptions]) -> manage_types.UserResponse:
         """Return the account at ollama.com that the server is signed in to.
 
         Raises:
@@ -162,9 +144,7 @@ class ModelManagement(FileTransfer):
         Server: ``POST /api/me``
         """
         hide(call)
-        from ._model.manage_types import UserResponse
-
-        return await self._request(UserResponse, "POST", "/api/me", None, call)
+        return await self._request(manage_types.UserResponse, "POST", "/api/me", None, call)
 
     async def signout(self, **call: Unpack[CallOptions]) -> StatusResponse:
         """Sign the server out of its account at ollama.com.
@@ -189,7 +169,7 @@ class ModelManagement(FileTransfer):
         template: str | None = None,
         options: Mapping[str, Any] | BaseModel | None = None,
         **call: Unpack[CallOptions],
-    ) -> ShowResponse:
+    ) -> manage_types.ShowResponse:
         """Return what the server knows of a model.
 
         Args:
@@ -208,11 +188,9 @@ class ModelManagement(FileTransfer):
         Server: ``POST /api/show``
         """
         hide(call)
-        from ._model.manage_types import ShowResponse
-
         given = encoded(options=options, verbose=verbose, system=system, template=template)
         body = {"model": model_name(model), **given}
-        return await self._request(ShowResponse, "POST", "/api/show", body, call)
+        return await self._request(manage_types.ShowResponse, "POST", "/api/show", body, call)
 
     async def copy(self, source: str, destination: str, **call: Unpack[CallOptions]) -> StatusResponse:
         """Give a model a second name.
@@ -554,7 +532,7 @@ class ModelManagement(FileTransfer):
 
     async def web_search(
         self, query: str, max_results: int = 3, *, via_server: bool = False, **call: Unpack[CallOptions]
-    ) -> WebSearchResponse:
+    ) -> manage_types.WebSearchResponse:
         """Search the web with ollama.com.
 
         Args:
@@ -573,12 +551,12 @@ class ModelManagement(FileTransfer):
         Server: ``POST https://ollama.com/api/web_search``, ``POST /api/experimental/web_search``
         """
         hide(call)
-        from ._model.manage_types import WebSearchResponse
-
         body = {"query": _required(query, "query"), **checked("number", max_results=max_results)}
-        return await self._web(WebSearchResponse, "search", body, call, via_server=via_server)
+        return await self._web(manage_types.WebSearchResponse, "search", body, call, via_server=via_server)
 
-    async def web_fetch(self, url: str, *, via_server: bool = False, **call: Unpack[CallOptions]) -> WebFetchResponse:
+    async def web_fetch(
+        self, url: str, *, via_server: bool = False, **call: Unpack[CallOptions]
+    ) -> manage_types.WebFetchResponse:
         """Read a web page with ollama.com.
 
         The key is the ``Authorization`` of the call's headers, else ``OLLAMA_API_KEY``, else the ``Authorization`` of
@@ -599,9 +577,9 @@ class ModelManagement(FileTransfer):
         Server: ``POST https://ollama.com/api/web_fetch``, ``POST /api/experimental/web_fetch``
         """
         hide(call)
-        from ._model.manage_types import WebFetchResponse
-
-        return await self._web(WebFetchResponse, "fetch", {"url": _required(url, "url")}, call, via_server=via_server)
+        return await self._web(
+            manage_types.WebFetchResponse, "fetch", {"url": _required(url, "url")}, call, via_server=via_server
+        )
 
     async def _web(
         self, model: type[WebT], what: str, body: dict[str, Any], call: CallOptions, *, via_server: bool

@@ -7,6 +7,7 @@ import inspect
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager, suppress
 from functools import wraps
@@ -27,15 +28,15 @@ from ._call.stream import Stream
 from ._call.timeouts import DEFAULT_TIMEOUTS, Timeouts
 from ._cancel import CancelToken, LiveObject
 from ._errors import AbortError, ProtocolError, RequestError, StreamClosed
-from ._host import env_api_key, env_proxy, is_loopback, is_ollama_com, parse_host
+from ._host import EnvironmentProxies, env_api_key, is_loopback, is_ollama_com, parse_host
 from ._model.input import encode_json
 from ._model.types import StatusResponse
 from ._secret import Secret, showable
 from ._wire.guard import HttpClient, guarded
 from ._wire.http1 import header_flaw
-from ._wire.proxy import ProxyTransport, http_proxy
+from ._wire.routes import EnvironmentTransport, is_direct, transport_through
 from ._wire.tls import TlsOptions
-from ._wire.transport import DirectTransport
+from ._wire.transport import KEEPALIVE_EXPIRY, DirectTransport
 from ._wire.unpack import encodings_asked_for
 
 if TYPE_CHECKING:
@@ -190,18 +191,18 @@ class Session(LiveObject):
         self._headers = (_headers(own, given) if given.value else own).value
         self._unpackable = encodings_asked_for(self._headers.get("Accept-Encoding", ""))
         if http_client is None:
-            if via.value is None and trust_env and transport is None and uds is None:
-                via = Secret(env_proxy(self._host, even_local=compat))
             tls = TlsOptions(verify, certificate, trust_env)
-            if transport is None and via.value is not None and http_proxy(via.value) is None:
-                transport = ProxyTransport(via.value, tls=tls)
+            home = transport
+            proxies = EnvironmentProxies(even_local=compat)
+            if transport is None and via.value is None and uds is None and trust_env and proxies:
+                routes = transport = EnvironmentTransport(proxies.for_url, tls, _kept_options(others))
+                # Also that of a redirect must be ours: it is followed within the same request.
+                home = routes.for_url(httpx.URL(self._host.url)) if all(map(is_direct, proxies.urls)) else None
             elif transport is None:
-                transport = DirectTransport(
-                    verify=tls.verify, cert=certificate.value, trust_env=trust_env, uds=uds, proxy=via.value
-                )
-                # Where somebody's code runs within the request, the request needs a task of its own.
-                if not any(map(others.value.get, ("auth", "event_hooks", "mounts"))):
-                    self._direct = transport
+                home = transport = transport_through(via, tls, uds=uds, **_kept_options(others))
+            # Where somebody's code runs within the request, the request needs a task of its own.
+            if isinstance(home, DirectTransport) and not any(map(others.value.get, ("auth", "event_hooks", "mounts"))):
+                self._direct = home
             # Each request names its URL; programs written for ollama-python look here for where it goes.
             self._client = HttpClient(
                 base_url=self._host.url,
@@ -480,6 +481,17 @@ def check_call(call: CallOptions) -> None:
     retries = call.get("retries")
     if retries is not None:
         _retries(retries)
+
+
+def _kept_options(others: Secret[dict[str, Any]]) -> dict[str, Any]:
+    """Return what our own transports can take of httpx's options for its transport, and warn of what they cannot."""
+    limits, http2 = others.value.pop("limits", None), others.value.pop("http2", None)
+    ignored = ["http2=True: the connections are HTTP/1.1, which is all that Ollama speaks"] if http2 else []
+    if limits is not None and limits.max_connections is not None:
+        ignored.append("limits.max_connections: a limit would make a queue; use a semaphore")
+    for text in ignored:
+        warnings.warn(f"{text} (or give a transport= of httpx)", UserWarning, stacklevel=3)
+    return {} if limits is None else {"keepalive_expiry": limits.keepalive_expiry or KEEPALIVE_EXPIRY}
 
 
 def _check_kind(parameter: str, value: object, kind: type) -> None:

@@ -14,30 +14,25 @@ import re
 import secrets
 import socket
 import types
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
 from contextlib import AsyncExitStack, suppress
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, cast
+from typing import Any, Literal, Protocol, TypeAlias, cast
 
+from starlette.background import BackgroundTask
 from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
 
+from ._call.stream import Stream
 from ._errors import AbortError, ConnectError, OllamaError, RequestError, ResponseError
-from .durable import AnswersClosed, AnswersUnavailable, BadOffset, UnknownAnswer
+from .durable import Answer, AnswersClosed, AnswersUnavailable, BadOffset, DurableAnswers, Event, UnknownAnswer, Viewer
 from .durable._told import ABOUT_THE_REQUEST, MAX_TEXT, NOT_SENT, STATUSES, Told, summary, tell
+from .registry import AbortRegistry
 from .registry._local import checked_reason
 
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
-
-    from starlette.background import BackgroundTask
-    from starlette.types import Message, Receive, Scope, Send
-
-    from ._call.stream import Stream
-    from .durable import Answer, DurableAnswers, Event, Viewer
-    from .registry import AbortRegistry
-
-    Owner: TypeAlias = Callable[[Request], str | Awaitable[str]]
+Owner: TypeAlias = Callable[[Request], str | Awaitable[str]]
 
 __all__ = [
     "CLIENT_LEFT",
@@ -162,7 +157,7 @@ class StreamResponse(Response):
         self.send_timeout = send_timeout
         self.explain = explain
         self.status_code = 200
-        self.media_type = _MEDIA_TYPES[format]
+        self.media_type: str = _MEDIA_TYPES[format]
         self.background = background
         self.init_headers({**_NEVER_STORED, **(headers or {})})
 

@@ -40,6 +40,7 @@ from ollama_async import (
     StreamError,
     StreamTruncated,
 )
+from ollama_async._errors import CONNECTION_ERROR_MESSAGE
 from ollama_async._wire.phase import Phase
 from ollama_async.testing import Block, Cut, Endless, FakeOllama, Gate, Pause, Raw, Reply, Reset, Stall
 
@@ -119,6 +120,9 @@ async def test_a_refused_connection_names_the_address(streaming: bool) -> None:
     assert "Failed to connect to Ollama" in str(error)
     assert address in error.detail
     assert str(error).endswith(f"({error.detail})")
+    # As ollama-python's, with which programs compare it.
+    assert str(error) == CONNECTION_ERROR_MESSAGE
+    assert str(error) != CONNECTION_ERROR_MESSAGE + "!"
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "http://no-such-host.invalid:8080", "x" * 64 + ".invalid"])

@@ -13,19 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from snippets import FENCE, PAGES, blocks
 
 from ollama_async.testing import Cut, FakeOllama, Reply, Stall
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted(
-    [
-        ROOT / "README.md",
-        ROOT / "CONTRIBUTING.md",
-        ROOT / "CHANGELOG.md",
-        ROOT / "SECURITY.md",
-        *(ROOT / "docs").glob("*.md"),
-    ]
-)
 TIMEOUT = 60.0
 
 WEATHER = {"name": "weather", "arguments": {"city": "Lima"}}
@@ -59,18 +51,6 @@ EXAMPLES = {
 # Those that do not simply run to their end.
 IN_TEST_EXAMPLES = {"fastapi_stop.py", "notebook.ipynb", "supervisor.py"}
 
-FENCE = re.compile(r"^(?:<!-- ([^\n]*) -->\n)?```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-def blocks() -> list[object]:
-    found: list[object] = []
-    for page in PAGES:
-        text = page.read_text("utf-8")
-        for match in FENCE.finditer(text):
-            line = text.count("\n", 0, match.start(3))
-            found.append(pytest.param(*match.groups(), id=f"{page.name}:{line}"))
-    return found
-
 
 def run(*command: str, cwd: Path, host: str) -> str:
     path = [] if os.environ.get("PYTHONSAFEPATH") else [str(ROOT)]  # with a safe path the installed package is tested
@@ -88,7 +68,10 @@ def run(*command: str, cwd: Path, host: str) -> str:
     return process.stdout
 
 
-@pytest.mark.parametrize(("needs", "language", "code"), blocks())
+@pytest.mark.parametrize(
+    ("needs", "language", "code"),
+    [pytest.param(needs, language, code, id=f"{page.name}:{line}") for page, line, needs, language, code in blocks()],
+)
 def test_block(needs: str | None, language: str, code: str, tmp_path: Path) -> None:
     assert language in {"python", "sh", "text", "nginx", "haproxy"}
     if language != "python":

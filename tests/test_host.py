@@ -138,3 +138,38 @@ def test_the_key_of_the_environment_goes_to_ollama_over_tls_only(
 ) -> None:
     monkeypatch.setenv("OLLAMA_API_KEY", "key")
     assert (env_api_key(parse_host(host)) == "key") is sent
+
+
+@pytest.mark.parametrize(
+    ("entry", "host", "spared"),
+    [
+        ("10.0.0.0/8", "http://10.1.2.3", True),
+        ("10.0.0.0/8", "http://11.1.2.3", False),
+        ("192.168.5.1/16", "http://192.168.200.9:11434", True),
+        ("fd00::/8", "http://[fd12::1]", True),
+        ("fd00::/8", "http://10.1.2.3", False),
+        ("10.0.0.0/8", "http://ten.example", False),
+        ("10.0.0.0/99", "http://10.1.2.3", False),
+        ("*.models.example", "http://gpu.models.example", True),
+        ("*.models.example", "http://models.example", False),
+        (".models.example", "http://gpu.models.example", True),
+        (".models.example", "http://models.example", False),
+        ("models.example", "http://othermodels.example", False),
+        ("MODELS.example", "http://models.EXAMPLE", True),
+        ("10.1.2.3:8080", "http://10.1.2.3:8080", True),
+        ("10.1.2.3:8080", "http://10.1.2.3:8081", False),
+        ("[fd00::1]:8080", "http://[fd00::1]:8080", True),
+        ("[fd00::1]:8080", "http://[fd00::1]:8081", False),
+        ("fd00:0:0::1", "http://[fd00::1]", True),
+        ("a.example, *", "http://b.example", True),
+        ("*", "http://b.example", True),
+    ],
+)
+def test_no_proxy_is_read_as_go_and_curl_read_it(
+    monkeypatch: pytest.MonkeyPatch, entry: str, host: str, spared: bool
+) -> None:
+    for name in ("http_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", "proxy.example:3128")
+    monkeypatch.setenv("NO_PROXY", entry)
+    assert (env_proxy(parse_host(host)) is None) is spared

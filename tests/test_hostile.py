@@ -418,7 +418,6 @@ def nothing(home: Any) -> dict[str, Any]:
 # What the server says, and who reads it before the library does.
 READ_BY_OTHERS: dict[str, tuple[int, dict[str, str], Callable[[Any], dict[str, Any]]]] = {
     "a redirect": (307, {"Location": "/b"}, nothing),
-    "a redirect that makes a GET": (303, {"Location": "/b"}, nothing),
     "Digest": (401, CHALLENGE, lambda home: {"auth": home.DigestAuth("a", "b")}),
     "an auth flow": (403, {}, lambda home: {"auth": reads_answers(home)}),
     "an event hook": (500, {}, lambda home: {"event_hooks": {"response": [reads]}}),

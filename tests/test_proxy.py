@@ -9,7 +9,7 @@ import ssl
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import httpx
@@ -348,3 +348,61 @@ async def test_a_refusal_that_will_not_pass_is_not_asked_for_again(
             with pytest.raises(ConnectError):
                 await client.version()
     assert len(proxy.heads) == times
+
+
+# -- the environment: a proxy for each request --
+
+
+@pytest.fixture
+async def connects(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[list[str]]:
+    """A proxy that notes what it is asked for and refuses it; the environment names it for https alone."""
+    asked: list[str] = []
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append((await reader.readline()).decode().strip())
+        while (await reader.readline()).strip():
+            pass
+        writer.write(b"HTTP/1.1 503 no\r\nContent-Length: 0\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+    monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    monkeypatch.setenv("OLLAMA_API_KEY", "k")
+    yield asked
+    server.close()
+
+
+async def test_a_search_goes_through_the_proxy_of_ollama_com_not_of_the_session(
+    fake_ollama: FakeOllama, connects: list[str]
+) -> None:
+    async with AsyncClient(fake_ollama.url) as client:
+        assert (await client.chat("fake", "hi")).done
+        with pytest.raises(ConnectError, match="proxy"):
+            await client.web_search("x")
+        with pytest.raises(ConnectError, match="proxy"):
+            await client.web_fetch("http://x.test")
+    assert connects == ["CONNECT ollama.com:443 HTTP/1.1"] * 2
+    assert len(fake_ollama.connections) == 1
+
+
+async def test_a_redirect_goes_through_the_proxy_of_where_it_leads(
+    fake_ollama: FakeOllama, connects: list[str]
+) -> None:
+    fake_ollama.script("/api/chat", Reply(status=307, headers={"Location": "https://other.test/api/chat"}))
+    async with AsyncClient(fake_ollama.url) as client:
+        with pytest.raises(ConnectError, match="proxy"):
+            await client.chat("fake", "hi")
+    assert connects == ["CONNECT other.test:443 HTTP/1.1"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"http2": True}, {"limits": httpx.Limits(max_connections=1)}], ids=["http2", "limits"]
+)
+def test_an_option_of_httpx_that_has_no_effect_says_so(options: dict[str, Any]) -> None:
+    with pytest.warns(UserWarning, match=next(iter(options))) as caught:
+        AsyncClient(**options)
+    assert caught[0].filename == __file__

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import os
 import re
 import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,13 @@ BOUND = 20.0
 
 # What bad code leaves to the collector, it complains of.
 bad = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    """What a test has leaked on purpose is collected in that test, and not in one that is to find nothing."""
+    yield
+    gc.collect()
 
 
 def endless() -> FakeOllama:

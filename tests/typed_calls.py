@@ -52,6 +52,17 @@ async def answers(client: AsyncClient, token: CancelToken, either: bool) -> None
     )
 
 
+async def parsed(client: AsyncClient) -> None:
+    reply = await client.chat("m", "hi", format=City)
+    assert_type(reply.parsed, City)
+    assert_type(reply.text, str)
+    reply.parsed.no_such_field  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    assert_type((await client.generate("m", "hi", format=City)).parsed.name, str)
+    assert_type((await client.chat("m", "hi", format=City, stream=True).collect()).parsed, City)
+    async for chunk in client.generate("m", "hi", format=City, stream=True, think=False):
+        assert_type(chunk.text, str)
+
+
 async def steps(client: AsyncClient, either: bool) -> None:
     assert_type(await client.pull("m"), ProgressResponse)
     assert_type(client.pull("m", stream=True), Stream[ProgressResponse])

@@ -31,9 +31,9 @@ class ResponseInfo:
         raw_headers: Sequence[tuple[bytes, bytes]],
         response_model: type[BaseModel] | None = None,
     ) -> None:
-        self.status_code = status_code
-        self.raw_headers = raw_headers
-        self.response_model = response_model
+        self.status_code: int = status_code
+        self.raw_headers: Sequence[tuple[bytes, bytes]] = raw_headers
+        self.response_model: type[BaseModel] | None = response_model
 
 
 class Chunk(Protocol):
@@ -60,7 +60,7 @@ class Validators(Generic[ChunkT]):
     def __init__(self, schema: cs.CoreSchema, whole: Callable[[bytes], object] | None = None) -> None:
         self.one: Callable[[bytes], ChunkT] = SchemaValidator(schema).validate_json
         # Says what is wrong with a chunk, once where the schema describes it in two ways.
-        self.whole = whole or self.one
+        self.whole: Callable[[bytes], object] = whole or self.one
         self.many: Callable[[bytes], list[ChunkT]] = SchemaValidator(cs.list_schema(schema)).validate_json
 
     @classmethod

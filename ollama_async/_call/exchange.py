@@ -97,16 +97,16 @@ class Exchange:
         budget: RetryBudget,
         unpackable: frozenset[str] = frozenset(),
     ) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.reader = ResponseReader(self.loop, self, Framing.LINES if streaming else Framing.WHOLE)
-        self.started_at = self.loop.time()
-        self.ended_at = 0.0
+        self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
+        self.reader: ResponseReader = ResponseReader(self.loop, self, Framing.LINES if streaming else Framing.WHOLE)
+        self.started_at: float = self.loop.time()
+        self.ended_at: float = 0.0
         self._client = client
         self._request = request
         self._transport = transport
         self._streaming = streaming
         self._timeouts = timeouts
-        self.budget = budget
+        self.budget: RetryBudget = budget
         self._unpackable = unpackable
         # Not before this time of the loop's clock is it sent.
         self._not_before = 0.0

@@ -33,7 +33,7 @@ class RetryBudget:
     __slots__ = ("_failures", "_resume", "limit")
 
     def __init__(self, retries: int, *, resume: bool = False) -> None:
-        self.limit = max(retries, _RESUMES) if resume else retries
+        self.limit: int = max(retries, _RESUMES) if resume else retries
         self._resume = resume
         self._failures = 0
 

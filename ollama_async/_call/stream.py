@@ -6,10 +6,13 @@ import asyncio
 import dis
 import sys
 import warnings
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, Self
 
 import httpx
+from pydantic import BaseModel
 
 from ollama_async._cancel import CancelToken, LiveObject, raise_in_loop
 from ollama_async._errors import ProtocolError, StreamBusy, StreamError, StreamTruncated
@@ -18,20 +21,12 @@ from ollama_async._wire.reader import ExchangeEnded, ExchangeOutcome, Kind
 
 from .answer import Answer
 from .awaitable import Guarded
-from .chunk import ChunkT
-from .decoder import ErrorFrame
+from .call import Call
+from .chunk import ChunkT, Merge, ResponseInfo
+from .decoder import Decoder, ErrorFrame
 from .failures import stream_error
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping
-    from types import TracebackType
-    from typing import Self
-
-    from pydantic import BaseModel
-
-    from .call import Call
-    from .chunk import Merge, ResponseInfo
-    from .decoder import Decoder
     from .exchange import Exchange
 
 Outcome = Literal["done", "aborted", "timeout", "cancelled", "closed", "until", "error", "truncated"]

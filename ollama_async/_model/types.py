@@ -12,7 +12,19 @@ import urllib.parse
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import cache
 from types import GetSetDescriptorType
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Protocol, Self, TypeAlias, TypeVar, cast
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Generic,
+    NamedTuple,
+    Protocol,
+    Self,
+    TypeAlias,
+    TypeVar,
+    cast,
+)
 
 import httpx
 from pydantic import (
@@ -503,6 +515,24 @@ class GenerateResponse(_Answer):
     def text(self) -> str:
         """The text of the answer, ``""`` if there is none; of a chunk, the part that is new."""
         return self.response
+
+
+if TYPE_CHECKING:
+    ParsedT = TypeVar("ParsedT", bound=BaseModel)
+
+    # For type checkers alone: with format=Model, `parsed` is an instance of Model.
+
+    class ParsedChatResponse(ChatResponse, Generic[ParsedT]):
+        """An answer of ``chat`` whose ``parsed`` has a known type."""
+
+        @property
+        def parsed(self) -> ParsedT: ...
+
+    class ParsedGenerateResponse(GenerateResponse, Generic[ParsedT]):
+        """An answer of ``generate`` whose ``parsed`` has a known type."""
+
+        @property
+        def parsed(self) -> ParsedT: ...
 
 
 class EmbedResponse(Model):

@@ -129,9 +129,9 @@ class EncodedRequest:
     __slots__ = ("blocks", "data", "length", "method", "origin")
 
     def __init__(self, method: str, origin: Origin, data: bytes) -> None:
-        self.method = method
-        self.origin = origin
-        self.data = data
+        self.method: str = method
+        self.origin: Origin = origin
+        self.data: bytes = data
         self.blocks: AsyncIterable[bytes] | None = None
         self.length: int | None = None
 

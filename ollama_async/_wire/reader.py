@@ -42,7 +42,7 @@ class ExchangeOutcome:
 
     def __init__(self, kind: Kind, cause: object = None) -> None:
         self.kind: Kind = kind
-        self.cause = cause
+        self.cause: object = cause
 
 
 class ExchangeEnded(Exception):  # noqa: N818  (not an error: it tells the consumer that the outcome is decided)
@@ -138,17 +138,17 @@ class ResponseReader:
     def __init__(
         self, loop: asyncio.AbstractEventLoop, owner: Owner | None = None, framing: Framing = Framing.WHOLE
     ) -> None:
-        self.loop = loop
-        self.phase = Phase.NEW
-        self.head = _NO_HEAD
-        self.framing = framing
+        self.loop: asyncio.AbstractEventLoop = loop
+        self.phase: Phase = Phase.NEW
+        self.head: Head = _NO_HEAD
+        self.framing: Framing = framing
         self.unpacker: Unpacker | None = None
-        self.paused = False
-        self.entered_at = 0.0
-        self.first_line_at = 0.0
-        self.last_activity_at = 0.0
-        self.received_at = 0.0
-        self.tidied = False
+        self.paused: bool = False
+        self.entered_at: float = 0.0
+        self.first_line_at: float = 0.0
+        self.last_activity_at: float = 0.0
+        self.received_at: float = 0.0
+        self.tidied: bool = False
         self._blocks: list[bytes] = []
         self._buffered_bytes = 0
         self._failure: Exception | None = None

@@ -32,7 +32,7 @@ from .tls import TlsOptions
 from .upload import Upload
 
 if TYPE_CHECKING:
-    from .http1 import Origin
+    from .http1 import HttpProxy, Origin
     from .socket import GuardedSocket
 
 # Under this name in ``request.extensions`` the library hands its reader through an httpx client to the transport.
@@ -82,7 +82,7 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
         # Passwords may be in both.
         via, certificate = Secret(proxy), Secret(cert)
         del proxy, cert
-        self.proxy = None if via.value is None else http_proxy(via.value)
+        self.proxy: HttpProxy | None = None if via.value is None else http_proxy(via.value)
         if via.value is not None and (self.proxy is None or uds is not None):
             raise RequestError("proxy= takes a proxy of the scheme http, and does not go with uds=")
         self._tls = TlsOptions(verify, certificate, trust_env)

@@ -1,4 +1,4 @@
-"""The command line: ``demo``, ``generate``, ``chat``, ``web``, and the commands that manage models."""
+"""The command line: ``demo``, ``generate``, ``chat``, ``batch``, ``web``, and the commands that manage models."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 
 from ollama_async._call.timeouts import Timeouts
 
+from ._batch import add_batch
 from ._chat import run_chat
 from ._demo import run_demo
 from ._models import add_commands
@@ -21,7 +22,7 @@ from ._terminal import ERROR, INTERRUPTED, Session, give_up_stdout, parse_pairs,
 
 __all__ = ["app", "run"]
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     help="Talk to an Ollama server, and stop its answers: the socket is gone when they are.",
     epilog="Exit status: 0 all went well, 1 an error, 2 wrong usage, 130 ended by Ctrl-C.",
     no_args_is_help=True,
@@ -244,4 +245,5 @@ def web(
         serve(session, address, port, limits, allowed=parse_sites(allow_host), open_browser=browser)
 
 
+add_batch(app)
 add_commands(app)

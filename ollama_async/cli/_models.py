@@ -350,7 +350,7 @@ def _display(run: _Run) -> Generator[Callable[[ProgressResponse], None]]:
         yield display
     finally:
         footer.stop()
-        console.print(progress)
+        SafeConsole().print(progress)
 
 
 def _json_line(step: ProgressResponse) -> None:

@@ -25,7 +25,7 @@ from starlette.staticfiles import StaticFiles
 
 from ollama_async._cancel import CancelToken
 from ollama_async._client import AsyncClient
-from ollama_async._errors import OllamaError, RequestError
+from ollama_async._errors import OllamaError
 from ollama_async.asgi import StreamResponse, stop_route
 from ollama_async.registry import AbortRegistry
 from ollama_async.testing import FakeOllama, Reply
@@ -274,11 +274,10 @@ class Chats:
         try:
             asked = _Asked.model_validate_json(await request.body())
             messages = [said.model_dump() for said in asked.messages]
-            stream = self._client.chat(asked.model, messages, stream=True, timeout=self._limits)
         except ValidationError as exc:
-            return _problem(400, f"this is no question to a model: {exc.errors()[0]['msg']}")
-        except RequestError as exc:
-            return _problem(400, f"this is no question to a model: {exc}")
+            return _problem(400, f"this is not a question to a model: {exc.errors()[0]['msg']}")
+        # What is wrong with it otherwise is said when it is awaited, by the response.
+        stream = self._client.chat(asked.model, messages, stream=True, timeout=self._limits)
         # The reader of this page is the one who runs the server.
         return StreamResponse(stream, registry=self._registry, explain=lambda exc: getattr(exc, "error", str(exc)))
 

@@ -9,13 +9,16 @@ id attaches to it after any event, again and again, from any process. Three gest
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
 
+from ollama_async._call.stream import Stream
 from ollama_async._cancel import LiveObject
-from ollama_async._errors import RequestError
-from ollama_async.registry import AbortRegistry, Name
+from ollama_async._errors import OllamaError, RequestError
+from ollama_async.registry import AbortRegistry, Name, Stopped
 
-from ._carrier import Listed, State
+from ._carrier import Carrier, Listed, State
 from ._errors import (
     AnswerGap,
     AnswerGone,
@@ -31,19 +34,7 @@ from ._errors import (
 from ._events import Event, split
 from ._log import Viewer
 from ._memory import Memory
-from ._producer import CLOSED, SUPERSEDED, TOO_LONG, UNATTENDED, AnswerOutcome, Producer, Result, Terms
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from types import TracebackType
-    from typing import Self
-
-    from ollama_async._call.stream import Stream
-    from ollama_async._errors import OllamaError
-    from ollama_async.registry import Stopped
-
-    from ._carrier import Carrier
-    from ._producer import OnEnd
+from ._producer import CLOSED, SUPERSEDED, TOO_LONG, UNATTENDED, AnswerOutcome, OnEnd, Producer, Result, Terms
 
 __all__ = [
     "CLOSED",

@@ -6,27 +6,23 @@ import asyncio
 import logging
 import secrets
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from inspect import isawaitable
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
+from ollama_async._call.stream import Stream, Timing
 from ollama_async._cancel import LiveObject
 from ollama_async._errors import AbortError, OllamaError
+from ollama_async._model.types import ChatResponse, GenerateResponse
+from ollama_async.registry import AbortRegistry, Name
 
+from ._carrier import Carrier
 from ._events import Encoder, merged, named
 from ._log import Log
 from ._told import NOT_SENT, Told, summary, tell
 
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
-    from ollama_async._call.stream import Stream, Timing
-    from ollama_async._model.types import ChatResponse, GenerateResponse
-    from ollama_async.registry import AbortRegistry, Name
-
-    from ._carrier import Carrier
-
-    OnEnd: TypeAlias = Callable[["Result"], Awaitable[object] | object]
+OnEnd: TypeAlias = Callable[["Result"], Awaitable[object] | object]
 
 __all__ = ["CLOSED", "SUPERSEDED", "TOO_LONG", "UNATTENDED", "AnswerOutcome", "Producer", "Result"]
 

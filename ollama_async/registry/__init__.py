@@ -6,8 +6,10 @@ In memory that is another task of the same process; over Redis (extra ``redis``)
 from __future__ import annotations
 
 import re
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, Self, TypeAlias
 from urllib.parse import parse_qs, urlsplit
 
 from ollama_async._cancel import CancelToken, LiveObject
@@ -17,10 +19,6 @@ from ._errors import RegistryClosed, RegistryUnavailable
 from ._local import Book, Name, checked_reason
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
-    from types import TracebackType
-    from typing import Self
-
     from ._redis import Link
 
 __all__ = ["AbortRegistry", "Name", "RegistryClosed", "RegistryUnavailable", "Stopped"]

@@ -58,7 +58,7 @@ class TeardownFailure(AssertionError):  # noqa: N818  (pytest shows it as what i
 
     def __init__(self, message: str, findings: Sequence[str]) -> None:
         super().__init__(message)
-        self.findings = tuple(findings)
+        self.findings: tuple[str, ...] = tuple(findings)
 
 
 @showable

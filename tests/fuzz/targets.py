@@ -15,7 +15,7 @@ from ollama_async import AsyncClient, HostError, ProtocolError, RequestError, St
 from ollama_async._call.chunk import Merge
 from ollama_async._call.decoder import NdjsonDecoder
 from ollama_async._call.ndjson import MAX_LINE_BYTES, LineSplitter
-from ollama_async._host import Host, env_proxy, parse_host
+from ollama_async._host import ServerAddress, env_proxy, parse_host
 from ollama_async._model.merge import ChatMerge, GenerateMerge, validators
 from ollama_async._model.tools import convert_function_to_tool, encode_tools, tool_schema
 from ollama_async._secret import Secret
@@ -137,7 +137,7 @@ def make_alone(merge: Merge[Any], line: bytes) -> Any:
     return validators(merge.model).one(line)
 
 
-def request_head(host: Host) -> bytes:
+def request_head(host: ServerAddress) -> bytes:
     """Write the head of a request to a host."""
     request = httpx.Request("POST", f"{host.url}/api/chat")
     Origin.of(request.url)
@@ -184,7 +184,7 @@ def open_tunnel(pieces: Iterable[bytes]) -> tuple[bytes, bytes] | None:
     raise AssertionError("it waits for something else than the proxy")
 
 
-def proxy_of_environment(host: Host) -> str | None:
+def proxy_of_environment(host: ServerAddress) -> str | None:
     """Return the proxy that the environment names for a host."""
     return env_proxy(host)
 

@@ -1,0 +1,353 @@
+"""The input of a batch: rows of files or of Python, as calls to make."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import itertools
+import json
+import re
+from collections.abc import AsyncIterable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ._errors import InputRefused
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+
+    from ollama_async.pool import Kind
+
+__all__ = ["Item", "Reader", "Shape", "read_parquet"]
+
+_ROWS = 1000
+
+_ANSWER_FIELDS = ("think", "format", "options", "keep_alive", "logprobs", "top_logprobs", "truncate", "shift")
+_FIELDS: dict[str, tuple[str, ...]] = {
+    "chat": (*_ANSWER_FIELDS, "tools"),
+    "generate": (*_ANSWER_FIELDS, "suffix", "system", "template", "raw", "images"),
+    "embed": ("truncate", "options", "keep_alive", "dimensions"),
+}
+_OPENAI_KINDS: dict[str, Kind] = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "generate",
+    "/v1/embeddings": "embed",
+}
+# What OpenAI has beside the messages, as options of Ollama.
+_OPENAI_OPTIONS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "seed": "seed",
+    "stop": "stop",
+    "frequency_penalty": "frequency_penalty",
+    "presence_penalty": "presence_penalty",
+    "max_tokens": "num_predict",
+    "max_completion_tokens": "num_predict",
+}
+_PLACE = re.compile(r"\{(\w+)\}")
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One call to make.
+
+    Attributes:
+        id: Its name in the output.
+        index: Its place in the input, from 0.
+        kind: Which call.
+        parameters: Those of the call.
+        input_hash: What the call is, in 16 digits.
+    """
+
+    id: str
+    index: int
+    kind: Kind
+    parameters: dict[str, Any]
+    input_hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How rows become calls.
+
+    Attributes:
+        kind: What prompts are for.
+        model: The model of rows that name none.
+        id_field: The field of a row with its id.
+        prompt_field: The field of a row with its prompt; the others are then data.
+        template: The prompt, with ``{field}`` for fields of the row, which are all data then.
+        system: System prompt of chats and completions.
+        defaults: Parameters of calls whose rows do not have them.
+    """
+
+    kind: Kind = "chat"
+    model: str | None = None
+    id_field: str = "id"
+    prompt_field: str | None = None
+    template: str | None = None
+    system: str | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def item(self, row: object, index: int, where: str) -> Item:
+        """Return the call that a row stands for.
+
+        Raises:
+            InputRefused: It stands for none.
+        """
+        fields = cast("dict[str, Any]", {"prompt": row} if isinstance(row, str) else row)
+        if not isinstance(fields, Mapping):
+            raise InputRefused(f"{where} is no object: give {{'prompt': ...}} or {{'messages': [...]}}")
+        if "custom_id" in fields and "body" in fields:
+            kind, parameters = _openai_call(fields, where)
+            given: object = fields["custom_id"]
+        else:
+            kind, parameters = self._call(fields, where)
+            given = fields.get(self.id_field)
+        parameters = {**self._fitting(kind), **parameters}
+        if not isinstance(parameters.get("model"), str) or not parameters["model"]:
+            raise InputRefused(f"{where} has no model: name one for all with model= or --model")
+        if given is None:
+            given = str(index + 1)
+        if isinstance(given, bool) or not isinstance(given, (str, int)):
+            raise InputRefused(f"{where}: its id is {given!r}; give a text or a whole number")
+        return Item(str(given), index, kind, parameters, _digest(kind, parameters))
+
+    def _fitting(self, kind: Kind) -> dict[str, Any]:
+        defaults = {name: value for name, value in self.defaults.items() if name in _FIELDS[kind]}
+        return defaults if self.model is None else {"model": self.model, **defaults}
+
+    def _call(self, fields: Mapping[str, Any], where: str) -> tuple[Kind, dict[str, Any]]:
+        if self.template is not None:
+            return self._of_prompt(_filled(self.template, fields, where), {})
+        if self.prompt_field is not None:
+            if self.prompt_field not in fields:
+                raise InputRefused(f"{where} has no field {self.prompt_field!r}")
+            return self._of_prompt(fields[self.prompt_field], {})
+        found = [name for name in ("messages", "prompt", "input") if fields.get(name) is not None]
+        if len(found) != 1:
+            raise InputRefused(f"{where} needs one of the fields messages, prompt or input, and has {len(found)}")
+        if found[0] == "prompt":
+            return self._of_prompt(fields["prompt"], fields)
+        kind: Kind = "chat" if found[0] == "messages" else "embed"
+        parameters = _picked(kind, fields) | {found[0]: fields[found[0]]}
+        if kind == "chat" and self.system is not None:
+            parameters["messages"] = [{"role": "system", "content": self.system}, *parameters["messages"]]
+        return kind, parameters
+
+    def _of_prompt(self, prompt: object, fields: Mapping[str, Any]) -> tuple[Kind, dict[str, Any]]:
+        parameters = _picked(self.kind, fields)
+        if self.kind == "embed":
+            return self.kind, parameters | {"input": prompt}
+        system = fields.get("system", self.system)
+        if self.kind == "generate":
+            return self.kind, parameters | {"prompt": prompt} | ({} if system is None else {"system": system})
+        message: dict[str, Any] = {"role": "user", "content": prompt}
+        if fields.get("images") is not None:
+            message["images"] = fields["images"]
+        first = [] if system is None else [{"role": "system", "content": system}]
+        return self.kind, parameters | {"messages": [*first, message]}
+
+
+def _picked(kind: Kind, fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: fields[name] for name in ("model", *_FIELDS[kind]) if fields.get(name) is not None}
+
+
+def _filled(template: str, fields: Mapping[str, Any], where: str) -> str:
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in fields:
+            raise InputRefused(f"{where} has no field {match[1]!r}, which the template names")
+        return str(fields[match[1]])
+
+    return _PLACE.sub(value, template)
+
+
+def _digest(kind: str, parameters: Mapping[str, Any]) -> str:
+    text = json.dumps([kind, parameters], sort_keys=True, default=repr, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# -- lines of OpenAI's batches --
+
+
+def _openai_call(line: Mapping[str, Any], where: str) -> tuple[Kind, dict[str, Any]]:
+    kind = _OPENAI_KINDS.get(str(line.get("url", "/v1/chat/completions")))
+    body: object = line["body"]
+    if kind is None or not isinstance(body, Mapping):
+        raise InputRefused(f"{where}: url is {line.get('url')!r}; give one of {', '.join(_OPENAI_KINDS)}, and a body")
+    rest = dict(cast("Mapping[str, Any]", body))
+    for harmless in ("stream", "user", "store", "metadata", "encoding_format"):
+        rest.pop(harmless, None)
+    if rest.pop("n", 1) != 1:
+        raise InputRefused(f"{where}: n is not 1; give a line for each answer")
+    parameters: dict[str, Any] = {}
+    if "model" in rest:
+        parameters["model"] = rest.pop("model")
+    options = {name: rest.pop(theirs) for theirs, name in _OPENAI_OPTIONS.items() if theirs in rest}
+    if options:
+        parameters["options"] = options
+    if "response_format" in rest:
+        parameters["format"] = _openai_format(rest.pop("response_format"), where)
+    for name in {"chat": ("messages", "tools"), "generate": ("prompt", "suffix"), "embed": ("input", "dimensions")}[
+        kind
+    ]:
+        if name in rest:
+            parameters[name] = rest.pop(name)
+    if rest:
+        raise InputRefused(f"{where}: the body has {min(rest)!r}, which Ollama has not")
+    if kind == "chat":
+        parameters["messages"] = [_openai_message(message, where) for message in parameters.get("messages", ())]
+    return kind, {name: value for name, value in parameters.items() if value is not None}
+
+
+def _openai_format(given: Any, where: str) -> Any:
+    form = cast("dict[str, Any]", given) if isinstance(given, dict) else {}
+    if form.get("type") == "json_schema":
+        return form["json_schema"]["schema"]
+    if form.get("type") in ("json_object", "text"):
+        return "json" if form["type"] == "json_object" else None
+    raise InputRefused(f"{where}: response_format is {given!r}")
+
+
+def _openai_message(message: Any, where: str) -> Any:
+    """Return a message whose parts are put together: texts, and images as data URLs."""
+    if not isinstance(message, dict) or not isinstance(message.get("content"), list):  # pyright: ignore[reportUnknownMemberType]
+        return cast("Any", message)
+    whole = cast("dict[str, Any]", message)
+    texts: list[str] = []
+    images: list[str] = []
+    for part in cast("list[dict[str, Any]]", whole["content"]):
+        url = str(part["image_url"]["url"]) if part.get("type") == "image_url" else ""
+        if part.get("type") == "text":
+            texts.append(part["text"])
+        elif url.startswith("data:"):
+            images.append(url.partition(",")[2])
+        else:
+            raise InputRefused(f"{where}: a message has a part of type {part.get('type')!r} that is no data URL")
+    return {**whole, "content": "\n".join(texts)} | ({"images": images} if images else {})
+
+
+# -- files and iterables --
+
+
+class Reader:
+    """Reads an input, once or more often.
+
+    Args:
+        source: The path of a JSONL or Parquet file, or an iterable of rows, also an asynchronous one.
+        shape: How rows become calls.
+        limit: How many rows are read at most.
+    """
+
+    def __init__(self, source: object, shape: Shape, limit: int | None) -> None:
+        self._shape = shape
+        self._limit = limit
+        self._rows: Callable[[], Iterator[tuple[object, int, str]]] | None = None
+        self._source = source
+        if isinstance(source, (str, Path)):
+            path = Path(source)
+            self._rows = lambda: _parquet_rows(path) if path.suffix == ".parquet" else _lines(path)
+        elif isinstance(source, (list, tuple)):
+            rows = list(cast("list[object]", source))
+            self._rows = lambda: ((row, index, f"item {index}") for index, row in enumerate(rows))
+        elif not isinstance(source, (Iterable, AsyncIterable)):
+            raise InputRefused(f"input={type(source).__name__}: give a path, or an iterable of rows")
+
+    @property
+    def waits(self) -> bool:
+        """Whether the next row may be long in coming."""
+        return self._rows is None and isinstance(self._source, AsyncIterable)
+
+    def check(self, output: Path) -> int | None:
+        """Read all of it, if it can be read again.
+
+        Args:
+            output: Path that is written to.
+
+        Returns:
+            How many items it has; ``None`` if that is not known.
+
+        Raises:
+            InputRefused: A row is no call, two have the same id, or it is the output.
+        """
+        if self._rows is None:
+            return None
+        source = self._source
+        if isinstance(source, (str, Path)) and Path(source).resolve() == output.resolve():
+            raise InputRefused(f"{output} is both the input and the output")
+        seen: set[str] = set()
+        for item in self._items(self._rows()):
+            _only_once(item, seen)
+        return len(seen)
+
+    async def items(self) -> AsyncGenerator[Item]:
+        """Yield the calls to make."""
+        seen: set[str] = set()
+        if self._rows is not None:
+            for item in self._items(self._rows()):
+                yield item
+        elif self.waits:
+            index = 0
+            async for row in cast("AsyncIterable[object]", self._source):
+                if self._limit is not None and index >= self._limit:
+                    return
+                item = self._shape.item(row, index, f"item {index}")
+                _only_once(item, seen)
+                yield item
+                index += 1
+        else:
+            rows = ((row, index, f"item {index}") for index, row in enumerate(cast("Iterable[object]", self._source)))
+            for item in self._items(rows):
+                _only_once(item, seen)
+                yield item
+
+    def _items(self, rows: Iterator[tuple[object, int, str]]) -> Iterator[Item]:
+        for row, index, where in itertools.islice(rows, self._limit):
+            yield self._shape.item(row, index, where)
+
+
+def _only_once(item: Item, seen: set[str]) -> None:
+    if item.id in seen:
+        raise InputRefused(f"two items have the id {item.id!r}: give each its own")
+    seen.add(item.id)
+
+
+def _lines(path: Path) -> Iterator[tuple[object, int, str]]:
+    try:
+        with path.open("rb") as file:
+            for index, line in enumerate(file):
+                text = line.removeprefix(b"\xef\xbb\xbf").strip() if index == 0 else line.strip()
+                if text:
+                    yield _decoded(text, path, index), index, f"{path}, line {index + 1},"
+    except OSError as exc:
+        raise InputRefused(f"cannot read the input {path}: {exc.strerror}") from exc
+
+
+def _decoded(line: bytes, path: Path, index: int) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as exc:
+        raise InputRefused(f"{path}, line {index + 1}, is not JSON: {exc}") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[object, int, str]]:
+    for index, row in enumerate(read_parquet(path)):
+        yield row, index, f"{path}, row {index + 1},"
+
+
+def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a Parquet file, read in groups.
+
+    Raises:
+        InputRefused: It cannot be read, or the extra is not installed.
+    """
+    try:
+        parquet: Any = importlib.import_module("pyarrow.parquet")
+    except ModuleNotFoundError as exc:
+        raise InputRefused(f'Parquet needs {exc.name}; install it with: pip install "ollama-async[parquet]"') from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            for rows in file.iter_batches(_ROWS):
+                yield from rows.to_pylist()
+    except (OSError, ValueError) as exc:
+        raise InputRefused(f"cannot read the input {path}: {exc}") from exc
