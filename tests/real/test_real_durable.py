@@ -37,7 +37,7 @@ from ollama_async.durable import (
     Viewer,
     _server,
 )
-from ollama_async.registry import Name
+from ollama_async.registry import AbortRegistry, Name
 from ollama_async.testing import FakeOllama, Gate, Reply
 
 pytestmark = pytest.mark.real
@@ -341,6 +341,24 @@ async def test_redis_comes_back_from_an_old_snapshot(site: Site) -> None:
     late = await site.process()
     check_whole(await rest_of(await attach(late)), "".join(words(600)))
     assert numbers_of(seen) == list(range(1, len(site.entries()) + 1))
+
+
+async def test_redis_is_another_one_while_nothing_is_sent(site: Site) -> None:
+    """redis-py connects anew in silence; what follows must not be appended to a log that lacks what was before."""
+    here = await site.process(registry=AbortRegistry.from_url("memory://"))
+    steps = telling(200).steps
+    early, late = Gate(), Gate()
+    await site.begin(here, reply=Reply([*steps[:50], early, *steps[50:100], late, *steps[100:]]))
+    await until(lambda: len(site.entries()) == 51, "the first part")
+    site.redis.ask("SAVE")
+    early.open()
+    await until(lambda: len(site.entries()) == 101, "the second part")
+    site.redis.kill()
+    site.redis.start()
+    assert len(site.entries()) == 51
+    late.open()
+    seen = await rest_of(await attach(await site.process()))
+    check_whole(seen, "".join(words(200)))
 
 
 async def test_redis_loses_a_tail_and_no_connection_breaks(site: Site) -> None:
