@@ -71,15 +71,20 @@ async def _watch(url: str, answers: int, viewers: int) -> None:
     async def view(number: int) -> None:
         nonlocal events
         async with await there.attach(str(number)) as viewer:
+            since = time.time()
             while found := await viewer.read():
                 now = time.time()
                 events += len(found)
-                ages.extend(now - float(each.data["message"]["content"]) for each in found[-1:] if each.name == "chunk")
+                made = [float(each.data["message"]["content"]) for each in found[:1] if each.name == "chunk"]
+                # What was there before says nothing.
+                ages.extend(now - when for when in made if when > since)
 
     async with DurableAnswers.from_url(url) as there:
         begun = time.process_time()
         await asyncio.gather(*(view(number) for number in range(answers) for _ in range(viewers)))
         used = time.process_time() - begun
+    if not ages:
+        sys.exit("all was over before anybody watched: give more --seconds")
     ages.sort()
     found = {
         "events": events,

@@ -24,7 +24,7 @@ from ._carrier import Listed
 from ._errors import AnswerGap, AnswerGone, AnswersClosed, AnswersUnavailable, UnknownAnswer
 from ._events import ends, merged, named, split, taken_apart
 from ._log import Log
-from ._server import FIELD, LOST, PATIENCE, entry_id, first_number, refusal
+from ._server import FIELD, LOST, PATIENCE, Connecting, entry_id, first_number, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -93,7 +93,9 @@ class Reader:
         self._keys = keys
         self._lease = lease
         self._commands = server.client(connections=_CONNECTIONS, silence=PATIENCE)
-        self._blocking = server.client(connections=1, silence=_LONGEST_BLOCK + 5)
+        self._connecting = Connecting()
+        self._connected = False
+        self._blocking = server.client(connections=1, silence=_LONGEST_BLOCK + 5, connecting=self._connecting)
         self._backoff = ExponentialWithJitterBackoff(cap=min(_LONGEST_PAUSE, lease / 6), base=0.05)
         self._mirrors: dict[Name, _Mirror] = {}
         self._wake_key = keys.wake(secrets.token_hex(8))
@@ -270,6 +272,7 @@ class Reader:
 
     def _start_over(self) -> None:
         """Know nothing of what only time tells: leases run out while Redis is away, too."""
+        self._connected = False
         self._server.note_lost()
         self._wake_offset = "0"
         for mirror in self._mirrors.values():
@@ -283,6 +286,9 @@ class Reader:
             self._wake.clear()
             await self._wake.wait()
             return
+        if not self._connected:
+            await self._connecting.connect(self._server, self._blocking)
+            self._connected = True
         await self._look(list(followed.values()))
         streams = {self._wake_key: self._wake_offset, **{key: entry_id(each.last) for key, each in followed.items()}}
         reply = await self._blocking.xread(streams, block=_ms(self._until_look()))

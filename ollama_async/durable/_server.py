@@ -18,13 +18,16 @@ from redis.exceptions import (
     ReadOnlyError,
     RedisError,
 )
+from redis.exceptions import (
+    ConnectionError as RedisConnectionError,
+)
 
 from ._errors import RedisFull, RedisRefuses, RedisTooOld
 
 if TYPE_CHECKING:
     from ollama_async.registry import Name
 
-__all__ = ["FIELD", "LOST", "PATIENCE", "Keys", "Server", "entry_id", "first_number", "refusal"]
+__all__ = ["FIELD", "LOST", "PATIENCE", "Connecting", "Keys", "Server", "entry_id", "first_number", "refusal"]
 
 LOST = (RedisError, OSError, asyncio.TimeoutError)
 """What the connection can end with, beside what Redis itself says."""
@@ -89,6 +92,35 @@ def first_number(given: Any) -> int:
     return int(number)
 
 
+class Connecting:
+    """Decides when a client may connect.
+
+    By itself redis-py connects anew, in silence, before a command whose connection it finds closed. But behind a new
+    connection there may be a Redis that has forgotten what the command is built on.
+    """
+
+    def __init__(self) -> None:
+        self._allowed = False
+
+    async def on_connect(self, connection: Any) -> None:
+        """Greet Redis over a new connection, or refuse to have one (redis-py calls this)."""
+        if not self._allowed:
+            raise RedisConnectionError("the connection to Redis was lost")
+        await connection.on_connect()
+
+    async def connect(self, server: Server, client: Any) -> None:
+        """Connect, and see whether Redis can be used.
+
+        Raises:
+            RedisTooOld: It is too old.
+        """
+        self._allowed = True
+        try:
+            await server.check(client)
+        finally:
+            self._allowed = False
+
+
 class Server:
     """A Redis under a url.
 
@@ -100,12 +132,13 @@ class Server:
         self._url = url
         self.lost_at = float("-inf")
 
-    def client(self, *, connections: int, silence: float) -> Any:
+    def client(self, *, connections: int, silence: float, connecting: Connecting | None = None) -> Any:
         """Make a client.
 
         Args:
             connections: How many connections it has at most; a command waits until one is free.
             silence: How many seconds a command may go without an answer.
+            connecting: Decides when it may connect; ``None`` for whenever it wants.
         """
         untyped: Any = BlockingConnectionPool
         pool = untyped.from_url(
@@ -117,6 +150,7 @@ class Server:
             socket_keepalive=True,
             retry=Retry(NoBackoff(), 0),  # connecting again is for those who know what was lost
             decode_responses=False,
+            **({} if connecting is None else {"redis_connect_func": connecting.on_connect}),
         )
         return Redis(connection_pool=pool)
 

@@ -27,7 +27,7 @@ from redis.exceptions import ResponseError
 
 from ._errors import AnswerInUse, RedisRefuses
 from ._producer import UNATTENDED
-from ._server import FIELD, LOST, PATIENCE, entry_id, first_number, refusal
+from ._server import FIELD, LOST, PATIENCE, Connecting, entry_id, first_number, refusal
 
 if TYPE_CHECKING:
     from ollama_async.registry import Name
@@ -130,7 +130,8 @@ class Writer:
         self._server = server
         self._keys = keys
         self._lease = lease
-        self._client = server.client(connections=1, silence=max(PATIENCE, lease / 3))
+        self._connecting = Connecting()
+        self._client = server.client(connections=1, silence=max(PATIENCE, lease / 3), connecting=self._connecting)
         self._backoff = ExponentialWithJitterBackoff(cap=min(_LONGEST_PAUSE, lease / 6), base=0.05)
         self._task: asyncio.Task[NoReturn] | None = None
         self._wake = asyncio.Event()
@@ -241,7 +242,7 @@ class Writer:
 
     async def _serve(self) -> NoReturn:
         """Be connected, until that ends by an error."""
-        await self._server.check(self._client)
+        await self._connecting.connect(self._server, self._client)
         self._refuses = None
         for writing in list(self._writings.values()):
             if writing not in self._claims:

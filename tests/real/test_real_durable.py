@@ -37,7 +37,7 @@ from ollama_async.durable import (
     Viewer,
     _server,
 )
-from ollama_async.registry import Name
+from ollama_async.registry import AbortRegistry, Name
 from ollama_async.testing import FakeOllama, Gate, Reply
 
 pytestmark = pytest.mark.real
@@ -343,6 +343,24 @@ async def test_redis_comes_back_from_an_old_snapshot(site: Site) -> None:
     assert numbers_of(seen) == list(range(1, len(site.entries()) + 1))
 
 
+async def test_redis_is_another_one_while_nothing_is_sent(site: Site) -> None:
+    """redis-py connects anew in silence; what follows must not be appended to a log that lacks what was before."""
+    here = await site.process(registry=AbortRegistry.from_url("memory://"))
+    steps = telling(200).steps
+    early, late = Gate(), Gate()
+    await site.begin(here, reply=Reply([*steps[:50], early, *steps[50:100], late, *steps[100:]]))
+    await until(lambda: len(site.entries()) == 51, "the first part")
+    site.redis.ask("SAVE")
+    early.open()
+    await until(lambda: len(site.entries()) == 101, "the second part")
+    site.redis.kill()
+    site.redis.start()
+    assert len(site.entries()) == 51
+    late.open()
+    seen = await rest_of(await attach(await site.process()))
+    check_whole(seen, "".join(words(200)))
+
+
 async def test_redis_loses_a_tail_and_no_connection_breaks(site: Site) -> None:
     """As behind a proxy that hides a failover."""
     here = await site.process(lease=0.6)
@@ -356,6 +374,20 @@ async def test_redis_loses_a_tail_and_no_connection_breaks(site: Site) -> None:
     gate.open()
     there = await site.process()
     check_whole(await rest_of(await attach(there)), "".join(words(200)))
+
+
+async def test_redis_is_emptied_and_no_connection_breaks(site: Site) -> None:
+    here, there = await site.process(), await site.process()
+    await site.begin(here, reply=telling(400, 0.005))
+    seen = list[Event]()
+    watching = asyncio.create_task(watch(there, seen))
+    await until(lambda: len(seen) > 50, "events")
+    site.redis.ask("FLUSHALL")
+    await until(lambda: site.redis.ask("EXISTS", LOG), "the log again")
+    assert site.redis.ask("XRANGE", LOG, "-", "+", "COUNT", "1")[0][0] == "1-0"
+    check_whole(await rest_of(await attach(await site.process())), "".join(words(400)))
+    await watching
+    check_whole(seen, "".join(words(400)))
 
 
 async def test_begun_while_redis_is_away(site: Site) -> None:
@@ -439,7 +471,8 @@ async def test_nobody_watches_in_any_process(site: Site) -> None:
         async with asyncio.timeout(BOUND):
             begun = time.monotonic()
             while time.monotonic() - begun < 2:
-                await viewer.read()
+                assert await viewer.read()
+        assert site.results == []
     await asyncio.wait_for(answer.wait(), BOUND)
     assert (site.results[0].outcome, site.results[0].reason) == ("aborted", UNATTENDED)
     assert (await rest_of(await attach(there)))[-1].data["reason"] == UNATTENDED
