@@ -303,7 +303,7 @@ class CancelToken(LiveObject):
         return self._decision() is not None
 
     @property
-    def reason(self) -> Any:
+    def reason(self) -> object:
         """The reason given to the first ``abort()``; ``None`` if it is not aborted or no reason was given."""
         decision = self._decision()
         return None if decision is None else decision.reason

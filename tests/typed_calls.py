@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 import ollama_async
 from ollama_async import (
+    AbortError,
     AsyncClient,
     CancelToken,
     ChatResponse,
@@ -50,6 +51,13 @@ async def answers(client: AsyncClient, token: CancelToken, either: bool) -> None
     assert_type(
         client.generate("m", "hi", stream=either), Coroutine[Any, Any, GenerateResponse] | Stream[GenerateResponse]
     )
+
+
+async def reasons(client: AsyncClient, token: CancelToken) -> None:
+    stream = client.chat("m", "hi", stream=True, token=token)
+    assert_type(stream.reason, object)
+    assert_type(token.reason, object)
+    assert_type(AbortError("stop").reason, object)
 
 
 async def parsed(client: AsyncClient) -> None:

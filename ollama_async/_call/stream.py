@@ -273,7 +273,7 @@ class Stream(LiveObject, Generic[ChunkT]):
         return None if end is None or end.kind == "complete" else end.kind
 
     @property
-    def reason(self) -> Any:
+    def reason(self) -> object:
         """Why it ended: the reason given to ``abort()``, the phase that timed out, or the error; else ``None``."""
         end = self._call.outcome
         if end is None:

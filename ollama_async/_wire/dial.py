@@ -191,7 +191,10 @@ async def _connect_socket(
         if family == _AF_UNIX:
             await _connect_unix(sock, address)
         else:
+            # The loop of Windows connects without the socket's own connect(), which looks at the mark of an abort.
+            sock.raise_if_shut_down()
             await loop.sock_connect(sock, address)
+            sock.raise_if_shut_down()
         return sock  # noqa: TRY300  (Ctrl-C at this line leaves nothing either)
     except BaseException:
         sock.close()

@@ -35,9 +35,13 @@ class GuardedSocket(socket.socket):
             ConnectionAbortedError: The socket has been shut down.
         """
         with self.guard:
-            if self._shut_down:
-                raise ConnectionAbortedError(errno.ECONNABORTED, "the connection was aborted before it was made")
+            self.raise_if_shut_down()
             super().connect(address)
+
+    def raise_if_shut_down(self) -> None:
+        """Raise ``ConnectionAbortedError`` if the socket has been shut down."""
+        if self._shut_down:
+            raise ConnectionAbortedError(errno.ECONNABORTED, "the connection was aborted before it was made")
 
     def close(self) -> None:
         """Close the descriptor."""

@@ -61,7 +61,7 @@ class Result:
     owner: str
     id: str
     outcome: AnswerOutcome
-    reason: Any
+    reason: object
     text: str = field(repr=False)
     response: ChatResponse | GenerateResponse | None = field(repr=False)
     error: BaseException | None

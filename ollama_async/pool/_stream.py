@@ -224,7 +224,7 @@ class PoolStream(Stream[ChunkT]):
         return "error" if isinstance(failure, Exception) else "cancelled"
 
     @property
-    def reason(self) -> Any:
+    def reason(self) -> object:
         """Why it ended, as ``Stream`` has it."""
         if self._inner is not None:
             return self._inner.reason

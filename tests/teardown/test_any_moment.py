@@ -35,6 +35,7 @@ import ollama_async._wire.parser
 from ollama_async import AbortError, AsyncClient, CancelToken, ChatResponse, DirectTransport, Stream, Timeouts
 from ollama_async._call.awaitable import Guarded
 from ollama_async._call.decoder import NdjsonDecoder
+from ollama_async._wire import dial
 from ollama_async._wire.socket import GuardedSocket
 from ollama_async.registry import AbortRegistry
 from ollama_async.testing import FakeOllama, Reply, Stall
@@ -582,6 +583,39 @@ async def test_a_socket_that_was_severed_never_connects(
             await client.version(token=token)
     await ticks(20)
     assert not fake_ollama.connections
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+async def test_a_socket_that_the_loop_connects_past_it_looks_at_the_abort(
+    fake_ollama: FakeOllama, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """As the loop of Windows does: by the descriptor, without the socket's connect()."""
+    token = CancelToken()
+    loop = asyncio.get_running_loop()
+
+    async def sock_connect(sock: GuardedSocket, address: Any) -> None:
+        if when == "meanwhile":
+            in_thread(token.abort)
+        sock.setblocking(True)
+        socket.socket.connect(sock, address)
+        sock.setblocking(False)
+
+    open_socket = dial._connect_socket
+
+    async def late(*args: Any) -> Any:
+        if when == "before":
+            in_thread(token.abort)
+        return await open_socket(*args)
+
+    monkeypatch.setattr(loop, "sock_connect", sock_connect)
+    monkeypatch.setattr(dial, "_connect_socket", late)
+    async with AsyncClient(fake_ollama.url) as client:
+        with pytest.raises(AbortError):
+            await client.version(token=token)
+    await ticks(20)
+    assert all(connection.wait_left(BOUND) for connection in fake_ollama.connections)
+    assert not fake_ollama.requests
+    assert len(fake_ollama.connections) <= (1 if when == "meanwhile" else 0)
 
 
 async def test_nothing_is_sent_over_a_kept_connection_after_abort_has_returned(
