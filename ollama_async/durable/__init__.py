@@ -295,7 +295,8 @@ class DurableAnswers(LiveObject):
             except TimeoutError:
                 pass
             finally:
-                log.attend(-1)
+                # Only once the viewer is there: a log that nobody watches is not followed any more.
+                asyncio.get_running_loop().call_soon(log.attend, -1)
         if len(log) < after:
             raise _beyond(after, len(log))
         return Viewer(log, after)

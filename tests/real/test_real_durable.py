@@ -481,14 +481,17 @@ async def test_nobody_watches_in_any_process(site: Site) -> None:
 async def test_an_offset_that_redis_does_not_have_yet(site: Site) -> None:
     """Whoever watched in the producer's process was ahead of Redis; a reload lands elsewhere."""
     here, there = await site.process(), await site.process()
-    gate = Gate()
-    await site.begin(here, reply=Reply([*telling(60).steps[:50], gate, *telling(60).steps[50:]]))
+    gate, later = Gate(), Gate()
+    steps = telling(60).steps
+    await site.begin(here, reply=Reply([*steps[:50], gate, *steps[50:55], later, *steps[55:]]))
     await until(lambda: len(site.entries()) == 51, "the log")
     attaching = asyncio.create_task(attach(there, after=55))
     await asyncio.sleep(0.1)
     assert not attaching.done()
     gate.open()
-    check_whole(await rest_of(await attaching), "".join(words(60)), 55)
+    viewer = await attaching
+    later.open()
+    check_whole(await rest_of(viewer), "".join(words(60)), 55)
     with pytest.raises(BadOffset):
         await attach(there, after=64)
 
