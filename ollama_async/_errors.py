@@ -80,7 +80,7 @@ class AbortError(OllamaError):
 
     def __init__(self, reason: object = None, partial: Any = None) -> None:
         super().__init__("aborted" if reason is None else f"aborted: {reason}")
-        self.reason = reason
+        self.reason: object = reason
         self.partial = partial
         if isinstance(reason, BaseException):
             self.__cause__: BaseException | None = reason

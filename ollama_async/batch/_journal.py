@@ -18,19 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
-if sys.platform == "win32":
-    import msvcrt
-
-    def _take(lock: int) -> None:
-        msvcrt.locking(lock, msvcrt.LK_NBLCK, 1)
-
-else:
-    import fcntl
-
-    def _take(lock: int) -> None:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
 __all__ = ["Journal", "encode_line", "records"]
 
 # Windows makes two bytes of a line end in a file that is not opened so.
@@ -61,6 +48,19 @@ def records(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
                     f"{path}, line {number}, is no record of a batch: mend or remove it, or begin anew with restart"
                 ) from None
             yield record, line
+
+
+def _take(lock: int) -> None:
+    """Lock an open file; raises ``OSError`` if another process has it."""
+    # Imported where it is needed: each system has one of the two, and other commands need neither.
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(lock, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class _Lines:

@@ -10,6 +10,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 
+from ollama_async._secret import showable
+
 __all__ = ["Host", "HostState", "Outage", "Queue", "Server", "Waiter", "full_name"]
 
 FIRST_OUTAGE = 1.0
@@ -21,6 +23,7 @@ _STICKY_KEPT = 4096
 _KEYS_KEPT = 1024
 
 
+@showable
 @dataclass(frozen=True, slots=True)
 class Host:
     """A server of a pool.
@@ -36,6 +39,7 @@ class Host:
     models: Collection[str] | None = None
 
 
+@showable
 @dataclass(frozen=True, slots=True)
 class HostState:
     """What a pool knows of a host at one moment.

@@ -16,6 +16,8 @@ from ._stream import PoolStream
 
 __all__ = ["MapResult", "PoolMap", "as_call"]
 
+from ollama_async._secret import showable
+
 
 class Caller(Protocol):
     """What makes the calls: a ``Pool``, which is made on this module."""
@@ -24,6 +26,7 @@ class Caller(Protocol):
         """Embed texts."""
 
 
+@showable
 @dataclass(frozen=True, slots=True)
 class MapResult:
     """What became of one item of ``Pool.map``.
@@ -50,6 +53,7 @@ class MapResult:
         return self.error is None
 
 
+@showable
 class PoolMap:
     """The results of ``Pool.map``: iterate it with ``async for``, once."""
 

@@ -13,6 +13,7 @@ from ollama_async._cancel import CancelToken, LiveObject
 from ollama_async._client import AsyncClient, Messages, _ChatOptions, _GenerateOptions
 from ollama_async._errors import RequestError
 from ollama_async._model.types import ChatResponse, EmbedResponse, GenerateResponse
+from ollama_async._secret import showable
 
 from ._calls import TIMEOUTS, Call, Calls, Kind
 from ._hosts import Host, HostState, Server
@@ -22,6 +23,7 @@ from ._stream import PoolStream, with_host
 __all__ = ["Pool"]
 
 
+@showable
 class Pool(LiveObject):
     """Many servers, or the slots of one, behind the methods of one client.
 

@@ -17,6 +17,7 @@ from ollama_async._call.stream import Outcome, Stream, Timing
 from ollama_async._cancel import CancelToken
 from ollama_async._client import AsyncClient
 from ollama_async._errors import AbortError, OllamaError, PhaseTimeout, StreamBusy, StreamClosed, StreamTruncated
+from ollama_async._secret import showable
 
 from ._calls import Call, Calls, Lease
 
@@ -28,6 +29,7 @@ T = TypeVar("T")
 _CLOSED = object()
 
 
+@showable
 class PoolStream(Stream[ChunkT]):
     """A ``Stream`` whose call waits for a host first: the same in all else.
 

@@ -20,6 +20,7 @@ from real.ollama_server import RealOllama
 from teardown.harness import BOUND, Baseline, nothing_left_behind, registrations, ticks, until
 
 from ollama_async import AbortError, AsyncClient, CancelToken, ChatResponse, Stream, StreamClosed, Timeouts
+from ollama_async._wire.phase import Phase
 
 pytestmark = pytest.mark.real
 
@@ -316,6 +317,12 @@ async def test_s87_while_the_model_is_being_loaded(
         await asyncio.wait_for(task, BOUND)
 
 
+def at_work(client: AsyncClient) -> list[Any]:
+    """The readers of the answers that the client waits for."""
+    pools = client._client._transport._pools.values()
+    return [connection._reader for pool in pools for connection in pool._all if connection._reader]
+
+
 async def test_during_an_upload(
     client: AsyncClient, real_ollama: RealOllama, token: CancelToken, watch: Watch, tmp_path: pathlib.Path
 ) -> None:
@@ -323,7 +330,9 @@ async def test_during_an_upload(
     with big.open("wb") as file:
         file.truncate(1 << 27)
     task = asyncio.create_task(client.create_blob(big, token=token))
-    await until(lambda: real_ollama.client_connections() > watch.before or task.done(), "the upload")
+    await until(
+        lambda: task.done() or any(connection.phase is Phase.SENDING for connection in at_work(client)), "the upload"
+    )
     await ticks(50)
     token.abort("stop")
     real_ollama.wait_for_connections(watch.before, timeout=BOUND)
