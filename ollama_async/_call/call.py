@@ -68,6 +68,16 @@ class Call:
 
         Cancellation: the socket is closed at once.
         """
+        # Apart: Python lets no handler of a `try` cover the line of a `try` or `while` in it. So nothing is left open after
+        # Ctrl-C at any line.
+        try:
+            return await self._attempts(work, partial)
+        except BaseException as exc:
+            if not isinstance(exc, Exception) and self.exchange is not None:
+                self.exchange.reader.close(ExchangeOutcome("cancelled", exc))
+            raise
+
+    async def _attempts(self, work: Callable[[Exchange], Awaitable[T]], partial: Callable[[], Any] | None) -> T:
         exchange = self.exchange or self._start()
         error: ResponseError | None = None
         try:
@@ -84,11 +94,6 @@ class Call:
                 if not self.retry(error):
                     raise error or exchange.error(partial and partial())
                 exchange = self.exchange or exchange
-        except BaseException as exc:
-            # Also after Ctrl-C at any line nothing is left open.
-            if not isinstance(exc, Exception):
-                exchange.reader.close(ExchangeOutcome("cancelled", exc))
-            raise
         finally:
             # Raised, it holds this frame.
             del error
@@ -108,9 +113,7 @@ class Call:
             return False
         failed.budget.record_failure()
         _log.info("attempt again in %.2f s, after %s", delay, type(error or failed.error()).__name__)
-        self.exchange = self._under_tokens(failed.again(delay))
-        # Ended by another thread, which found the attempt that had failed.
-        self._close_if_ended(self.exchange)
+        self._use(failed.again(delay), self._tokens)
         return True
 
     def register(self, token: CancelToken) -> None:
@@ -142,23 +145,24 @@ class Call:
         exchange, tokens = self._begin()
         # Where there is only one attempt, they are not needed again.
         self._tokens = tokens if exchange.budget.limit else ()
-        self.exchange = self._under_tokens(exchange, tokens)
+        self._use(exchange, tokens)
         # It holds the request and its body, which an answer of minutes does not need.
         self._begin = _begun
-        # Ended by another thread in this very moment.
-        self._close_if_ended(self.exchange)
-        return self.exchange
+        return exchange
 
-    def _under_tokens(self, exchange: Exchange, tokens: Sequence[tuple[CancelToken, Kind]] = ()) -> Exchange:
-        """Register an attempt with every token; if that is interrupted, nothing of the attempt is left."""
+    def _use(self, exchange: Exchange, tokens: Sequence[tuple[CancelToken, Kind]]) -> None:
+        """Make an attempt the present one, and register it with every token."""
+        # First: from here on, whatever ends the call or interrupts this finds it.
+        self.exchange = exchange
         try:
             # What came between the attempts came before what the tokens have to say.
             self._close_if_ended(exchange)
-            for token, kind in tokens or self._tokens:
+            for token, kind in tokens:
                 exchange.register(token, kind)
             if self.token is not None:
                 exchange.register(self.token)
-            return exchange  # noqa: TRY300  (Ctrl-C at this line leaves nothing either)
+            # Ended by another thread, which found the attempt before this one, or none.
+            self._close_if_ended(exchange)
         except BaseException as exc:
             exchange.reader.close(ExchangeOutcome("cancelled", exc))
             raise

@@ -421,7 +421,7 @@ class ResponseReader:
             # At its natural end, and what was dealing with that may have been interrupted.
             if owner is not None:
                 owner.outcome_decided()
-                in_loop(self.loop, self._release_if_not_tidied)
+            in_loop(self.loop, self._release_if_not_tidied)
             return False
         # The FIN before everything else: the server works until it has seen it.
         link = self._link

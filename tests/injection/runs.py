@@ -61,7 +61,7 @@ EXCUSED = (
         STOPS,
         False,
         "asyncio calls it once: what comes at its first instruction, it never does; client.close() does the rest",
-        ("Connection.connection_made", "Connection.connection_lost", "_Pool.connection_lost"),
+        ("Connection.connection_made", "Connection.connection_lost", "ConnectionPool.connection_lost"),
     ),
     Excuse("", STOPS, False, "a lost round is made up for by a later one, after a second", ("_ReleaseQueue._round",)),
     Excuse(
@@ -77,7 +77,7 @@ EXCUSED = (
             "GuardedSocket.__init__",
             "GuardedSocket.close",
             "_connect_socket",
-            "_ForeignRequest.shutdown_for",
+            "ForeignRequest.shutdown_for",
             "RegularFile.close",
             "RegularFile.__exit__",
             "RegularFile._close_if_free",
@@ -89,7 +89,7 @@ EXCUSED = (
         STOPS,
         False,
         "a number that nobody has got yet cannot be closed",
-        ("_ForeignRequest.shutdown_for",),
+        ("ForeignRequest.shutdown_for",),
     ),
     Excuse(
         "registrations",
