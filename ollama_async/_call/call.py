@@ -68,8 +68,8 @@ class Call:
 
         Cancellation: the socket is closed at once.
         """
-        # Apart: Python lets no handler of a `try` cover the line of a `try` or `while` in it. So nothing is left open after
-        # Ctrl-C at any line.
+        # Apart: Python lets no handler of a `try` cover the line of a `try` or `while` in it. So nothing is left open
+        # after Ctrl-C at any line.
         try:
             return await self._attempts(work, partial)
         except BaseException as exc:
