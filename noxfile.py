@@ -254,7 +254,7 @@ def coverage(session: nox.Session) -> None:
     """What the tests have covered."""
     session.install("coverage[toml]")
     session.env["COVERAGE_FILE"] = str(COVERAGE / ".coverage")
-    session.run("coverage", "combine", "--keep", *map(str, COVERAGE.glob("tests-3*")))
+    session.run("coverage", "combine", "--keep", *map(str, COVERAGE.glob("tests-3*/.coverage*")))
     session.run("coverage", "report")
 
 
