@@ -186,9 +186,12 @@ class EnvironmentProxies:
     """
 
     def __init__(self, *, even_local: bool = False) -> None:
-        self._proxies = urllib.request.getproxies_environment()
+        named = urllib.request.getproxies_environment()
         self._even_local = even_local
-        self._spared = [entry.strip() for entry in self._proxies.pop("no", "").split(",") if entry.strip()]
+        self._spared = [entry.strip() for entry in named.pop("no", "").split(",") if entry.strip()]
+        self._proxies = {
+            scheme: proxy if "://" in proxy else f"http://{proxy}" for scheme, proxy in named.items() if proxy
+        }
 
     def __bool__(self) -> bool:
         return bool(self._proxies)
@@ -196,7 +199,7 @@ class EnvironmentProxies:
     @property
     def urls(self) -> list[str]:
         """The proxies, each once."""
-        return [proxy if "://" in proxy else f"http://{proxy}" for proxy in dict.fromkeys(self._proxies.values())]
+        return [*dict.fromkeys(self._proxies.values())]
 
     def for_url(self, url: httpx.URL) -> str | None:
         """Return the proxy for a URL, ``None`` for none."""
@@ -205,9 +208,7 @@ class EnvironmentProxies:
         if not proxy or (is_loopback(name) and not self._even_local):
             return None
         port = _DEFAULT_PORT.get(url.scheme) if url.port is None else url.port
-        if any(_spares(entry, name, port) for entry in self._spared):
-            return None
-        return proxy if "://" in proxy else f"http://{proxy}"
+        return None if any(_spares(entry, name, port) for entry in self._spared) else proxy
 
 
 def _spares(entry: str, name: str, port: int | None) -> bool:

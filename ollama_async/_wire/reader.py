@@ -455,9 +455,8 @@ class ResponseReader:
         committed = self.failure_outcome is None
         if self._link is None:
             self._let_go_of_owner()
-        elif self._owner is not None:
-            self._owner.outcome_decided()
-            self._owner.link_released()
+        else:
+            self._tell_owner()
         self.tidied = committed
         return committed
 
@@ -488,12 +487,14 @@ class ResponseReader:
             self.release()
             self.tidied = True
 
+    def _tell_owner(self) -> None:
+        if self._owner is not None:
+            self._owner.outcome_decided()
+            self._owner.link_released()
+
     def _let_go_of_owner(self) -> None:
-        owner = self._owner
-        if owner is not None:
-            owner.outcome_decided()
-            owner.link_released()
-            self._owner = None
+        self._tell_owner()
+        self._owner = None
         self.enter(Phase.CLOSED)
 
     def pause_reading(self) -> None:
