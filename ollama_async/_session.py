@@ -192,7 +192,8 @@ class Session(LiveObject):
         self._unpackable = encodings_asked_for(self._headers.get("Accept-Encoding", ""))
         if http_client is None:
             tls = TlsOptions(verify, certificate, trust_env)
-            home = transport
+            # The transport to the session's host, if it is one that was made here.
+            home: httpx.AsyncBaseTransport | None = None
             proxies = EnvironmentProxies(even_local=compat)
             if transport is None and via.value is None and uds is None and trust_env and proxies:
                 routes = transport = EnvironmentTransport(proxies.for_url, tls, _kept_options(others))

@@ -22,6 +22,7 @@ import uvloop
 from teardown.harness import BOUND, Baseline, black_hole, in_thread, live_timers, nothing_left_behind, ticks, until
 from wire import Wire
 
+from ollama_async import AsyncClient
 from ollama_async._wire.http1 import MAX_HEAD_BYTES, encode_head
 from ollama_async._wire.reader import HIGH_WATER, ResponseReader
 from ollama_async._wire.transport import READER, DirectTransport
@@ -1308,3 +1309,18 @@ async def test_small_writes_are_not_held_back(fake_ollama: FakeOllama) -> None:
         [pool] = transport._pools.values()
         [connection] = pool._all
         assert connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+async def test_a_transport_that_is_derived_from_ours_is_asked(fake_ollama: FakeOllama) -> None:
+    """The quick way past httpx is for the transports that a client has made itself."""
+    asked: list[str] = []
+
+    class Watching(DirectTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            asked.append(request.url.path)
+            return await super().handle_async_request(request)
+
+    async with AsyncClient(fake_ollama.url, transport=Watching()) as client:
+        await client.chat("fake", "hi")
+        await client.version()
+    assert asked == ["/api/chat", "/api/version"]
