@@ -150,7 +150,7 @@ def teardown_full_min_deps(session: nox.Session) -> None:
 def injection(session: nox.Session) -> None:
     """Ctrl-C, an abort and a cancellation at every line of the core, in every scene; half an hour."""
     session.install(f".[{EXTRAS}]", *group("tests"))
-    run_tests(session, "-n", "2", "--full", INJECTION, *session.posargs)
+    run_tests(session, "-n", "2", "--timeout=0", "--full", INJECTION, *session.posargs)
 
 
 @nox.session(python=PYTHONS)
@@ -221,7 +221,7 @@ def soak(session: nox.Session) -> None:
     """10,000 streams that are stopped at random moments, and 1,000 of a real server; a few minutes."""
     session.install(f".[{EXTRAS}]", *group("tests"))
     session.env["OLLAMA_ASYNC_SOAK"] = "10000"
-    run_tests(session, "-s", "tests/test_soak.py", *session.posargs)
+    run_tests(session, "-s", "--timeout=0", "tests/test_soak.py", *session.posargs)
 
 
 @nox.session(python=OLDEST)

@@ -411,7 +411,7 @@ async def test_a_stream_of_a_pool_is_read_in_all_ways(fake_ollama: FakeOllama) -
         fake_ollama.script("/api/chat", Reply.endless_chat(0.001))
         stream = pool.chat("fake", "x", stream=True)
         reader = asyncio.create_task(stream.collect())
-        await until(lambda: stream.host)
+        await until(lambda: stream.text)
         with pytest.raises(StreamBusy):
             await anext(stream)
         assert stream.outcome is None

@@ -240,7 +240,8 @@ class Model(BaseModel):
         setattr(self, key, value)
 
     def __contains__(self, key: object) -> bool:
-        if key in self.model_fields_set:
+        # An old pydantic does not count an extra attribute as a set field.
+        if key in self.model_fields_set or key in (self.model_extra or ()):
             return True
         field = type(self).model_fields.get(str(key))
         return field is not None and field.default is not None
