@@ -1,0 +1,85 @@
+"""This tree beside an older commit, by turns: ``python benchmarks/versions.py COMMIT [--rounds 15]``.
+
+Each measurement is a process of its own. A round asks both, and the next one asks them in the other order. Out comes a
+table with both medians and the median of the rounds' ratios, so that a machine whose speed drifts does not decide.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from run import HERE, OURS, load_server
+
+CASES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "CPU a token, burst, us": ("streams.py", {"streams": 1, "tokens": 100_000, "rate": 0}, "cpu_us_per_token"),
+    "CPU a token, 500 streams, us": ("streams.py", {"streams": 500, "tokens": 150, "rate": 50}, "cpu_us_per_token"),
+    "CPU a short request, us": ("short.py", {"requests": 1500}, "cpu_us_per_request"),
+    "CPU a stream of one token, us": ("first.py", {"streams": 1000}, "cpu_us_per_stream"),
+    "memory of an idle stream, KiB": ("memory.py", {"streams": 100}, "held_kib_per_stream"),
+    "abort until the server sees it, p50, us": ("abort.py", {"aborts": 300}, "seen_p50_us"),
+    "abort, the call alone, p50, us": ("abort.py", {"aborts": 300}, "call_p50_us"),
+}
+
+
+def measured(tree: Path, script: str, url: str, options: dict[str, Any]) -> dict[str, float]:
+    """Ask one tree; the scripts are this tree's, the package is that one's."""
+    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "-c", _RUN, str(HERE), script, OURS, url, "--options", json.dumps(options)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+# The scripts import each other from their folder; the package has to come from the tree that is asked.
+_RUN = "import sys, runpy; folder = sys.argv.pop(1); sys.path.append(folder); sys.argv.pop(0); " + (
+    "runpy.run_path(folder + '/' + sys.argv[0], run_name='__main__')"
+)
+
+
+def compare(before: Path, after: Path, rounds: int) -> dict[str, tuple[list[float], list[float]]]:
+    """Return the figures of both trees, one a round."""
+    seen: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in CASES}
+    with load_server() as url:
+        for turn in range(rounds):
+            for script, options in {(script, json.dumps(options)): 0 for script, options, _ in CASES.values()}:
+                trees = [(0, before), (1, after)]
+                figures = {}
+                for which, tree in trees if turn % 2 else reversed(trees):
+                    figures[which] = measured(tree, script, url, json.loads(options))
+                for name, (other, wanted, figure) in CASES.items():
+                    if (other, json.dumps(wanted)) == (script, options):
+                        for which, values in figures.items():
+                            seen[name][which].append(values[figure])
+            print(f"round {turn + 1} of {rounds}", file=sys.stderr)
+    return seen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("commit", help="the older one")
+    parser.add_argument("--rounds", type=int, default=15)
+    given = parser.parse_args()
+    here = HERE.parent
+    with tempfile.TemporaryDirectory() as folder:
+        before = Path(folder, "before")
+        archive = subprocess.run(["git", "archive", given.commit], cwd=here, capture_output=True, check=True).stdout
+        before.mkdir()
+        subprocess.run(["tar", "-x"], cwd=before, input=archive, check=True)
+        seen = compare(before, here, given.rounds)
+    print("| | before | after | after / before, median of the rounds | least | most |\n|---|---|---|---|---|---|")
+    for name, (old, new) in seen.items():
+        ratios = sorted(b / a for a, b in zip(old, new, strict=True))
+        cells = (statistics.median(old), statistics.median(new), statistics.median(ratios), ratios[0], ratios[-1])
+        print(f"| {name} | " + " | ".join(f"{cell:.3g}" for cell in cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
