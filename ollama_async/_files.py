@@ -181,7 +181,7 @@ class FileTransfer(Session):
         check_call(call)
         timeouts = Timeouts.of(call["timeout"]) if "timeout" in call else self._timeouts
         # One token for all parts: what aborts the client's calls now must also reach those that have not begun yet.
-        tokens = (self._current(), call.get("token"))
+        tokens = (self._calls.current(), call.get("token"))
         token = CancelToken.any(*(token for token in tokens if token is not None))
         return Job({**call, "token": token}, timeouts, on_progress)
 

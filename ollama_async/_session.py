@@ -9,7 +9,7 @@ import platform
 import sys
 import warnings
 from collections.abc import Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec, TypedDict, TypeVar, cast
 
@@ -28,22 +28,26 @@ from ._call.stream import Stream
 from ._call.timeouts import DEFAULT_TIMEOUTS, Timeouts
 from ._cancel import CancelToken, LiveObject
 from ._errors import AbortError, ProtocolError, RequestError, StreamClosed
+from ._group import CallGroup
 from ._host import EnvironmentProxies, env_api_key, is_loopback, is_ollama_com, parse_host
 from ._model.input import encode_json
 from ._model.types import StatusResponse
 from ._secret import Secret, showable
+from ._wire.family import package_of
 from ._wire.guard import HttpClient, guarded
 from ._wire.http1 import header_flaw
 from ._wire.routes import EnvironmentTransport, is_direct, transport_through
 from ._wire.tls import TlsOptions
-from ._wire.transport import KEEPALIVE_EXPIRY, DirectTransport
+from ._wire.transport import KEEPALIVE_EXPIRY, ClosableTransport, DirectTransport
 from ._wire.unpack import encodings_asked_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
+    from contextlib import AbstractContextManager
     from types import TracebackType
     from typing import Self
 
+    import anyio
     from pydantic import BaseModel
 
     from ._call.chunk import ChunkT, Merge
@@ -162,6 +166,11 @@ class Session(LiveObject):
         _check_kind("max_line_bytes", max_line_bytes, int)
         if transport is not None and not hasattr(transport, "handle_async_request"):
             raise RequestError(f"transport={type(transport).__name__}: give an httpx.AsyncBaseTransport")
+        if package_of(transport, "AsyncBaseTransport") is not httpx and not isinstance(transport, ClosableTransport):
+            raise RequestError(
+                f"transport={type(transport).__name__}: it is a transport of httpx2, not of httpx; give "
+                "http_client=httpx2.AsyncClient(transport=...)"
+            )
         if http_client is not None and not (hasattr(http_client, "send") and hasattr(http_client, "build_request")):
             raise RequestError(f"http_client={type(http_client).__name__}: give an httpx.AsyncClient")
         if "base_url" in others.value:
@@ -218,9 +227,7 @@ class Session(LiveObject):
         else:
             self._client = guarded(http_client)
         self._writer = RequestWriter(self._client, Secret(self._headers), self._direct)
-        # The calls that are under way are under the token in here; abort() takes it out once it is aborted, so that
-        # later calls are not. Two calls that begin at once in two threads may put two in.
-        self._calls: list[CancelToken] = []
+        self._calls = CallGroup()
         self._closing = CancelToken()
 
     # -- ending --
@@ -233,10 +240,18 @@ class Session(LiveObject):
         Args:
             reason: What ``AbortError.reason`` will be.
         """
-        for calls in tuple(self._calls):
-            calls.abort(reason)
-            with suppress(ValueError):
-                self._calls.remove(calls)
+        self._calls.abort(reason)
+
+    def scope(self) -> AbstractContextManager[anyio.CancelScope]:
+        """Put a block under this client: ``with client.scope(): await framework(...)``.
+
+        ``abort()`` of the client, and its token, then cancel the block as ``CancelToken.scope()`` does: nothing in it
+        begins anew, whatever it catches.
+
+        Raises:
+            AbortError: The client or its token was aborted, and that ended the block.
+        """
+        return self._calls.scope(self._token)
 
     async def aclose(self) -> None:
         """Close the client and everything that is open on it; idempotent. Whoever reads from it gets ``StreamClosed``.
@@ -317,9 +332,13 @@ class Session(LiveObject):
             budget=RetryBudget.of(self._retries if retries is None else retries, resume=resume),
             unpackable=self._unpackable if asked is None else encodings_asked_for(asked),
         )
-        tokens: list[tuple[CancelToken, Kind]] = [(self._closing, "closed"), (self._current(), "aborted")]
+        tokens: list[tuple[CancelToken, Kind]] = [(self._closing, "closed"), (self._calls.current(), "aborted")]
         if self._token is not None:
             tokens.append((self._token, "aborted"))
+        beneath = getattr(self._client, "_transport", None)
+        if self._direct is None and isinstance(beneath, ClosableTransport):
+            # It belongs to somebody else, who may stop everything on it.
+            tokens += [(token, "aborted") for token in beneath.tokens]
         return exchange, tokens
 
     def _stream(
@@ -389,19 +408,11 @@ class Session(LiveObject):
         call = Call(lambda: self._begin(request, options, streaming=False), options.get("token"))
         return await call.run(_read_whole)
 
-    def _current(self) -> CancelToken:
-        for token in self._calls:
-            if not token.aborted:
-                return token
-        token = CancelToken()
-        self._calls.append(token)
-        return token
-
     @contextmanager
     def _scope(self, call: CallOptions) -> Generator[None]:
         """Put awaits that are no exchange under the tokens of a call."""
         check_call(call)
-        tokens = (self._closing, self._current(), self._token, call.get("token"))
+        tokens = (self._closing, self._calls.current(), self._token, call.get("token"))
         try:
             with CancelToken.any(*(token for token in tokens if token is not None)).scope():
                 yield

@@ -17,6 +17,7 @@ PACKAGE = Path(ollama_async.__file__).parent
 FLOORS = [
     ["_errors", "_secret"],
     ["_cancel", "_host", "_regular"],
+    ["_group", "_wire.family"],
     ["_wire.http1", "_wire.phase", "_wire.socket", "_wire.tasks", "_wire.tls", "_wire.unpack"],
     ["_wire.intercept", "_wire.parser", "_wire.guard", "_wire.proxy"],
     ["_wire.reader"],

@@ -18,7 +18,7 @@ from ollama_async._errors import AbortError, PhaseTimeout, ProtocolError, Stream
 from ollama_async._wire.guard import MAX_BODY_BYTES
 from ollama_async._wire.intercept import is_intercepted
 from ollama_async._wire.phase import Phase
-from ollama_async._wire.reader import ExchangeEnded, ExchangeOutcome, Framing, Kind, ResponseReader
+from ollama_async._wire.reader import EndByToken, ExchangeEnded, ExchangeOutcome, Framing, Kind, ResponseReader
 from ollama_async._wire.transport import ANSWERED, READER
 from ollama_async._wire.unpack import Unpacker, encoding_of
 
@@ -131,7 +131,7 @@ class Exchange:
 
     def register(self, token: CancelToken, kind: Kind = "aborted") -> None:
         """End with the token."""
-        watch = _EndByToken(token, self.reader, kind)
+        watch = EndByToken(token, self.reader, kind)
         self._registrations.append(watch)
         watch.arm()
         if self.reader.outcome_slot:
@@ -414,20 +414,6 @@ class Exchange:
             self.reader.close(ExchangeOutcome("timeout", due[1]))
         else:
             self._timer = self.loop.call_at(due[0], self._check_limits, context=EmptyContext())
-
-
-class _EndByToken(Watch):
-    """Ends an exchange with a token."""
-
-    __slots__ = ("_kind", "_reader")
-
-    def __init__(self, token: CancelToken, reader: ResponseReader, kind: Kind) -> None:
-        super().__init__(token)
-        self._reader = reader
-        self._kind: Kind = kind
-
-    def end(self, reason: object) -> None:
-        self._reader.close_threadsafe(ExchangeOutcome(self._kind, reason))
 
 
 _CLOSED = {

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 
+from .family import as_error_of, mixed, package_of
 from .http1 import Origin
 
 if TYPE_CHECKING:
@@ -181,19 +182,22 @@ class _Limited:
             if self._leads_on:
                 # Its body is not needed: a reader finds it empty.
                 return
-            raise httpx.RemoteProtocolError(f"the answer is encoded as {self._encoding!r}, which was not asked for")
+            raise self._error(f"the answer is encoded as {self._encoding!r}, which was not asked for")
         left = self._limit
         blocks = aiter(self.unlimited)
         try:
             async for block in blocks:
                 left -= len(block)
                 if left < 0:
-                    raise httpx.RemoteProtocolError(f"the body of the server's answer is over {self._limit:,} bytes")
+                    raise self._error(f"the body of the server's answer is over {self._limit:,} bytes")
                 yield block
         finally:
             close = getattr(blocks, "aclose", None)
             if close is not None:
                 await close()
+
+    def _error(self, text: str) -> BaseException:
+        return as_error_of(package_of(self.unlimited, "AsyncByteStream"), httpx.RemoteProtocolError(text))
 
     async def aclose(self) -> None:
         await self.unlimited.aclose()
@@ -210,9 +214,4 @@ def limited(stream: Any, status: int, encoding: str | None) -> Any:
 def like_stream(kind: type, stream: Any) -> Any:
     """Return a subclass of ``kind`` in a stream's family: httpx and httpx2 take only streams of their own kind."""
     ancestors = cast("Any", type(stream)).__mro__
-    return _in_family(kind, next((each for each in ancestors if each.__name__ == "AsyncByteStream"), object))
-
-
-@cache
-def _in_family(kind: type, family: type) -> type:
-    return type(kind.__name__.strip("_"), (kind, family), {})
+    return mixed(kind, next((each for each in ancestors if each.__name__ == "AsyncByteStream"), object))

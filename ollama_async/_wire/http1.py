@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from itertools import starmap
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import httpx
 
 from ollama_async._secret import Secret
+
+from .family import package_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterable, Iterable
@@ -137,11 +139,13 @@ class EncodedRequest:
 
     @classmethod
     def of(cls, request: httpx.Request, proxy: HttpProxy | None) -> EncodedRequest:
-        """Make it of a request of httpx; raises ``httpx.LocalProtocolError`` or ``httpx.UnsupportedProtocol``."""
+        """Make it of a request of httpx or httpx2; raises an ``httpx.TransportError`` for one that cannot be sent."""
         made = cls(request.method, Origin.of(request.url), encode_head(request, proxy))
         made.length = _body_length(request)
-        stream = request.stream
-        if isinstance(stream, httpx.ByteStream):
+        # Any: the classes of httpx2 are of no type known here.
+        package: Any = package_of(request, "Request")
+        stream: Any = request.stream
+        if isinstance(stream, package.ByteStream):
             body = b"".join(stream)
             if made.length is None:
                 raise httpx.LocalProtocolError("the request has a Transfer-Encoding, but its body is bytes")
@@ -149,7 +153,7 @@ class EncodedRequest:
                 raise httpx.LocalProtocolError(WRONG_LENGTH)
             made.data += body
         else:
-            made.blocks = stream if isinstance(stream, httpx.AsyncByteStream) else _as_async(stream)
+            made.blocks = stream if isinstance(stream, package.AsyncByteStream) else _as_async(stream)
         return made
 
 

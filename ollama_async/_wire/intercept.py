@@ -1,4 +1,4 @@
-"""Mocks and instrumentation of httpx: whether there are any, and how a request of ours passes through them.
+"""Mocks and instrumentation of httpx and httpx2: whether there are any, and how a request of ours passes through them.
 
 respx, pytest-httpx, OpenTelemetry and Sentry replace methods of httpx or httpcore. A request that takes the quick way
 past httpx would not meet them: then a test reaches the real server, and a trace has a gap.
@@ -6,6 +6,7 @@ past httpx would not meet them: then a test reaches the real server, and a trace
 
 from __future__ import annotations
 
+import importlib
 import sys
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,10 @@ import httpx
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from types import ModuleType
+
+# What each of the two rests on.
+_CORES = {"httpx": "httpcore", "httpx2": "httpcore2"}
 
 # Class and method that a request passes on its way through httpx, from the outside to the inside.
 _SEAMS = (
@@ -31,15 +36,14 @@ def is_intercepted() -> bool:
     return _core_is_intercepted()
 
 
-def transport_is_intercepted() -> bool:
-    """Whether a method below the client has been replaced: of httpx's transport, or of httpcore."""
-    owner, name = _SEAMS[-1]
-    return not _is_untouched(owner, name) or _core_is_intercepted()
+def transport_is_intercepted(package: ModuleType = httpx) -> bool:
+    """Whether a method below the client has been replaced: of the transport of httpx or httpx2, or of its core."""
+    return not _is_untouched(package.AsyncHTTPTransport, "handle_async_request") or _core_is_intercepted(package)
 
 
-def _core_is_intercepted() -> bool:
+def _core_is_intercepted(package: ModuleType = httpx) -> bool:
     # httpx imports it when the first of its transports is made; until then nobody can have replaced anything.
-    core = sys.modules.get("httpcore")
+    core = sys.modules.get(_CORES[package.__name__])
     return core is not None and not _is_untouched(core.AsyncConnectionPool, "handle_async_request")
 
 
@@ -54,7 +58,7 @@ def _is_untouched(owner: Any, name: str) -> bool:
     # A wrapper is another kind of object (wrapt, mock), comes from another module, or says what it wraps.
     untouched = (
         type(method) is FunctionType
-        and method.__module__.partition(".")[0] in ("httpx", "httpcore")
+        and method.__module__.partition(".")[0] in (*_CORES, *_CORES.values())
         and not hasattr(method, "__wrapped__")
     )
     if untouched:
@@ -62,37 +66,36 @@ def _is_untouched(owner: Any, name: str) -> bool:
     return untouched
 
 
-async def through_httpx(
-    request: httpx.Request, send: Callable[[httpx.Request], Awaitable[httpx.Response]]
-) -> httpx.Response:
-    """Pass a request through httpx's transport and httpcore's pool, as they have been replaced; then send it.
+async def through_httpx(package: ModuleType, request: Any, send: Callable[[Any], Awaitable[Any]]) -> Any:
+    """Pass a request through the package's transport and its core's pool, as they have been replaced; then send it.
 
     Args:
+        package: httpx or httpx2.
         request: The request.
         send: Sends it, if the replaced methods call what they replaced.
     """
-    transport = object.__new__(httpx.AsyncHTTPTransport)
-    transport._pool = _Pool(send)  # type: ignore[assignment]
-    return await httpx.AsyncHTTPTransport.handle_async_request(transport, request)
+    transport = object.__new__(package.AsyncHTTPTransport)
+    transport._pool = _Pool(package, send)
+    return await package.AsyncHTTPTransport.handle_async_request(transport, request)
 
 
 class _Pool:
     """Stands for httpcore's pool, below httpx's transport."""
 
-    def __init__(self, send: Callable[[httpx.Request], Awaitable[httpx.Response]]) -> None:
+    def __init__(self, package: ModuleType, send: Callable[[Any], Awaitable[Any]]) -> None:
+        self._package = package
         self._send = send
 
     async def handle_async_request(self, request: Any) -> Any:
-        import httpcore
-
-        if _core_is_intercepted():
+        core: Any = importlib.import_module(_CORES[self._package.__name__])
+        if _core_is_intercepted(self._package):
             # What the mock does not know goes through this one, which keeps no connection.
-            return await httpcore.AsyncConnectionPool(max_keepalive_connections=0).handle_async_request(request)
+            return await core.AsyncConnectionPool(max_keepalive_connections=0).handle_async_request(request)
         url = request.url
         port = "" if url.port is None else f":{url.port}"
         target = f"{url.scheme.decode()}://{url.host.decode()}{port}{url.target.decode()}"
         response = await self._send(
-            httpx.Request(
+            self._package.Request(
                 request.method.decode(),
                 target,
                 headers=request.headers,
@@ -100,7 +103,7 @@ class _Pool:
                 extensions=request.extensions,
             )
         )
-        return httpcore.Response(
+        return core.Response(
             response.status_code,
             headers=response.headers.raw,
             content=response.stream,

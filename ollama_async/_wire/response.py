@@ -1,42 +1,55 @@
-"""An answer as httpx hands it to its caller; leaving it, however that is done, closes the connection at once."""
+"""An answer as httpx or httpx2 hands it to its caller; leaving it, in any way, closes the connection at once."""
 
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, SupportsIndex, TypeVar, cast
 
 import httpx
 
 from ollama_async._cancel import EmptyContext, in_loop
+from ollama_async._errors import AbortError
 
+from .family import as_error_of, mixed
 from .reader import ExchangeEnded, ExchangeOutcome, ResponseReader
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
     from datetime import timedelta
+    from types import ModuleType
+
+    # The class it is mixed into; that of httpx2 is alike.
+    _Response = httpx.Response
+else:
+    _Response = object
 
 Part = TypeVar("Part")
 T = TypeVar("T")
 
 
-def as_httpx_error(outcome: ExchangeOutcome) -> BaseException:
-    """Return what to raise to a caller of httpx for how an exchange ended."""
+def as_httpx_error(outcome: ExchangeOutcome, package: ModuleType) -> BaseException:
+    """Return what to raise to a caller of httpx or httpx2 for how an exchange ended."""
+    if outcome.kind == "aborted":
+        # Not an error of httpx: a client that is built on it would try again.
+        return AbortError(outcome.cause)
     if isinstance(outcome.cause, BaseException):
-        return outcome.cause
-    return httpx.ReadError(f"the exchange was ended: {outcome.kind}")
+        return as_error_of(package, outcome.cause)
+    return as_error_of(package, httpx.ReadError(f"the exchange was ended: {outcome.kind}"))
 
 
-class Body(httpx.AsyncByteStream):
+class Body:
     """The body of an answer, for a caller that reads it through httpx.
 
     Args:
         reader: Where it comes from.
         read_timeout: Seconds that each read may wait, ``None`` for no limit.
+        package: httpx or httpx2, whichever the caller reads it through.
         ours: Whether only the reader of this body decides how the exchange ends.
     """
 
-    def __init__(self, reader: ResponseReader, read_timeout: float | None, *, ours: bool) -> None:
+    def __init__(self, reader: ResponseReader, read_timeout: float | None, package: ModuleType, *, ours: bool) -> None:
+        self._package = package
         self._reader = reader
         self._read_timeout = read_timeout
         self._timer: asyncio.TimerHandle | None = None
@@ -50,7 +63,7 @@ class Body(httpx.AsyncByteStream):
             try:
                 block = await self.in_time(self._reader.read())
             except ExchangeEnded as ended:
-                raise as_httpx_error(ended.outcome) from ended
+                raise as_httpx_error(ended.outcome, self._package) from ended
             if not block:
                 return
             yield block
@@ -136,17 +149,22 @@ class _ClosingReads(Generic[Part]):
             self._leave()
 
 
-class ClosingResponse(httpx.Response):
-    """httpx's response, but dropping it unread, or what reads it, closes the connection."""
+class ClosingResponse(_Response):
+    """A response of httpx or httpx2, but dropping it unread, or what reads it, closes the connection."""
 
     # Not in its __dict__, which is what is pickled of a response.
     __slots__ = ("_body",)
 
-    def __init__(self, reader: ResponseReader, body: Body, stream: httpx.AsyncByteStream) -> None:
+    def __init__(self, reader: ResponseReader, body: Body, stream: Any) -> None:
         self._body = body
         head = reader.head
         extensions = {"http_version": head.version, "reason_phrase": head.reason}
         super().__init__(head.status, headers=list(head.headers), stream=stream, extensions=extensions)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        # As a plain response: this class is made as the program runs, and a copy has no connection to close.
+        plain = next(each for each in type(self).__mro__ if each.__name__ == "Response")
+        return object.__new__, (plain,), self.__getstate__()  # type: ignore[attr-defined]
 
     # httpx's client puts a stream around the body that notes how long the answer took. It holds the response, which
     # holds it: only the garbage collector would free the two.
@@ -174,8 +192,18 @@ class ClosingResponse(httpx.Response):
         return self._reading(super().aiter_lines())
 
     def _reading(self, generator: AsyncIterator[Part]) -> AsyncIterator[Part]:
-        # One that was pickled has no body to be closed.
-        return _ClosingReads(self._body, generator) if hasattr(self, "_body") else generator
+        return _ClosingReads(self._body, generator)
+
+
+def body_of(package: ModuleType, reader: ResponseReader, read_timeout: float | None, *, ours: bool) -> Body:
+    """Return the body of an answer, as httpx or httpx2 takes it."""
+    made: Body = mixed(Body, package.AsyncByteStream)(reader, read_timeout, package, ours=ours)
+    return made
+
+
+def response_of(package: ModuleType, reader: ResponseReader, body: Body, stream: Any) -> Any:
+    """Return an answer whose head has arrived, as httpx or httpx2 hands it to its caller."""
+    return mixed(ClosingResponse, package.Response)(reader, body, stream)
 
 
 class _Elapsed:

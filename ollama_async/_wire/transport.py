@@ -1,4 +1,4 @@
-"""``DirectTransport``: an ``httpx.AsyncBaseTransport`` whose every connection can be closed at once, from anywhere.
+"""``DirectTransport``: a transport of httpx or httpx2 whose every connection can be closed at once, from anywhere.
 
 Everything it owns (sockets, the tasks that dial and upload, the timer of idle connections) hangs on the reader of an
 answer or in the pool of an event loop, and both are closed synchronously.
@@ -13,26 +13,33 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from ollama_async._cancel import LiveObject
+from ollama_async._cancel import CancelToken, LiveObject
 from ollama_async._errors import RequestError
+from ollama_async._group import CallGroup
 from ollama_async._secret import Secret
 
 from .connection import Connection, PlainConnection, TlsConnection
 from .dial import Sockets, explain_error, explain_tls_error, open_socket, open_tunnel, start_tls
+from .family import as_error_of, package_of
 from .guard import LEADS_ON, limited
 from .http1 import EncodedRequest
 from .intercept import through_httpx, transport_is_intercepted
 from .phase import Phase
 from .pool import ConnectionPool, Dialling
 from .proxy import http_proxy
-from .reader import ExchangeEnded, ExchangeOutcome, ResponseReader
-from .response import Body, ClosingResponse, as_httpx_error
+from .reader import EndByToken, ExchangeEnded, ExchangeOutcome, ResponseReader
+from .response import Body, as_httpx_error, body_of, response_of
 from .tasks import cancel_once, join_cancelled
 from .tls import TlsOptions
 from .upload import Upload
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    import anyio
+
     from .http1 import HttpProxy, Origin
+    from .parser import Head
     from .socket import GuardedSocket
 
 # Under this name in ``request.extensions`` the library hands its reader through an httpx client to the transport.
@@ -47,27 +54,8 @@ ANSWERED = "ollama_async.answered"
 KEEPALIVE_EXPIRY = 4.0
 
 
-class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
-    """An httpx transport for HTTP/1.1 over TCP, TLS and unix sockets whose connections can be closed at any moment.
-
-    ``AsyncClient`` uses it by default, and it works under any ``httpx.AsyncClient(transport=DirectTransport())``.
-    Connections are kept for reuse, one pool for each event loop, without an upper limit to their number. It honours
-    httpx's ``connect`` and ``read`` timeouts. Leaving a response without its ``aclose()`` closes the connection at
-    once: a loop over it by ``break`` or an exception, its iterator by ``aclose()``, the response by dropping it unread.
-
-    Args:
-        verify: As httpx: True (also for None), False, or an ``ssl.SSLContext``. The context is made when the first TLS
-            connection is.
-        cert: As httpx: a client certificate.
-        trust_env: Whether ``SSL_CERT_FILE`` and ``SSL_CERT_DIR`` are followed.
-        uds: Path of a unix socket to connect to, whatever the URL's host.
-        proxy: URL of a proxy of the scheme ``http``, or such an ``httpx.Proxy``. Requests to an ``https`` server go
-            through a tunnel (``CONNECT``).
-        keepalive_expiry: Seconds for which an idle connection is kept.
-
-    Raises:
-        RequestError: The proxy's URL is invalid, or has another scheme.
-    """
+class ClosableTransport(LiveObject):
+    """``DirectTransport``, but for the one base class that httpx and httpx2 each want."""
 
     def __init__(
         self,
@@ -78,6 +66,7 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
         uds: str | None = None,
         proxy: str | httpx.Proxy | None = None,
         keepalive_expiry: float = KEEPALIVE_EXPIRY,
+        token: CancelToken | None = None,
     ) -> None:
         # Passwords may be in both.
         via, certificate = Secret(proxy), Secret(cert)
@@ -89,9 +78,41 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
         self._ssl_context: ssl.SSLContext | None = None
         self._uds = uds
         self._expiry = keepalive_expiry
+        if token is not None and not issubclass(type(token), CancelToken):
+            raise RequestError(f"token={type(token).__name__}: give a CancelToken")
+        self._token = token
+        self._calls = CallGroup()
         self._pools: dict[asyncio.AbstractEventLoop, ConnectionPool] = {}
 
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+    def abort(self, reason: object = None) -> None:
+        """End all requests of this transport that are under way, from any task, thread or signal handler.
+
+        When it returns, their sockets have been shut down. Whoever waits for an answer, or reads one, gets an
+        ``AbortError``. The transport stays usable.
+
+        Args:
+            reason: What ``AbortError.reason`` will be.
+        """
+        self._calls.abort(reason)
+
+    def scope(self) -> AbstractContextManager[anyio.CancelScope]:
+        """Put a block under this transport: ``with transport.scope(): await framework(...)``.
+
+        ``abort()`` of the transport, and its token, then cancel the block as ``CancelToken.scope()`` does: nothing in
+        it begins anew, whatever it catches.
+
+        Raises:
+            AbortError: The transport or its token was aborted, and that ended the block.
+        """
+        return self._calls.scope(self._token)
+
+    @property
+    def tokens(self) -> list[CancelToken]:
+        """The tokens that a request that begins now is under."""
+        current = self._calls.current()
+        return [current] if self._token is None else [current, self._token]
+
+    async def handle_async_request(self, request: Any) -> Any:
         """Send a request and return its answer as soon as its head has arrived.
 
         Args:
@@ -99,35 +120,42 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
                 async iterator has ended ends the upload.
 
         Raises:
-            httpx.TransportError: As httpx's own transport raises them.
+            TransportError: As the transports of httpx and httpx2 raise them, of the package that the request is of.
+            AbortError: ``abort()`` of the transport or of its token ended the request.
 
         Cancellation: the connection is closed at once.
         """
-        if transport_is_intercepted():
-            return await through_httpx(request, self._handle)
+        package = package_of(request, "Request")
+        if transport_is_intercepted(package):
+            return await through_httpx(package, request, self._handle)
         return await self._handle(request)
 
-    async def _handle(self, request: httpx.Request) -> httpx.Response:
+    async def _handle(self, request: Any) -> Any:
+        package = package_of(request, "Request")
         ours = READER not in request.extensions
-        reader = request.extensions.get(READER) or ResponseReader(asyncio.get_running_loop())
+        # A call of ``AsyncClient`` is under the tokens of this transport already.
+        reader = request.extensions.get(READER) or _Stops(self.tokens).reader
         timeouts: dict[str, float | None] = request.extensions.get("timeout") or {}
-        body = Body(reader, timeouts.get("read"), ours=ours)
+        body = body_of(package, reader, timeouts.get("read"), ours=ours)
         try:
             # Taken out: httpx hands the extensions on to the request that follows a redirect.
             if not request.extensions.pop(ANSWERED, False):
                 await self._exchange(reader, body, request, timeouts)
         except ExchangeEnded as ended:
-            raise as_httpx_error(ended.outcome) from ended
+            raise as_httpx_error(ended.outcome, package) from ended
         except BaseException as exc:
             reader.close(ExchangeOutcome("error", exc))
+            error = as_error_of(package, exc)
+            if error is not exc:
+                raise error from exc
             raise
         stream: Any = body
         if ours and reader.status in LEADS_ON:
             stream = limited(body, reader.status, httpx.Headers(list(reader.head.headers)).get("content-encoding"))
-        return ClosingResponse(reader, body, stream)
+        return response_of(package, reader, body, stream)
 
     async def _exchange(
-        self, reader: ResponseReader, body: Body, request: httpx.Request, timeouts: dict[str, float | None]
+        self, reader: ResponseReader, body: Body, request: Any, timeouts: dict[str, float | None]
     ) -> None:
         if reader.status:
             reader.restart()
@@ -304,6 +332,60 @@ class DirectTransport(LiveObject, httpx.AsyncBaseTransport):
         upload = Upload(reader, connection, request.blocks, request.length)
         reader.attach(upload)
         await upload.finished(reader)
+
+
+class DirectTransport(ClosableTransport, httpx.AsyncBaseTransport):
+    """An httpx transport for HTTP/1.1 over TCP, TLS and unix sockets whose connections can be closed at any moment.
+
+    ``AsyncClient`` uses it by default, and it works under any ``httpx.AsyncClient(transport=DirectTransport())``;
+    ``ollama_async.httpx2`` has the same for httpx2.
+    Connections are kept for reuse, one pool for each event loop, without an upper limit to their number. It honours
+    httpx's ``connect`` and ``read`` timeouts. Leaving a response without its ``aclose()`` closes the connection at
+    once: a loop over it by ``break`` or an exception, its iterator by ``aclose()``, the response by dropping it unread.
+
+    Args:
+        verify: As httpx: True (also for None), False, or an ``ssl.SSLContext``. The context is made when the first TLS
+            connection is.
+        cert: As httpx: a client certificate.
+        trust_env: Whether ``SSL_CERT_FILE`` and ``SSL_CERT_DIR`` are followed.
+        uds: Path of a unix socket to connect to, whatever the URL's host.
+        proxy: URL of a proxy of the scheme ``http``, or such an ``httpx.Proxy``. Requests to an ``https`` server go
+            through a tunnel (``CONNECT``).
+        keepalive_expiry: Seconds for which an idle connection is kept.
+        token: A token that every request is under. Whoever waits for an answer, or reads one, gets an ``AbortError``.
+
+    Raises:
+        RequestError: The proxy's URL is invalid, or has another scheme; or the token is not a ``CancelToken``.
+    """
+
+    if TYPE_CHECKING:
+
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            """Send a request and return its answer as soon as its head has arrived."""
+            raise NotImplementedError
+
+
+class _Stops:
+    """Ends a request that is not a call of ours with the tokens of its transport; it owns the reader."""
+
+    def __init__(self, tokens: list[CancelToken]) -> None:
+        self.reader: ResponseReader = ResponseReader(asyncio.get_running_loop(), self)
+        self._watches = [EndByToken(token, self.reader, "aborted") for token in tokens]
+        for watch in self._watches:
+            watch.arm()
+        if self.reader.outcome is not None:
+            self.outcome_decided()
+
+    def head_arrived(self, head: Head) -> None:
+        """There are no limits here that the head would change."""
+
+    def outcome_decided(self) -> None:
+        """Leave the tokens; in any thread."""
+        for watch in self._watches:
+            watch.remove()
+
+    def link_released(self) -> None:
+        """Nothing is timed here."""
 
 
 def _begin(connection: Connection, reader: ResponseReader, request: EncodedRequest) -> None:

@@ -407,7 +407,7 @@ class Run:
             if name != "BaseEventLoop.stop" and (closed or not name.endswith("_sweep")):
                 found.append(f"a timer {name}")
         found += [f"{count} registrations" for count in map(registrations, world.tokens) if count]
-        ours = sum(map(registrations, [world.client._closing, *world.client._calls]))
+        ours = sum(map(registrations, [world.client._closing, *world.client._calls.tokens]))
         if ours:
             found.append(f"{ours} registrations on the client's tokens")
         return found + self._left_in_pools(closed=closed)
