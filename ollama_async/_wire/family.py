@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 def package_of(value: object, base: str) -> ModuleType:
     """Return httpx or httpx2, whichever defines the class ``base`` that a value is an instance of; else httpx."""
-    return _package_of(type(value), base)
+    kind: Any = type(value)
+    return _package_of(kind, base)
 
 
 # Bounded, since a program may make classes as it runs.

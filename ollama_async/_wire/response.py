@@ -164,7 +164,7 @@ class ClosingResponse(_Response):
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         # As a plain response: this class is made as the program runs, and a copy has no connection to close.
         plain = next(each for each in type(self).__mro__ if each.__name__ == "Response")
-        return object.__new__, (plain,), self.__getstate__()  # type: ignore[attr-defined]
+        return object.__new__, (plain,), self.__getstate__()
 
     # httpx's client puts a stream around the body that notes how long the answer took. It holds the response, which
     # holds it: only the garbage collector would free the two.
