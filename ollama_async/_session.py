@@ -338,7 +338,7 @@ class Session(LiveObject):
         beneath = getattr(self._client, "_transport", None)
         if self._direct is None and isinstance(beneath, ClosableTransport):
             # It belongs to somebody else, who may stop everything on it.
-            tokens += [(token, "aborted") for token in beneath.tokens]
+            tokens.extend((token, "aborted") for token in beneath.tokens)
         return exchange, tokens
 
     def _stream(

@@ -130,8 +130,10 @@ class ConnectionPool:
             # Its tasks and futures cannot be told anything any more.
             for connection in list(self._all):
                 connection.sock.close()
-            for dialling in list(self.dialling.values()):
+            for reader, dialling in list(self.dialling.items()):
                 dialling.sockets.close()
+                # It leaves the tokens, which would hold it and its loop.
+                reader.decide(ExchangeOutcome("closed"))
             self._all.clear()
             self.dialling.clear()
             self.close()
