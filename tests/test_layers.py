@@ -21,7 +21,7 @@ FLOORS = [
     ["_wire.http1", "_wire.phase", "_wire.socket", "_wire.tasks", "_wire.tls", "_wire.unpack"],
     ["_wire.intercept", "_wire.parser", "_wire.guard", "_wire.proxy"],
     ["_wire.reader"],
-    ["_wire.connection", "_wire.response"],
+    ["_wire.connection", "_wire.response", "_wire.watch"],
     ["_wire.dial", "_wire.upload"],
     ["_wire.pool"],
     ["_wire.transport"],

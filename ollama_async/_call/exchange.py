@@ -18,9 +18,10 @@ from ollama_async._errors import AbortError, PhaseTimeout, ProtocolError, Stream
 from ollama_async._wire.guard import MAX_BODY_BYTES
 from ollama_async._wire.intercept import is_intercepted
 from ollama_async._wire.phase import Phase
-from ollama_async._wire.reader import EndByToken, ExchangeEnded, ExchangeOutcome, Framing, Kind, ResponseReader
+from ollama_async._wire.reader import ExchangeEnded, ExchangeOutcome, Framing, Kind, ResponseReader
 from ollama_async._wire.transport import ANSWERED, READER
 from ollama_async._wire.unpack import Unpacker, encoding_of
+from ollama_async._wire.watch import EndByToken
 
 from .chunk import ResponseInfo
 from .failures import json_object, status_error, strange_encoding, stream_error, translate

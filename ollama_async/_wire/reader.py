@@ -14,7 +14,7 @@ from collections import deque
 from enum import Enum
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from ollama_async._cancel import SetOnce, Watch, in_loop, resolve
+from ollama_async._cancel import SetOnce, in_loop, resolve
 from ollama_async._errors import ProtocolError
 
 from .parser import Head
@@ -22,8 +22,6 @@ from .phase import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from ollama_async._cancel import CancelToken
 
     from .unpack import Unpacker
 
@@ -517,20 +515,6 @@ class ResponseReader:
         outcome = self.outcome
         end = "" if outcome is None else f", {outcome.kind}"
         return f"<{type(self).__name__}: {self.phase.name.lower()}{end}, {self._buffered_bytes} bytes buffered>"
-
-
-class EndByToken(Watch):
-    """Ends an exchange with a token."""
-
-    __slots__ = ("_kind", "_reader")
-
-    def __init__(self, token: CancelToken, reader: ResponseReader, kind: Kind) -> None:
-        super().__init__(token)
-        self._reader = reader
-        self._kind: Kind = kind
-
-    def end(self, reason: object) -> None:
-        self._reader.close_threadsafe(ExchangeOutcome(self._kind, reason))
 
 
 _NO_HEAD = Head()

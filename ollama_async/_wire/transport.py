@@ -27,11 +27,12 @@ from .intercept import through_httpx, transport_is_intercepted
 from .phase import Phase
 from .pool import ConnectionPool, Dialling
 from .proxy import http_proxy
-from .reader import EndByToken, ExchangeEnded, ExchangeOutcome, ResponseReader
+from .reader import ExchangeEnded, ExchangeOutcome, ResponseReader
 from .response import Body, as_httpx_error, body_of, response_of
 from .tasks import cancel_once, join_cancelled
 from .tls import TlsOptions
 from .upload import Upload
+from .watch import EndByToken
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager

@@ -1,0 +1,28 @@
+"""What an abort ends an exchange through."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ollama_async._cancel import Watch
+
+from .reader import ExchangeOutcome
+
+if TYPE_CHECKING:
+    from ollama_async._cancel import CancelToken
+
+    from .reader import Kind, ResponseReader
+
+
+class EndByToken(Watch):
+    """Ends an exchange with a token."""
+
+    __slots__ = ("_kind", "_reader")
+
+    def __init__(self, token: CancelToken, reader: ResponseReader, kind: Kind) -> None:
+        super().__init__(token)
+        self._reader = reader
+        self._kind: Kind = kind
+
+    def end(self, reason: object) -> None:
+        self._reader.close_threadsafe(ExchangeOutcome(self._kind, reason))
