@@ -228,10 +228,13 @@ async def test_no_wrapper_retries_under_a_scope(fake_ollama: FakeOllama, wrapper
     fake_ollama.script("/api/chat", Reply(before_head=[Stall()]), always=True)
     token = CancelToken()
     async with nothing_left_behind(), AsyncClient(fake_ollama.url, token=token) as client:
+        # As `async def`: tenacity would take a lambda for a synchronous function, and retry nothing.
+        async def call() -> Any:
+            return await client.chat("m", "x")
 
         async def ask() -> None:
             with token.scope() if way == "token.scope()" else client.scope():
-                await wrapper(lambda: client.chat("m", "x"))
+                await wrapper(call)
 
         asked = asyncio.ensure_future(ask())
         await asyncio.to_thread(fake_ollama.wait_for_requests, 1)
@@ -247,9 +250,12 @@ async def test_an_abort_of_the_transport_ends_its_scope(fake_ollama: FakeOllama)
     fake_ollama.script(URL, Reply(before_head=[Stall()]), always=True)
     async with httpx2.AsyncClient(transport=(transport := DirectTransport()), base_url=fake_ollama.url) as http:
 
+        async def call() -> Any:
+            return await http.get(URL)
+
         async def ask() -> None:
             with transport.scope():
-                await with_tenacity_at_once(lambda: http.get(URL))
+                await with_tenacity_at_once(call)
 
         asked = asyncio.ensure_future(ask())
         await asyncio.to_thread(fake_ollama.wait_for_requests, 1)
