@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from ._call.chunk import ChunkT, Merge
     from ._call.request import Request
     from ._model.types import Model
-    from ._wire.reader import Kind
+    from ._wire.outcome import Kind
 
 ModelT = TypeVar("ModelT", bound="Model")
 P = ParamSpec("P")

@@ -15,10 +15,12 @@ PACKAGE = Path(ollama_async.__file__).parent
 
 # Each module of the core imports only from the floors below its own.
 FLOORS = [
-    ["_errors", "_secret"],
+    ["_errors", "_loops", "_secret"],
     ["_cancel", "_host", "_regular"],
     ["_wire.http1", "_wire.phase", "_wire.socket", "_wire.tasks", "_wire.tls", "_wire.unpack"],
     ["_wire.intercept", "_wire.parser", "_wire.guard", "_wire.proxy"],
+    ["_wire.outcome"],
+    ["_wire.release"],
     ["_wire.reader"],
     ["_wire.connection", "_wire.response"],
     ["_wire.dial", "_wire.upload"],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ollama_async._cancel import SetOnce
 from ollama_async._errors import ResponseError
-from ollama_async._wire.reader import ExchangeEnded, ExchangeOutcome, Kind
+from ollama_async._wire.outcome import ExchangeEnded, ExchangeOutcome, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence

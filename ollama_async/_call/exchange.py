@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from ollama_async._cancel import EmptyContext, Watch, in_loop
+from ollama_async._cancel import Watch
 from ollama_async._errors import AbortError, PhaseTimeout, ProtocolError, StreamClosed
+from ollama_async._loops import EmptyContext, in_loop
 from ollama_async._wire.guard import MAX_BODY_BYTES
 from ollama_async._wire.intercept import is_intercepted
+from ollama_async._wire.outcome import ExchangeEnded, ExchangeOutcome, Framing, Kind
 from ollama_async._wire.phase import Phase
-from ollama_async._wire.reader import ExchangeEnded, ExchangeOutcome, Framing, Kind, ResponseReader
+from ollama_async._wire.reader import ResponseReader
 from ollama_async._wire.transport import ANSWERED, READER
 from ollama_async._wire.unpack import Unpacker, encoding_of
 

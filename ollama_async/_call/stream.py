@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, Self
 import httpx
 from pydantic import BaseModel
 
-from ollama_async._cancel import CancelToken, LiveObject, raise_in_loop
+from ollama_async._cancel import CancelToken, LiveObject
 from ollama_async._errors import ProtocolError, StreamBusy, StreamError, StreamTruncated
+from ollama_async._loops import raise_in_loop
 from ollama_async._secret import showable
-from ollama_async._wire.reader import ExchangeEnded, ExchangeOutcome, Kind
+from ollama_async._wire.outcome import ExchangeEnded, ExchangeOutcome, Kind
 
 from .answer import Answer
 from .awaitable import Guarded

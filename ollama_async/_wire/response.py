@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import httpx
 
-from ollama_async._cancel import EmptyContext, in_loop
+from ollama_async._loops import EmptyContext, in_loop
 
-from .reader import ExchangeEnded, ExchangeOutcome, ResponseReader
+from .outcome import ExchangeEnded, ExchangeOutcome
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
     from datetime import timedelta
+
+    from .reader import ResponseReader
 
 Part = TypeVar("Part")
 T = TypeVar("T")

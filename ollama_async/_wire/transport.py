@@ -22,10 +22,11 @@ from .dial import Sockets, explain_error, explain_tls_error, open_socket, open_t
 from .guard import LEADS_ON, limited
 from .http1 import EncodedRequest
 from .intercept import through_httpx, transport_is_intercepted
+from .outcome import ExchangeEnded, ExchangeOutcome
 from .phase import Phase
 from .pool import ConnectionPool, Dialling
 from .proxy import http_proxy
-from .reader import ExchangeEnded, ExchangeOutcome, ResponseReader
+from .reader import ResponseReader
 from .response import Body, ClosingResponse, as_httpx_error
 from .tasks import cancel_once, join_cancelled
 from .tls import TlsOptions
