@@ -16,7 +16,7 @@ import importlib.metadata
 import inspect
 import os
 import sys
-from collections.abc import Coroutine, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from functools import cache, wraps
 from types import ModuleType
@@ -25,7 +25,8 @@ from typing import Any, Unpack, cast
 import httpx
 from pydantic import ValidationError
 
-from . import _errors
+import ollama_async._errors as _errors
+
 from ._call.chunk import Validators
 from ._call.failures import misfit
 from ._call.stream import Stream as _Stream
@@ -113,33 +114,33 @@ class ProtocolError(_errors.ProtocolError, ValueError):
     """The answer is not what Ollama sends; ollama-python lets a ``ValueError`` of its JSON or of pydantic through."""
 
 
-class _HttpxError:
-    # What httpx.RequestError.request looks at. There is no request of httpx.
-    _request = None
+class _HttpxError(httpx.RequestError):
+    # What `request` of httpx's errors looks at. There is no request of httpx.
+    _request: httpx.Request | None = None
 
 
-class ConnectError(_HttpxError, _errors.ConnectError, httpx.ConnectError):
+class ConnectError(_errors.ConnectError, _HttpxError, httpx.ConnectError):
     """No connection to the server: a builtin ``ConnectionError``, and httpx's, which ollama-python's streams raise."""
 
 
-class ConnectionBroken(_HttpxError, _errors.ConnectionBroken, httpx.ReadError, httpx.RemoteProtocolError):
+class ConnectionBroken(_errors.ConnectionBroken, _HttpxError, httpx.ReadError, httpx.RemoteProtocolError):
     """The connection was lost before the answer was complete."""
 
 
-class ConnectTimeout(_HttpxError, _errors.PhaseTimeout, httpx.ConnectTimeout):
+class ConnectTimeout(_errors.PhaseTimeout, _HttpxError, httpx.ConnectTimeout):
     """The limit of ``connect`` passed."""
 
 
-class WriteTimeout(_HttpxError, _errors.PhaseTimeout, httpx.WriteTimeout):
+class WriteTimeout(_errors.PhaseTimeout, _HttpxError, httpx.WriteTimeout):
     """The limit of ``upload`` passed."""
 
 
-class ReadTimeout(_HttpxError, _errors.PhaseTimeout, httpx.ReadTimeout):
+class ReadTimeout(_errors.PhaseTimeout, _HttpxError, httpx.ReadTimeout):
     """Another limit passed."""
 
 
 _CLASSES: dict[type, type[_errors.OllamaError]] = {
-    kind.__bases__[kind.__bases__[0] is _HttpxError]: kind
+    kind.__bases__[0]: kind
     for kind in (
         ResponseError,
         BadRequestError,
@@ -374,7 +375,7 @@ class AsyncClient(_ORIGINAL):
         return repr(self._engine).replace("<AsyncClient", "<interop.AsyncClient", 1)
 
     async def _request(  # type: ignore[override]
-        self, cls: type[Any], method: str, path: str, *, json: Any = None, stream: bool = False
+        self, cls: Any, method: str, path: str, *, json: Any = None, stream: bool = False
     ) -> Any:
         with _their_errors():
             if stream:
@@ -467,7 +468,7 @@ def installed() -> Generator[tuple[str, ...]]:
 def _bindings(kind: type) -> list[tuple[str, str]]:
     return [
         (key, name)
-        for key, module in [*sys.modules.items()]
+        for key, module in cast("dict[str, object]", sys.modules).copy().items()
         if isinstance(module, ModuleType) and key != __name__
         for name, value in [*vars(module).items()]
         if value is kind
