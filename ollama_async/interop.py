@@ -20,7 +20,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from functools import cache, wraps
 from types import ModuleType
-from typing import Any, Unpack, cast
+from typing import Any, Self, Unpack, cast
 
 import httpx
 from pydantic import ValidationError
@@ -344,6 +344,16 @@ class AsyncClient(_ORIGINAL):
         await self._engine.aclose()
 
     aclose = close
+
+    # The oldest ollama-python that is supported has neither these nor close().
+
+    async def __aenter__(self) -> Self:
+        """Return the client."""
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        """Close the client."""
+        await self.close()
 
     async def create_blob(self, path: str | os.PathLike[str], **call: Unpack[CallOptions]) -> str:
         """Upload a file for ``create()``; returns its digest.
