@@ -6,7 +6,6 @@ import asyncio
 import copy
 import importlib.metadata
 import inspect
-import itertools
 import pickle
 import socket
 import subprocess
@@ -309,6 +308,17 @@ async def test_a_timeout_limits_each_silence_and_not_a_whole_answer(server: Fake
     assert isinstance(caught.value, TimeoutError)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_timeout_of_one_call_is_for_the_whole_of_it(server: FakeOllama, stream: bool) -> None:
+    server.script("/api/chat", Reply.endless_chat(0.01))
+    async with interop.AsyncClient(server.url) as client:
+        with pytest.raises(httpx.ReadTimeout) as caught:
+            await chunks_of(await client.chat("fake", USER, stream=stream, timeout=0.2))
+        assert isinstance(caught.value, ollama_async.PhaseTimeout)
+        assert caught.value.phase == "total"
+        assert server.requests[0].connection.wait_left(BOUND)
+
+
 @pytest.mark.parametrize("timeout", [None, 5, (1, 2, 3, 4), httpx.Timeout(7), Timeouts(idle=9)])
 async def test_a_timeout_is_taken_in_each_form_of_httpx(timeout: Any) -> None:
     async with interop.AsyncClient(timeout=timeout) as client:
@@ -316,7 +326,7 @@ async def test_a_timeout_is_taken_in_each_form_of_httpx(timeout: Any) -> None:
         assert client._engine._timeouts.idle == idle[timeout if not hasattr(timeout, "connect") else type(timeout)]
 
 
-async def test_an_answer_that_is_none_is_a_value_error(server: FakeOllama) -> None:
+async def test_an_answer_that_no_ollama_sends_is_a_value_error(server: FakeOllama) -> None:
     server.script("/api/chat", Reply([b"no json"]), Reply.json({"message": 5}), Reply([b"no json\n"]))
     async with interop.AsyncClient(server.url) as client:
         for stream in (False, False, True):
@@ -426,8 +436,9 @@ async def test_a_step_that_is_cancelled_before_it_begins_closes_the_stream(serve
         await client.close()
 
 
-async def test_break_closes_the_connection_also_of_a_stream_that_is_kept(server: FakeOllama) -> None:
-    server.script("/api/pull", Reply(itertools.repeat(STEPS[1], 3), framing="chunked"), always=True)
+async def test_break_closes_the_connection_before_the_next_statement_also_if_the_stream_is_kept(
+    server: FakeOllama,
+) -> None:
     server.script("/api/chat", Reply.endless_chat())
     async with nothing_left_behind():
         client = interop.AsyncClient(server.url)
