@@ -20,7 +20,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from functools import cache, wraps
 from types import ModuleType
-from typing import Any, Self, Unpack, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, cast, overload
 
 import httpx
 from pydantic import ValidationError
@@ -37,10 +37,10 @@ from ._session import CallOptions, hide
 
 try:
     import ollama
-except ModuleNotFoundError as exc:
+except ModuleNotFoundError as _missing:
     raise ImportError(
-        "ollama_async.interop needs ollama-python: pip install 'ollama-async[interop]'", name=exc.name
-    ) from exc
+        "ollama_async.interop needs ollama-python: pip install 'ollama-async[interop]'", name=_missing.name
+    ) from _missing
 
 __all__ = ["AsyncClient", "Stream", "install", "installed", "uninstall"]
 
@@ -325,6 +325,44 @@ class AsyncClient(_ORIGINAL):
         # Programs look here for where requests go.
         self._client = self._engine._client  # noqa: SLF001  (the engine is this client's)
         self._call = CallOptions()
+
+    if TYPE_CHECKING:
+        # Made below, of those of the installed version. A checker of types knows what they return, and that they take
+        # the options of a call.
+
+        @overload  # type: ignore[override]
+        async def chat(self, *args: Any, stream: Literal[False] = False, **others: Any) -> ollama.ChatResponse: ...
+        @overload
+        async def chat(self, *args: Any, stream: Literal[True], **others: Any) -> Stream: ...
+        async def chat(self, *args: Any, stream: bool = False, **others: Any) -> Any: ...  # noqa: D102
+
+        @overload  # type: ignore[override]
+        async def generate(
+            self, *args: Any, stream: Literal[False] = False, **others: Any
+        ) -> ollama.GenerateResponse: ...
+        @overload
+        async def generate(self, *args: Any, stream: Literal[True], **others: Any) -> Stream: ...
+        async def generate(self, *args: Any, stream: bool = False, **others: Any) -> Any: ...  # noqa: D102
+
+        @overload  # type: ignore[override]
+        async def pull(self, *args: Any, stream: Literal[False] = False, **others: Any) -> ollama.ProgressResponse: ...
+        @overload
+        async def pull(self, *args: Any, stream: Literal[True], **others: Any) -> Stream: ...
+        async def pull(self, *args: Any, stream: bool = False, **others: Any) -> Any: ...  # noqa: D102
+
+        @overload  # type: ignore[override]
+        async def push(self, *args: Any, stream: Literal[False] = False, **others: Any) -> ollama.ProgressResponse: ...
+        @overload
+        async def push(self, *args: Any, stream: Literal[True], **others: Any) -> Stream: ...
+        async def push(self, *args: Any, stream: bool = False, **others: Any) -> Any: ...  # noqa: D102
+
+        @overload  # type: ignore[override]
+        async def create(
+            self, *args: Any, stream: Literal[False] = False, **others: Any
+        ) -> ollama.ProgressResponse: ...
+        @overload
+        async def create(self, *args: Any, stream: Literal[True], **others: Any) -> Stream: ...
+        async def create(self, *args: Any, stream: bool = False, **others: Any) -> Any: ...  # noqa: D102
 
     def abort(self, reason: object = None) -> None:
         """End all calls of this client that are under way, from any task, thread or signal handler.
