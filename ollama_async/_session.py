@@ -333,12 +333,13 @@ class Session(LiveObject):
         response_model: type[BaseModel] | None = None,
         resume: bool = False,
         strict: bool = False,
+        stream_type: type[Stream[Any]] = Stream,
     ) -> Stream[ChunkT]:
         check_call(options)
         if until is not None and not callable(until):
             raise RequestError(f"until={type(until).__name__}: give a function of the merged answer")
         request = self._build("POST", path, encode_json(body), given_headers(options))
-        return Stream(
+        return stream_type(
             Call(lambda: self._begin(request, options, streaming=True, resume=resume), options.get("token")),
             merge,
             NdjsonDecoder(merge.validators, merge.batch_size, self._max_line_bytes),

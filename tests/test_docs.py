@@ -77,6 +77,9 @@ def test_block(needs: str | None, language: str, code: str, tmp_path: Path) -> N
     if language != "python":
         return
     kind, _, which = (needs or "").partition(": ")
+    if kind == "needs":
+        pytest.importorskip(which)
+        kind = ""
     with FakeOllama(models=["llama3.2"], interval=0.01) as server:
         if kind == "pytest":
             (tmp_path / "test_block.py").write_text(code, "utf-8")
