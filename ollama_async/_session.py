@@ -350,7 +350,7 @@ class Session(LiveObject):
         if until is not None and not callable(until):
             raise RequestError(f"until={type(until).__name__}: give a function of the merged answer")
         request = self._build("POST", path, encode_json(body), given_headers(options))
-        seen = observe.observer and observe.prepare(self._host.url, path, body, streaming=True, partial=merge.result)
+        seen = observe.prepare(self._host.url, path, body, streaming=True, partial=merge.result)
         return Stream(
             Call(
                 lambda: self._begin(request, options, streaming=True, resume=resume, observation=seen),
@@ -382,7 +382,7 @@ class Session(LiveObject):
         response_model: type[BaseModel] | None = None,
     ) -> ModelT:
         content = None if body is None else encode_json(body)
-        seen = observe.observer and observe.prepare(self._host.url, path, body or {}, streaming=False)
+        seen = observe.prepare(self._host.url, path, body or {}, streaming=False)
         answer, exchange = await self._send(self._build(method, path, content, given_headers(call)), call, seen)
         try:
             reply: ModelT = model.__pydantic_validator__.validate_json(answer)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
@@ -34,6 +33,8 @@ except ModuleNotFoundError as missing:
     ) from missing
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
     from opentelemetry.metrics import MeterProvider
     from opentelemetry.trace import TracerProvider
 
@@ -292,7 +293,7 @@ def _request(body: Mapping[str, Any], *, streaming: bool) -> dict[str, Any]:
         asked[_NAMES["output_type"]] = "json"
     if isinstance(body.get("think"), str):
         asked[_NAMES["reasoning_level"]] = body["think"]
-    options = body.get("options") or {}
+    options: Mapping[str, Any] = body.get("options") or {}
     for option, name in _OPTIONS.items():
         value = options.get(option)
         if value is not None:
@@ -323,7 +324,7 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     elif text:
         parts.append({"type": "text", "content": text})
     for call in message.get("tool_calls") or ():
-        function = call.get("function") or {}
+        function: Mapping[str, Any] = call.get("function") or {}
         parts.append({"type": "tool_call", "id": call.get("id"), **{key: function.get(key) for key in _CALL}})
     return {"role": role, "parts": parts}
 

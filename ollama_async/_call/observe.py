@@ -1,11 +1,13 @@
-"""What watches calls from outside: told when a call begins, and once how it ended. Nothing watches unless asked to."""
+"""What watches calls from outside is told when a call begins, and once how it ended; by default nothing watches."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 _log = logging.getLogger("ollama_async.observe")
 
@@ -68,7 +70,9 @@ class Observed:
         self._observation = observation
         self.partial: Callable[[], Any] = partial
         self.headers: dict[str, str] = {
-            name: value for name, value in observation.headers.items() if f"{name}{value}".isascii() and value.isprintable()
+            name: value
+            for name, value in observation.headers.items()
+            if f"{name}{value}".isascii() and value.isprintable()
         }
 
     def retrying(self, error: BaseException, delay: float) -> None:
@@ -90,8 +94,8 @@ observer: Observer | None = None
 
 
 def set_observer(new: Observer | None) -> None:
-    """Watch the calls that are made from now on, or do not; those that are under way stay with the observer they have."""
-    global observer  # noqa: PLW0603
+    """Set who watches the calls that are made from now on; those that are under way keep their observer."""
+    global observer
     observer = new
 
 
