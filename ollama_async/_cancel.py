@@ -120,9 +120,10 @@ class Registration(LiveObject):
         try:
             for each in tokens:
                 each._registrations[self] = True
-            if any(each._deadline is not None for each in tokens):
-                self._timers = [_Timer(each) for each in tokens if each._expires_later()]
-                for timer in self._timers:
+            for each in tokens:
+                if each._deadline is not None and each._decided.slot.get(0) is None:
+                    timer = _Timer(each)
+                    self._timers = (*self._timers, timer)
                     timer.start()
             # An abort that came before this point has not seen the registration; an abort that comes now will.
             decision = token._decision()
@@ -405,9 +406,6 @@ class CancelToken(LiveObject):
             self._decided.try_set(first)
         kept: _Decision | None = self._decided.slot.get(0)
         return kept
-
-    def _expires_later(self) -> bool:
-        return self._deadline is not None and self._decided.slot.get(0) is None
 
     def _expire(self) -> None:
         # The timer has fired, so the deadline has passed, even if a coarse clock says a moment less.

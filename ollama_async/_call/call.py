@@ -161,21 +161,18 @@ class Call:
         self.exchange = exchange
         try:
             # What came between the attempts came before what the tokens have to say.
-            self._close_if_ended(exchange)
+            if self._outcome_between.slot:
+                exchange.reader.close(self._outcome_between.value)
             for token, kind in tokens:
                 exchange.register(token, kind)
             if self.token is not None:
                 exchange.register(self.token)
             # Ended by another thread, which found the attempt before this one, or none.
-            self._close_if_ended(exchange)
+            if self._outcome_between.slot:
+                exchange.reader.close(self._outcome_between.value)
         except BaseException as exc:
             exchange.reader.close(ExchangeOutcome("cancelled", exc))
             raise
-
-    def _close_if_ended(self, exchange: Exchange) -> None:
-        outcome = self._outcome_between.value
-        if outcome is not None:
-            exchange.reader.close(outcome)
 
     def _retry_delay(self, error: BaseException | None = None) -> float | None:
         exchange = self.exchange

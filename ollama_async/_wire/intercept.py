@@ -25,8 +25,9 @@ _SEAMS = (
 
 def is_intercepted() -> bool:
     """Whether somebody has replaced a method of httpx or httpcore that a request passes on its way."""
-    for owner, name in _SEAMS:
-        if not _is_untouched(owner, name):
+    for seam in _SEAMS:
+        # As _is_untouched() begins, without the call: this is for every request.
+        if getattr(*seam) is not _originals.get(seam) and not _is_untouched(*seam):
             return True
     return _core_is_intercepted()
 

@@ -119,6 +119,7 @@ class ResponseReader:
         "_buffered_bytes",
         "_failure",
         "_link",
+        "_logs",
         "_outcome",
         "_owner",
         "_waiter",
@@ -155,6 +156,8 @@ class ResponseReader:
         self._waiter: asyncio.Future[None] | None = None
         self._link: Link | None = None
         self._outcome = SetOnce()
+        # Asked once: the answer is a call each time, and a stream of one token enters five phases.
+        self._logs = _log.isEnabledFor(logging.DEBUG)
         # The exchange, which has this: the circle is opened when the exchange is over.
         self._owner = owner
 
@@ -165,7 +168,7 @@ class ResponseReader:
         if self.phase is _CLOSED:
             return
         self.phase = phase
-        if _log.isEnabledFor(logging.DEBUG):
+        if self._logs:
             # Never the cause: an abort's reason is the caller's, and an error may quote what the server sent.
             outcome = self.outcome
             _log.debug("exchange %#x: %s%s", id(self), phase.name, f", {outcome.kind}" if outcome else "")
@@ -381,7 +384,13 @@ class ResponseReader:
             return None
         if self._outcome.slot or self._failure is not None:
             self.check()
-        return self.read_buffered() if self._blocks else b""
+        if not self._blocks:
+            return b""
+        # As read_buffered(), which would be one more call for each token.
+        blocks = self._blocks
+        self._blocks = []
+        self._buffered_bytes = 0
+        return blocks[0] if len(blocks) == 1 else b"".join(blocks)
 
     def read_buffered(self) -> bytes:
         """Return the bytes that wait to be read, without waiting for more."""
