@@ -27,7 +27,15 @@ FLOORS = [
     ["_wire.pool"],
     ["_wire.transport"],
     ["_wire.routes"],
-    ["_call.awaitable", "_call.chunk", "_call.ndjson", "_call.request", "_call.retry", "_call.timeouts"],
+    [
+        "_call.awaitable",
+        "_call.chunk",
+        "_call.ndjson",
+        "_call.observe",
+        "_call.request",
+        "_call.retry",
+        "_call.timeouts",
+    ],
     ["_call.failures"],
     ["_call.decoder", "_call.foreign"],
     ["_call.exchange"],
@@ -89,7 +97,7 @@ def test_a_module_of_the_core_is_short_enough_to_be_read(module: str) -> None:
 
 def test_the_core_never_imports_a_leaf_or_an_optional_package() -> None:
     optional = {"typer", "rich", "prompt_toolkit", "markdown_it", "pytest", "uvloop", "redis", "starlette", "fastapi"}
-    optional |= {"uvicorn", "httpx2", "ollama", "pyarrow"}
+    optional |= {"uvicorn", "httpx2", "ollama", "opentelemetry", "pyarrow"}
     for path in core_files():
         for node in ast.walk(ast.parse(path.read_text())):
             names = (
@@ -110,6 +118,7 @@ LEAVES = {
     "interop": set[str](),
     "pool": set[str](),
     "registry": set[str](),
+    "telemetry": set[str](),
 }
 
 
@@ -120,7 +129,8 @@ def test_a_leaf_imports_the_core_and_what_it_is_built_on(leaf: str) -> None:
         for node in ast.walk(ast.parse(file.read_text())):
             module = (isinstance(node, ast.ImportFrom) and node.module) or ""
             inside = file.parent != PACKAGE and isinstance(node, ast.ImportFrom) and node.level == 1
-            if not inside and (module.startswith("ollama_async") or getattr(node, "level", 0)):
+            version = isinstance(node, ast.ImportFrom) and [alias.name for alias in node.names] == ["__version__"]
+            if not (inside or version) and (module.startswith("ollama_async") or getattr(node, "level", 0)):
                 name = module.removeprefix("ollama_async.")
                 assert name in CORE or name.partition(".")[0] in LEAVES[leaf], (file, module)
 

@@ -481,6 +481,8 @@ class Stream(LiveObject, Generic[ChunkT]):
             raise self._broken_off()
         self._answer.drop_rest()
         self._outcome = outcome
+        if exchange.observed is not None:
+            exchange.report_end(outcome)
 
     def _fail(self, exchange: Exchange, error: Exception) -> NoReturn:
         # What follows what cannot be decoded is not a part of the answer: with a hole in it, it would be another one.
