@@ -163,6 +163,11 @@ def test_links_lead_somewhere() -> None:
                 assert anchor in slugs, f"{page.name}: {target}"
 
 
+def test_no_page_has_the_marks_of_a_merge() -> None:
+    marked = [page.name for page in PAGES if re.search(r"^(<{7}|={7}|>{7})( |$)", page.read_text(), re.MULTILINE)]
+    assert marked == []
+
+
 def test_the_extras_that_are_named_exist() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
     for page in PAGES:
