@@ -19,7 +19,8 @@ from ollama_async import ChatResponse
 from ollama_async._call.decoder import NdjsonDecoder
 from ollama_async._call.ndjson import MAX_LINE_BYTES, LineSplitter
 from ollama_async._model.merge import ChatMerge, validators
-from ollama_async._wire.reader import Framing, ResponseReader
+from ollama_async._wire.outcome import Framing
+from ollama_async._wire.reader import ResponseReader
 
 TOGETHER = 64
 LINE = token("ollama").split(b"\r\n")[1].rstrip(b"\n")

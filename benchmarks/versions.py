@@ -39,7 +39,8 @@ def measured(tree: Path, script: str, url: str, options: dict[str, Any]) -> dict
 
 
 # The scripts import each other from their folder; the package has to come from the tree that is asked.
-_RUN = "import sys, runpy; folder = sys.argv.pop(1); sys.path.append(folder); sys.argv.pop(0); " + (
+_RUN = (
+    "import sys, runpy; folder = sys.argv.pop(1); sys.path.append(folder); sys.argv.pop(0); "
     "runpy.run_path(folder + '/' + sys.argv[0], run_name='__main__')"
 )
 

@@ -9,30 +9,23 @@ lock would let the handler in on half-changed state. So all shared state changes
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import itertools
 import math
-import sys
-import threading
 import time
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
-from typing import Any, NoReturn, Self, SupportsIndex, cast
+from typing import Any, Self, SupportsIndex
 
 import anyio
 
 from ._errors import AbortError, RequestError, shown
+from ._loops import DeadlineTimer, in_loop, report, resolve
 from ._secret import showable
 
 # Thirty years: a later deadline is no deadline.
 _ENDLESS = 1e9
 
 _order = itertools.count()
-
-# Our timers run in an empty context. A loop keeps a cancelled timer until its time comes, and with it the context in
-# which it was made: the caller's request, user, database session.
-EmptyContext = contextvars.Context
 
 
 class SetOnce:
@@ -93,7 +86,7 @@ class Registration(LiveObject):
     def __init__(self, token: CancelToken, callback: Callable[[Any], object] | None) -> None:
         self._token = token
         self._callback = callback
-        self._timers: Sequence[_Timer] = ()
+        self._timers: Sequence[DeadlineTimer] = ()
 
     def remove(self) -> bool:
         """Remove the callback; idempotent, from any thread.
@@ -122,7 +115,7 @@ class Registration(LiveObject):
                 each._registrations[self] = True
             for each in tokens:
                 if each._deadline is not None and each._decided.slot.get(0) is None:
-                    timer = _Timer(each)
+                    timer = DeadlineTimer(each._deadline, each._expire)
                     self._timers = (*self._timers, timer)
                     timer.start()
             # An abort that came before this point has not seen the registration; an abort that comes now will.
@@ -150,7 +143,7 @@ class Registration(LiveObject):
             self.remove()
             if not isinstance(exc, Exception):
                 raise
-            _report(exc, callback)
+            report(exc, callback)
         self.remove()
 
 
@@ -438,104 +431,12 @@ class CancelToken(LiveObject):
         return f"<CancelToken {state}, {len(self._registrations)} registered>"
 
 
-def in_loop(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object) -> None:
-    """Call a function in a loop, from any thread; not at all if the loop is closed."""
-    # Also in the thread of that loop, although the loop seems to be awake: this may be a signal handler, and the loop
-    # may sleep inside a task (nest_asyncio does that).
-    try:
-        loop.call_soon_threadsafe(function, *args)
-    except RuntimeError:
-        if not loop.is_closed():
-            raise
-
-
-def raise_in_loop(loop: asyncio.AbstractEventLoop, exc: BaseException) -> None:
-    """Raise an exception out of a loop, where Python or a library below would drop it.
-
-    Ctrl-C and ``sys.exit()`` in a signal handler raise wherever the program is at that moment. Python prints and drops
-    an exception from a ``__del__``; uvloop takes an exception from a protocol for an error of the connection.
-    """
-    in_loop(loop, _raise, exc)
-
-
-def _raise(exc: BaseException) -> NoReturn:
-    raise exc
-
-
 def _was_called(exc: BaseException) -> bool:
     """Whether the callback raised the exception, and not the attempt to call it."""
     if isinstance(exc, (RecursionError, MemoryError)) or not isinstance(exc, Exception):
         # Its traceback then leads from the frame that caught it into the callback's.
         return exc.__traceback__ is not None and exc.__traceback__.tb_next is not None
     return True
-
-
-def resolve(future: asyncio.Future[None]) -> None:
-    """Wake the task that waits for a future, unless something else has."""
-    if not future.done():
-        try:
-            future.set_result(None)
-        except asyncio.InvalidStateError:
-            # A signal handler has cancelled the waiting task in between, as asyncio.run() does at Ctrl-C.
-            return
-
-
-class _Timer:
-    """Fires at a token's deadline, in the loop that was running when it was made, or else in a thread."""
-
-    __slots__ = ("_context", "_loop", "_running", "_token")
-
-    def __init__(self, token: CancelToken) -> None:
-        self._token = token
-        self._context: contextvars.Context | None = contextvars.copy_context()
-        self._loop = asyncio._get_running_loop()
-        self._running: asyncio.TimerHandle | threading.Timer | None = None
-
-    def start(self) -> None:
-        deadline = self._token._deadline
-        assert deadline is not None
-        delay = max(0.0, deadline - time.monotonic())
-        if self._loop is not None:
-            self._running = self._loop.call_later(delay, self._pass, context=EmptyContext())
-            return
-        timer = threading.Timer(delay, self._pass)
-        timer.daemon = True
-        self._running = timer
-        timer.start()
-
-    def _pass(self) -> None:
-        context = self._context
-        if context is not None:
-            # The callbacks see the context variables of the code that registered them.
-            context.run(self._token._expire)
-
-    def cancel(self) -> None:
-        """Stop it; from any thread, idempotent."""
-        self._context = None
-        running, loop = self._running, self._loop
-        if running is None:
-            return
-        if loop is None or asyncio._get_running_loop() is loop:
-            running.cancel()
-        else:
-            in_loop(loop, running.cancel)
-        self._running = None
-
-
-def _report(exc: Exception, callback: object) -> None:
-    message = f"a callback of a CancelToken raised: {callback!r}"
-    loop = asyncio._get_running_loop()
-    if loop is not None:
-        loop.call_exception_handler({"message": message, "exception": exc})
-    else:
-        sys.unraisablehook(
-            cast(
-                "sys.UnraisableHookArgs",
-                SimpleNamespace(
-                    exc_type=type(exc), exc_value=exc, exc_traceback=exc.__traceback__, err_msg=message, object=None
-                ),
-            )
-        )
 
 
 def _is_comparable(number: float) -> bool:

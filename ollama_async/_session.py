@@ -17,6 +17,7 @@ import httpx
 from pydantic import ValidationError
 
 from . import __version__
+from ._call import observe
 from ._call.call import Call
 from ._call.decoder import NdjsonDecoder
 from ._call.exchange import Exchange
@@ -51,9 +52,10 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from ._call.chunk import ChunkT, Merge
+    from ._call.observe import Observed
     from ._call.request import Request
     from ._model.types import Model
-    from ._wire.reader import Kind
+    from ._wire.outcome import Kind
 
 ModelT = TypeVar("ModelT", bound="Model")
 P = ParamSpec("P")
@@ -317,7 +319,13 @@ class Session(LiveObject):
         return self._writer.write_abroad(method, path, content, Secret(httpx.Headers(headers.value)))
 
     def _begin(
-        self, request: Request, options: CallOptions, *, streaming: bool, resume: bool = False
+        self,
+        request: Request,
+        options: CallOptions,
+        *,
+        streaming: bool,
+        resume: bool = False,
+        observation: Callable[[], Observed | None] | None = None,
     ) -> tuple[Exchange, list[tuple[CancelToken, Kind]]]:
         if self._closed:
             raise StreamClosed("the client is closed")
@@ -332,6 +340,10 @@ class Session(LiveObject):
             budget=RetryBudget.of(self._retries if retries is None else retries, resume=resume),
             unpackable=self._unpackable if asked is None else encodings_asked_for(asked),
         )
+        if observation is not None:
+            exchange.observed = observation()
+            if exchange.observed is not None:
+                request.add_headers(exchange.observed.headers)
         tokens: list[tuple[CancelToken, Kind]] = [(self._closing, "closed"), (self._calls.current(), "aborted")]
         if self._token is not None:
             tokens.append((self._token, "aborted"))
@@ -352,13 +364,18 @@ class Session(LiveObject):
         response_model: type[BaseModel] | None = None,
         resume: bool = False,
         strict: bool = False,
+        stream_type: type[Stream[Any]] = Stream,
     ) -> Stream[ChunkT]:
         check_call(options)
         if until is not None and not callable(until):
             raise RequestError(f"until={type(until).__name__}: give a function of the merged answer")
         request = self._build("POST", path, encode_json(body), given_headers(options))
-        return Stream(
-            Call(lambda: self._begin(request, options, streaming=True, resume=resume), options.get("token")),
+        seen = observe.prepare(self._host.url, path, body, streaming=True, partial=merge.result)
+        return stream_type(
+            Call(
+                lambda: self._begin(request, options, streaming=True, resume=resume, observation=seen),
+                options.get("token"),
+            ),
             merge,
             NdjsonDecoder(merge.validators, merge.batch_size, self._max_line_bytes),
             until=until,
@@ -385,14 +402,17 @@ class Session(LiveObject):
         response_model: type[BaseModel] | None = None,
     ) -> ModelT:
         content = None if body is None else encode_json(body)
-        answer, exchange = await self._send(self._build(method, path, content, given_headers(call)), call)
+        seen = observe.prepare(self._host.url, path, body or {}, streaming=False)
+        answer, exchange = await self._send(self._build(method, path, content, given_headers(call)), call, seen)
         try:
             reply: ModelT = model.__pydantic_validator__.validate_json(answer)
         except ValidationError as exc:
-            raise ProtocolError(
-                f"the answer to {method} {path} is not what Ollama sends: {misfit(exc, answer)}"
+            raise exchange.report_error(
+                ProtocolError(f"the answer to {method} {path} is not what Ollama sends: {misfit(exc, answer)}")
             ) from exc
         reply.set_response_info(exchange.response_info(response_model))
+        if exchange.observed is not None:
+            exchange.report_end("done", response=reply)
         return reply
 
     async def _command(self, method: str, path: str, body: dict[str, Any] | None, call: CallOptions) -> StatusResponse:
@@ -403,9 +423,13 @@ class Session(LiveObject):
         reply.set_response_info(exchange.response_info())
         return reply
 
-    async def _send(self, request: Request, options: CallOptions) -> tuple[bytes, Exchange]:
+    async def _send(
+        self, request: Request, options: CallOptions, observation: Callable[[], Observed | None] | None = None
+    ) -> tuple[bytes, Exchange]:
         check_call(options)
-        call = Call(lambda: self._begin(request, options, streaming=False), options.get("token"))
+        call = Call(
+            lambda: self._begin(request, options, streaming=False, observation=observation), options.get("token")
+        )
         return await call.run(_read_whole)
 
     @contextmanager

@@ -29,8 +29,9 @@ def write(folder: Path) -> None:
     """Write the blocks of Python, and the examples, into a folder; overwrites it."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for page, line, _, language, code in blocks():
-        if language == "python":
+    for page, line, needs, language, code in blocks():
+        # What needs a framework is not checked: most have no types to check it with.
+        if language == "python" and not (needs or "").startswith("needs: "):
             (folder / f"{page.stem}_{line}.py").write_text(code, "utf-8")
     for example in (ROOT / "examples").glob("*.py"):
         shutil.copy(example, folder)

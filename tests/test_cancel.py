@@ -21,7 +21,7 @@ from ollama_async import AbortError, CancelToken, OllamaError, Timeouts, _cancel
 from ollama_async._call import exchange as _exchange
 from ollama_async._call.retry import RetryBudget
 from ollama_async._errors import RequestError
-from ollama_async._wire.reader import ExchangeOutcome
+from ollama_async._wire.outcome import ExchangeOutcome
 
 BOUND = 20.0
 

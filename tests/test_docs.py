@@ -77,6 +77,9 @@ def test_block(needs: str | None, language: str, code: str, tmp_path: Path) -> N
     if language != "python":
         return
     kind, _, which = (needs or "").partition(": ")
+    if kind == "needs":
+        pytest.importorskip(which)
+        kind = ""
     with FakeOllama(models=["llama3.2"], interval=0.01) as server:
         if kind == "pytest":
             (tmp_path / "test_block.py").write_text(code, "utf-8")
@@ -158,6 +161,11 @@ def test_links_lead_somewhere() -> None:
                 headings = re.findall(r"^#+ (.*)$", linked.read_text("utf-8"), re.MULTILINE)
                 slugs = [re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings]
                 assert anchor in slugs, f"{page.name}: {target}"
+
+
+def test_no_page_has_the_marks_of_a_merge() -> None:
+    marked = [page.name for page in PAGES if re.search(r"^(<{7}|={7}|>{7})( |$)", page.read_text(), re.MULTILINE)]
+    assert marked == []
 
 
 def test_the_extras_that_are_named_exist() -> None:

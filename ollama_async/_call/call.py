@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ollama_async._cancel import SetOnce
 from ollama_async._errors import ResponseError
-from ollama_async._wire.reader import ExchangeEnded, ExchangeOutcome, Kind
+from ollama_async._wire.outcome import ExchangeEnded, ExchangeOutcome, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -73,8 +73,11 @@ class Call:
         try:
             return await self._attempts(work, partial)
         except BaseException as exc:
-            if not isinstance(exc, Exception) and self.exchange is not None:
-                self.exchange.reader.close(ExchangeOutcome("cancelled", exc))
+            if self.exchange is not None:
+                if not isinstance(exc, Exception):
+                    self.exchange.reader.close(ExchangeOutcome("cancelled", exc))
+                if self.exchange.observed is not None:
+                    self.exchange.report_error(exc)
             raise
 
     async def _attempts(self, work: Callable[[Exchange], Awaitable[T]], partial: Callable[[], Any] | None) -> T:
@@ -112,6 +115,8 @@ class Call:
         if failed is None or delay is None:
             return False
         failed.budget.record_failure()
+        if failed.observed is not None:
+            failed.observed.retrying(error or failed.error(), delay)
         _log.info("attempt again in %.2f s, after %s", delay, type(error or failed.error()).__name__)
         self._use(failed.again(delay), self._tokens)
         return True

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from ollama_async._cancel import EmptyContext, Watch, in_loop
 from ollama_async._errors import AbortError, PhaseTimeout, ProtocolError, StreamClosed
+from ollama_async._loops import EmptyContext, in_loop
 from ollama_async._wire.guard import MAX_BODY_BYTES
 from ollama_async._wire.intercept import is_intercepted
+from ollama_async._wire.outcome import ExchangeEnded, ExchangeOutcome, Framing, Kind
 from ollama_async._wire.phase import Phase
-from ollama_async._wire.reader import ExchangeEnded, ExchangeOutcome, Framing, Kind, ResponseReader
+from ollama_async._wire.reader import ResponseReader
 from ollama_async._wire.transport import ANSWERED, READER
 from ollama_async._wire.unpack import Unpacker, encoding_of
 from ollama_async._wire.watch import EndByToken
@@ -26,15 +27,17 @@ from ollama_async._wire.watch import EndByToken
 from .chunk import ResponseInfo
 from .failures import json_object, status_error, strange_encoding, stream_error, translate
 from .foreign import ForeignRequest
+from .observe import CallEnd
 from .timeouts import LIMITS, TO_COME
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from ollama_async._cancel import CancelToken
+    from ollama_async._cancel import CancelToken, Watch
     from ollama_async._wire.parser import Head
     from ollama_async._wire.transport import DirectTransport
 
+    from .observe import Observed
     from .request import Request
     from .retry import RetryBudget
     from .timeouts import Limit, Timeouts
@@ -66,6 +69,7 @@ class Exchange:
         started_at: When the call began, by the loop's clock; later than that for no attempt.
         ended_at: When the outcome was decided; 0 before that.
         budget: As given.
+        observed: Who is told how the call ended, until that has happened; ``None`` for almost all calls.
     """
 
     __slots__ = (
@@ -83,6 +87,7 @@ class Exchange:
         "budget",
         "ended_at",
         "loop",
+        "observed",
         "reader",
         "started_at",
     )
@@ -109,6 +114,7 @@ class Exchange:
         self._timeouts = timeouts
         self.budget: RetryBudget = budget
         self._unpackable = unpackable
+        self.observed: Observed | None = None
         # Not before this time of the loop's clock is it sent.
         self._not_before = 0.0
         self._foreign: ForeignRequest | None = None
@@ -127,6 +133,8 @@ class Exchange:
             unpackable=self._unpackable,
         )
         attempt.started_at = self.started_at
+        # What this one still has to say is not the end of the call.
+        attempt.observed, self.observed = self.observed, None
         attempt._not_before = self.loop.time() + delay
         return attempt
 
@@ -371,12 +379,50 @@ class Exchange:
             for watch in tuple(self._registrations):
                 watch.remove()
             self._registrations.clear()
+        # An observer may take locks, which a signal handler must not, and an abort waits for nothing.
+        if self.observed is not None and self.reader.failure_outcome is not None:
+            if self.loop.is_closed():
+                self._report_failure_outcome()
+            else:
+                in_loop(self.loop, self._report_failure_outcome)
 
     def link_released(self) -> None:
         """Stop the timer."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    # -- for whoever watches; in the loop's thread --
+
+    def report_end(self, outcome: str, error: BaseException | None = None, response: Any = None) -> None:
+        """Tell how the call ended, once."""
+        observed, self.observed = self.observed, None
+        if observed is not None:
+            first = self.reader.first_line_at if self._streaming else 0.0
+            observed.ended(
+                CallEnd(
+                    outcome,
+                    error,
+                    (self.ended_at or self.loop.time()) - self.started_at,
+                    first - self.started_at if first else None,
+                    observed.partial() if response is None else response,
+                )
+            )
+
+    def report_error(self, error: BaseException) -> BaseException:
+        """Tell that the caller gets an error, after which there is no other attempt; return it."""
+        if self.observed is not None:
+            ended = self.reader.failure_outcome
+            kind = ended.kind if ended is not None else "error" if isinstance(error, Exception) else "cancelled"
+            self.report_end(kind, error)
+        return error
+
+    def _report_failure_outcome(self) -> None:
+        # An attempt that another one may follow leaves it to its caller, which is about to ask for that.
+        if self.observed is not None:
+            error = self.error()
+            if self.budget.backoff(error, answered=self.reader.status != 0) is None:
+                self.report_error(error)
 
     # -- the one timer --
 

@@ -21,13 +21,15 @@ from ollama_async._errors import (
     StreamError,
     response_error,
 )
+from ollama_async._wire.outcome import ExchangeEnded
 from ollama_async._wire.parser import PeerClosed
-from ollama_async._wire.reader import ExchangeEnded, ResponseReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pydantic import ValidationError
+
+    from ollama_async._wire.reader import ResponseReader
 
     from .timeouts import Timeouts
 

@@ -7,9 +7,10 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from ollama_async._wire.guard import like_stream
+from ollama_async._wire.outcome import ExchangeOutcome, Framing
 from ollama_async._wire.parser import Head
 from ollama_async._wire.phase import Phase
-from ollama_async._wire.reader import ExchangeOutcome, Framing, ResponseReader
+from ollama_async._wire.reader import ResponseReader
 from ollama_async._wire.tasks import cancel_once, join_cancelled
 from ollama_async._wire.transport import READER
 from ollama_async._wire.unpack import encoding_of

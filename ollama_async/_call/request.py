@@ -12,7 +12,7 @@ from ollama_async._wire.guard import ABROAD
 from ollama_async._wire.http1 import EncodedRequest, Origin, encode_head
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from ollama_async._wire.transport import DirectTransport
 
@@ -45,6 +45,24 @@ class Request:
         if self._http is None:
             self._http = self._make()
         return self._http
+
+    def add_headers(self, headers: Mapping[str, str]) -> None:
+        """Add headers that its maker did not know of; they go behind what it has."""
+        make = self._make
+
+        def make_with_headers() -> httpx.Request:
+            made = make()
+            for name, value in headers.items():
+                made.headers.setdefault(name, value)
+            return made
+
+        self._make = make_with_headers
+        if self._http is not None:
+            self._http = make_with_headers()
+        if self.encoded is not None:
+            line, end, rest = self.encoded.data.partition(b"\r\n")
+            added = b"".join(f"{name}: {value}\r\n".encode("ascii") for name, value in headers.items())
+            self.encoded.data = line + end + added + rest
 
     def discard(self, *, for_good: bool) -> None:
         """Drop the extensions that were added to the httpx request; with ``for_good``, drop the whole request.

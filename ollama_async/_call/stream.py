@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, Self
 import httpx
 from pydantic import BaseModel
 
-from ollama_async._cancel import CancelToken, LiveObject, raise_in_loop
+from ollama_async._cancel import CancelToken, LiveObject
 from ollama_async._errors import ProtocolError, StreamBusy, StreamError, StreamTruncated
+from ollama_async._loops import raise_in_loop
 from ollama_async._secret import showable
-from ollama_async._wire.reader import ExchangeEnded, ExchangeOutcome, Kind
+from ollama_async._wire.outcome import ExchangeEnded, ExchangeOutcome, Kind
 
 from .answer import Answer
 from .awaitable import Guarded
@@ -480,6 +481,8 @@ class Stream(LiveObject, Generic[ChunkT]):
             raise self._broken_off()
         self._answer.drop_rest()
         self._outcome = outcome
+        if exchange.observed is not None:
+            exchange.report_end(outcome)
 
     def _fail(self, exchange: Exchange, error: Exception) -> NoReturn:
         # What follows what cannot be decoded is not a part of the answer: with a hole in it, it would be another one.

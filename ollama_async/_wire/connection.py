@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 import httpx
 
-from ollama_async._cancel import raise_in_loop, resolve
+from ollama_async._loops import raise_in_loop, resolve
 
+from .outcome import ExchangeOutcome
 from .parser import PeerClosed, ResponseParser
 from .phase import Phase
-from .reader import ExchangeOutcome, ResponseReader
 
 if TYPE_CHECKING:
     import contextvars
 
     from .http1 import Origin
+    from .reader import ResponseReader
     from .socket import GuardedSocket
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from ollama_async._cancel import EmptyContext, in_loop
+from ollama_async._loops import EmptyContext, in_loop
 
-from .reader import HIGH_WATER, ExchangeOutcome, ResponseReader
+from .outcome import ExchangeOutcome
+from .reader import HIGH_WATER, ResponseReader
 from .tasks import cancel_once
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import httpx
 
-from ollama_async._cancel import in_loop
 from ollama_async._errors import RequestError
+from ollama_async._loops import in_loop
 from ollama_async._secret import Secret
 
 from .http1 import HttpProxy, Origin

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-import weakref
-from collections import deque
-from enum import Enum
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from ollama_async._cancel import SetOnce, in_loop, resolve
+from ollama_async._cancel import SetOnce
 from ollama_async._errors import ProtocolError
+from ollama_async._loops import in_loop, resolve
 
+from .outcome import ExchangeEnded, ExchangeOutcome, Framing
 from .parser import Head
 from .phase import Phase
+from .release import release_in_turn
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,37 +30,6 @@ _log = logging.getLogger("ollama_async.exchange")
 # more, so that a slow consumer of a fast server holds a bounded amount. One read brings up to as much on top of it,
 # over TLS up to 256 KiB.
 HIGH_WATER = 64 * 1024
-
-Kind = Literal["complete", "error", "aborted", "timeout", "closed", "cancelled"]
-
-
-class ExchangeOutcome:
-    """How an exchange ended; ``cause`` is the error, the abort reason, or the phase that timed out."""
-
-    __slots__ = ("cause", "kind")
-
-    def __init__(self, kind: Kind, cause: object = None) -> None:
-        self.kind: Kind = kind
-        self.cause: object = cause
-
-
-class ExchangeEnded(Exception):  # noqa: N818  (not an error: it tells the consumer that the outcome is decided)
-    """Raised to the consumer when the exchange ends before it is complete."""
-
-    def __init__(self, outcome: ExchangeOutcome) -> None:
-        super().__init__(outcome.kind)
-        self.outcome = outcome
-
-
-class Framing(Enum):
-    """What the body of an answer is made of."""
-
-    LINES = "lines"
-    """Lines; the answer is complete when its consumer says so."""
-    WHOLE = "whole"
-    """One document; complete when its last byte has arrived."""
-    PAGE = "page"
-    """What a redirect, a challenge or an error of a stream says; complete when its consumer says so."""
 
 
 class Link(Protocol):
@@ -438,7 +406,7 @@ class ResponseReader:
             if link is not None:
                 link.shutdown_for(self)
         finally:
-            _release_in_turn(self)
+            release_in_turn(self)
         # At last, since it takes this from the tokens: through them the next abort finds it.
         if owner is not None:
             owner.outcome_decided()
@@ -523,82 +491,3 @@ _LINES = Framing.LINES
 _HEAD = Phase.HEAD
 _EOF = Phase.EOF
 _CLOSED = Phase.CLOSED
-
-
-class _ReleaseQueue:
-    """The readers that are to be released in a loop, some in each of its rounds.
-
-    One abort may end thousands of exchanges. Their sockets are shut down when it returns, as promised; but to close
-    them all and to wake all their consumers in one round would keep the loop from everything else meanwhile.
-    """
-
-    def __init__(self) -> None:
-        self._new: deque[ResponseReader] = deque()
-        self._waiting: deque[ResponseReader] = deque()
-        # When a round was scheduled that has not begun yet; 0 if none is scheduled.
-        self._scheduled_at = 0.0
-
-    def add(self, reader: ResponseReader) -> None:
-        """Put in a reader, from any thread or signal handler."""
-        self._new.append(reader)
-        # A round takes this mark back before it looks at what is new. So whoever finds it set is seen by a round to
-        # come; and if two set it at once there is one round more than needed.
-        now = time.monotonic()
-        # A loop loses a callback if Ctrl-C comes at its first instruction: a round that is long due does not count.
-        if not self._scheduled_at or now - self._scheduled_at > _LOST_SECONDS:
-            try:
-                self._scheduled_at = now
-                in_loop(reader.loop, self._round, reader.loop)
-            except BaseException:
-                self._scheduled_at = 0.0
-                raise
-
-    def _round(self, loop: asyncio.AbstractEventLoop) -> None:
-        try:
-            self._scheduled_at = 0.0
-            for _ in range(_RELEASES_A_ROUND):
-                queue = self._waiting or self._new
-                if not queue:
-                    break
-                self._release_first(queue)
-            while self._new:
-                # Else the loop would see the ends of all these sockets in this very round.
-                self._new[0].pause_reading()
-                self._waiting.append(self._new.popleft())
-        finally:
-            # Also when one of them could not be released: the others still have to be.
-            if (self._waiting or self._new) and not self._scheduled_at:
-                self._scheduled_at = time.monotonic()
-                loop.call_soon(self._round, loop)
-
-    @staticmethod
-    def _release_first(queue: deque[ResponseReader]) -> None:
-        try:
-            queue[0].release()
-        except Exception:
-            queue.popleft()
-            raise
-        # After the deed: if Ctrl-C interrupts it, the next round repeats it.
-        queue.popleft()
-
-
-# After this many seconds a round that has not begun is taken for lost; in a loop that is merely blocked, another one is
-# harmless.
-_LOST_SECONDS = 1.0
-
-# How many readers are released in one round of a loop: a few milliseconds' worth.
-_RELEASES_A_ROUND = 64
-
-_release_queues: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _ReleaseQueue] = weakref.WeakKeyDictionary()
-
-
-def _release_in_turn(reader: ResponseReader) -> None:
-    queue = _release_queues.get(reader.loop)
-    if queue is None:
-        # What waits in a loop that was closed holds that loop, which would be kept here for good.
-        for reference in _release_queues.keyrefs():
-            loop = reference()
-            if loop is not None and loop.is_closed():
-                _release_queues.pop(loop, None)
-        queue = _release_queues.setdefault(reader.loop, _ReleaseQueue())
-    queue.add(reader)

@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING, Any, Generic, SupportsIndex, TypeVar, cast
 
 import httpx
 
-from ollama_async._cancel import EmptyContext, in_loop
 from ollama_async._errors import AbortError
+from ollama_async._loops import EmptyContext, in_loop
 
 from .family import as_error_of, mixed
-from .reader import ExchangeEnded, ExchangeOutcome, ResponseReader
+from .outcome import ExchangeEnded, ExchangeOutcome
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
     from datetime import timedelta
     from types import ModuleType
+
+    from .reader import ResponseReader
 
     # The class it is mixed into; that of httpx2 is alike.
     _Response = httpx.Response

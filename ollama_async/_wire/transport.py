@@ -24,10 +24,11 @@ from .family import as_error_of, package_of
 from .guard import LEADS_ON, limited
 from .http1 import EncodedRequest
 from .intercept import through_httpx, transport_is_intercepted
+from .outcome import ExchangeEnded, ExchangeOutcome
 from .phase import Phase
 from .pool import ConnectionPool, Dialling
 from .proxy import http_proxy
-from .reader import ExchangeEnded, ExchangeOutcome, ResponseReader
+from .reader import ResponseReader
 from .response import Body, as_httpx_error, body_of, response_of
 from .tasks import cancel_once, join_cancelled
 from .tls import TlsOptions

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import httpx
 
 from .http1 import WRONG_LENGTH
+from .outcome import ExchangeOutcome
 from .phase import Phase
-from .reader import ExchangeOutcome, ResponseReader
 from .tasks import cancel_once, join_cancelled
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterable
 
     from .connection import Connection
+    from .reader import ResponseReader
 
 
 async def _upload(

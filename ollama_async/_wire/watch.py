@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 from ollama_async._cancel import Watch
 
-from .reader import ExchangeOutcome
+from .outcome import ExchangeOutcome
 
 if TYPE_CHECKING:
     from ollama_async._cancel import CancelToken
 
-    from .reader import Kind, ResponseReader
+    from .outcome import Kind
+    from .reader import ResponseReader
 
 
 class EndByToken(Watch):

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from ollama_async._call.stream import Stream
 from ollama_async._call.timeouts import Timeouts
-from ollama_async._cancel import CancelToken, Registration, in_loop, resolve
+from ollama_async._cancel import CancelToken, Registration
 from ollama_async._client import AsyncClient
 from ollama_async._errors import (
     ConnectError,
@@ -26,6 +26,7 @@ from ollama_async._errors import (
     ResponseError,
     StreamClosed,
 )
+from ollama_async._loops import in_loop, resolve
 
 from ._hosts import Outage, Queue, Server, Waiter, full_name
 

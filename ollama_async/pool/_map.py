@@ -8,8 +8,9 @@ from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterable, M
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol, Self, cast
 
-from ollama_async._cancel import CancelToken, in_loop
+from ollama_async._cancel import CancelToken
 from ollama_async._errors import RequestError
+from ollama_async._loops import in_loop
 
 from ._calls import Kind
 from ._stream import PoolStream

@@ -453,7 +453,7 @@ def test_ctrl_c_in_a_destructor_comes_out_of_the_loop_and_the_stream_is_closed(
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RecursionError, MemoryError])
 @pytest.mark.parametrize(
     "where",
-    ["_wire.socket.GuardedSocket.shutdown", "_wire.reader._release_in_turn", "_call.exchange.Exchange.outcome_decided"],
+    ["_wire.socket.GuardedSocket.shutdown", "_wire.reader.release_in_turn", "_call.exchange.Exchange.outcome_decided"],
 )
 async def test_an_abort_that_fails_half_way_says_so_and_is_finished_by_the_next_one(
     fake_ollama: FakeOllama,

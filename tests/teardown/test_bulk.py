@@ -11,10 +11,11 @@ import pytest
 from teardown.harness import BOUND, registrations, ticks, until
 
 from ollama_async import AbortError, AsyncClient, CancelToken, ChatResponse
-from ollama_async._wire.reader import _RELEASES_A_ROUND, ResponseReader
+from ollama_async._wire.reader import ResponseReader
+from ollama_async._wire.release import RELEASES_A_ROUND
 from ollama_async.testing import FakeOllama, Reply, Stall
 
-MANY = 3 * _RELEASES_A_ROUND
+MANY = 3 * RELEASES_A_ROUND
 CHUNK = {"model": "m", "message": {"role": "assistant", "content": "one"}, "done": False}
 
 Readers = list["asyncio.Task[ChatResponse]"]
@@ -57,7 +58,7 @@ async def test_hundreds_are_left_at_once_and_given_back_in_turn(
         await asyncio.sleep(0)
         before, ended = ended, sum(task.done() for task in readers)
         most = max(most, ended - before)
-    assert most <= _RELEASES_A_ROUND
+    assert most <= RELEASES_A_ROUND
     for result in await asyncio.gather(*readers, return_exceptions=True):
         assert isinstance(result, AbortError)
         assert result.partial.message.content == "one"
