@@ -9,10 +9,11 @@ import platform
 import sys
 import warnings
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec, TypedDict, TypeVar, cast
 
+import anyio
 import httpx
 from pydantic import ValidationError
 
@@ -44,11 +45,9 @@ from ._wire.unpack import encodings_asked_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
-    from contextlib import AbstractContextManager
     from types import TracebackType
     from typing import Self
 
-    import anyio
     from pydantic import BaseModel
 
     from ._call.chunk import ChunkT, Merge

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import httpx
 
 from ollama_async._cancel import CancelToken, LiveObject
@@ -36,10 +38,6 @@ from .upload import Upload
 from .watch import EndByToken
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
-    import anyio
-
     from .http1 import HttpProxy, Origin
     from .parser import Head
     from .socket import GuardedSocket
