@@ -27,10 +27,10 @@ from ._errors import AbortError, PhaseTimeout, ResponseError
 try:
     from opentelemetry import metrics, propagate, trace
     from opentelemetry.trace import SpanKind, Status, StatusCode
-except ModuleNotFoundError as missing:
+except ModuleNotFoundError as _missing:
     raise ImportError(
-        f'ollama_async.telemetry needs {missing.name}; install it with: pip install "ollama-async[otel]"'
-    ) from missing
+        f'ollama_async.telemetry needs {_missing.name}; install it with: pip install "ollama-async[otel]"'
+    ) from _missing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -628,4 +628,4 @@ async def test_nothing_is_left_behind(site: Site) -> None:
     await there.aclose()
     # The index lives as long as a lease more.
     await until(lambda: all(":of:" in key for key in site.redis.ask("KEYS", "*")), "the end of all keys")
-    assert len(site.redis.ask("CLIENT", "LIST").splitlines()) == 1
+    await until(lambda: len(site.redis.ask("CLIENT", "LIST").splitlines()) == 1, "that Redis sees nobody but this")
