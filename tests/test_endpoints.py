@@ -378,7 +378,7 @@ ENDPOINTS = [
 ]
 # They are made of the calls above; see test_files.py.
 MADE_OF_OTHERS = {"upload", "create_from"}
-NO_CALLS = {"abort", "aclose", "close"}
+NO_CALLS = {"abort", "aclose", "close", "scope"}
 STREAMING = [endpoint for endpoint in ENDPOINTS if endpoint.streams]
 
 
