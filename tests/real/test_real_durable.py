@@ -614,7 +614,7 @@ def test_keys_cannot_be_taken_for_others() -> None:
 
 
 async def test_nothing_is_left_behind(site: Site) -> None:
-    here, there = await site.process(keep=2), await site.process(keep=2)
+    here, there = await site.process(keep=6), await site.process(keep=6)
     site.fake.script("/api/chat", telling(5), always=True)
     for start in range(0, 300, 50):
         await asyncio.gather(*(site.begin(here, str(number)) for number in range(start, start + 50)))
