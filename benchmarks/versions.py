@@ -18,15 +18,19 @@ from typing import Any
 
 from run import HERE, OURS, load_server
 
-CASES: dict[str, tuple[str, dict[str, Any], str]] = {
-    "CPU a token, burst, us": ("streams.py", {"streams": 1, "tokens": 100_000, "rate": 0}, "cpu_us_per_token"),
-    "CPU a token, 500 streams, us": ("streams.py", {"streams": 500, "tokens": 150, "rate": 50}, "cpu_us_per_token"),
-    "CPU a short request, us": ("short.py", {"requests": 1500}, "cpu_us_per_request"),
-    "CPU a stream of one token, us": ("first.py", {"streams": 1000}, "cpu_us_per_stream"),
-    "memory of an idle stream, KiB": ("memory.py", {"streams": 100}, "held_kib_per_stream"),
-    "abort until the server sees it, p50, us": ("abort.py", {"aborts": 300}, "seen_p50_us"),
-    "abort, the call alone, p50, us": ("abort.py", {"aborts": 300}, "call_p50_us"),
-}
+# A script, its options, and which of its figures are shown under which names.
+CASES: list[tuple[str, dict[str, Any], dict[str, str]]] = [
+    ("streams.py", {"streams": 1, "tokens": 100_000, "rate": 0}, {"cpu_us_per_token": "CPU a token, burst, us"}),
+    ("streams.py", {"streams": 500, "tokens": 150, "rate": 50}, {"cpu_us_per_token": "CPU a token, 500 streams, us"}),
+    ("short.py", {"requests": 1500}, {"cpu_us_per_request": "CPU a short request, us"}),
+    ("first.py", {"streams": 1000}, {"cpu_us_per_stream": "CPU a stream of one token, us"}),
+    ("memory.py", {"streams": 100}, {"held_kib_per_stream": "memory of an idle stream, KiB"}),
+    (
+        "abort.py",
+        {"aborts": 300},
+        {"seen_p50_us": "abort until the server sees it, p50, us", "call_p50_us": "abort, the call alone, p50, us"},
+    ),
+]
 
 
 def measured(tree: Path, script: str, url: str, options: dict[str, Any]) -> dict[str, float]:
@@ -47,18 +51,17 @@ _RUN = (
 
 def compare(before: Path, after: Path, rounds: int) -> dict[str, tuple[list[float], list[float]]]:
     """Return the figures of both trees, one a round."""
-    seen: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in CASES}
+    seen: dict[str, tuple[list[float], list[float]]] = {
+        name: ([], []) for _, _, names in CASES for name in names.values()
+    }
     with load_server() as url:
         for turn in range(rounds):
-            for script, options in {(script, json.dumps(options)): 0 for script, options, _ in CASES.values()}:
+            for script, options, names in CASES:
                 trees = [(0, before), (1, after)]
-                figures = {}
                 for which, tree in trees if turn % 2 else reversed(trees):
-                    figures[which] = measured(tree, script, url, json.loads(options))
-                for name, (other, wanted, figure) in CASES.items():
-                    if (other, json.dumps(wanted)) == (script, options):
-                        for which, values in figures.items():
-                            seen[name][which].append(values[figure])
+                    figures = measured(tree, script, url, options)
+                    for figure, name in names.items():
+                        seen[name][which].append(figures[figure])
             print(f"round {turn + 1} of {rounds}", file=sys.stderr)
     return seen
 

@@ -346,10 +346,11 @@ class Session(LiveObject):
         tokens: list[tuple[CancelToken, Kind]] = [(self._closing, "closed"), (self._calls.current(), "aborted")]
         if self._token is not None:
             tokens.append((self._token, "aborted"))
-        beneath = getattr(self._client, "_transport", None)
-        if self._direct is None and isinstance(beneath, ClosableTransport):
-            # It belongs to somebody else, who may stop everything on it.
-            tokens.extend((token, "aborted") for token in beneath.tokens)
+        if self._direct is None:
+            beneath = getattr(self._client, "_transport", None)
+            if isinstance(beneath, ClosableTransport):
+                # It belongs to somebody else, who may stop everything on it.
+                tokens.extend((token, "aborted") for token in beneath.tokens)
         return exchange, tokens
 
     def _stream(

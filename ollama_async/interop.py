@@ -192,6 +192,7 @@ class Stream(_Stream[Any]):
     """
 
     async def _read_chunk(self) -> Any:
+        # Not by _their_errors(), which would be several calls more for each token.
         try:
             return await super()._read_chunk()
         except _errors.OllamaError as exc:
@@ -225,17 +226,25 @@ def _validators(model: type[Any]) -> Validators[Any]:
     return Validators[Any].of(model)
 
 
-class _TheirChatMerge(ChatMerge):
+class _TheirChunks:
+    """Chunks are of ollama-python's class."""
+
+    __slots__ = ()
+
+    model: Any
+
+    @property
+    def validators(self) -> Validators[Any]:
+        """How chunks are made."""
+        return _validators(self.model)
+
+
+class _TheirChatMerge(_TheirChunks, ChatMerge):
     """Merges chunks of ollama-python's class."""
 
     __slots__ = ()
 
     model: Any = ollama.ChatResponse
-
-    @property
-    def validators(self) -> Validators[Any]:
-        """How chunks are made."""
-        return _validators(ollama.ChatResponse)
 
     def add(self, chunk: Any) -> None:
         """Add the next chunk."""
@@ -247,17 +256,12 @@ class _TheirChatMerge(ChatMerge):
         self.content.append(part["content"] or "")
 
 
-class _TheirGenerateMerge(GenerateMerge):
+class _TheirGenerateMerge(_TheirChunks, GenerateMerge):
     """Merges chunks of ollama-python's class."""
 
     __slots__ = ()
 
     model: Any = ollama.GenerateResponse
-
-    @property
-    def validators(self) -> Validators[Any]:
-        """How chunks are made."""
-        return _validators(ollama.GenerateResponse)
 
     def add(self, chunk: Any) -> None:
         """Add the next chunk."""

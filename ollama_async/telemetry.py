@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import time
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from . import __version__
 from ._call.observe import set_observer
@@ -274,16 +275,13 @@ def _seconds(nanoseconds: float | None) -> float | None:
 
 def _common(operation: str, url: str, body: Mapping[str, Any]) -> dict[str, Any]:
     # Without credentials: they are no part of the session's URL.
-    scheme, _, place = url.partition("://")
-    name, _, port = place.partition("/")[0].rpartition(":")
-    if not name or not port.isdecimal():
-        name, port = f"{name}:{port}" if name else port, "443" if scheme == "https" else "80"
+    server = urlsplit(url)
     return {
         _NAMES["operation"]: operation,
         _NAMES["provider"]: "ollama",
         **({_NAMES["request_model"]: body["model"]} if body.get("model") else {}),
-        _NAMES["address"]: name.strip("[]"),
-        _NAMES["port"]: int(port),
+        _NAMES["address"]: server.hostname or "",
+        _NAMES["port"]: server.port or (443 if server.scheme == "https" else 80),
     }
 
 

@@ -115,9 +115,10 @@ class Call:
         if failed is None or delay is None:
             return False
         failed.budget.record_failure()
+        cause = error or failed.error()
         if failed.observed is not None:
-            failed.observed.retrying(error or failed.error(), delay)
-        _log.info("attempt again in %.2f s, after %s", delay, type(error or failed.error()).__name__)
+            failed.observed.retrying(cause, delay)
+        _log.info("attempt again in %.2f s, after %s", delay, type(cause).__name__)
         self._use(failed.again(delay), self._tokens)
         return True
 
@@ -180,7 +181,7 @@ class Call:
             return None
         if error is None and exchange.reader.failure_outcome is None:
             return None
-        return exchange.budget.backoff(error or exchange.error(), answered=exchange.reader.status != 0)
+        return exchange.backoff(error or exchange.error())
 
 
 def _begun() -> NoReturn:

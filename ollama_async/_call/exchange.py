@@ -138,6 +138,10 @@ class Exchange:
         attempt._not_before = self.loop.time() + delay
         return attempt
 
+    def backoff(self, error: BaseException) -> float | None:
+        """Return how many seconds to wait before another attempt after that error; ``None`` if none is allowed."""
+        return self.budget.backoff(error, answered=self.reader.status != 0)
+
     def register(self, token: CancelToken, kind: Kind = "aborted") -> None:
         """End with the token."""
         watch = EndByToken(token, self.reader, kind)
@@ -421,7 +425,7 @@ class Exchange:
         # An attempt that another one may follow leaves it to its caller, which is about to ask for that.
         if self.observed is not None:
             error = self.error()
-            if self.budget.backoff(error, answered=self.reader.status != 0) is None:
+            if self.backoff(error) is None:
                 self.report_error(error)
 
     # -- the one timer --
