@@ -327,6 +327,8 @@ class Run:
     def _let_go(self) -> None:
         """After ``SystemExit``: what nobody promises to end with the loop."""
         world = self.world
+        # What held them has been interrupted. The world itself is in a circle, and the collector is off.
+        world.streams.clear()
         if self.scene.keeps:
             world.abort()
         if world.http is not None and not hasattr(world.http._transport, "_pools"):

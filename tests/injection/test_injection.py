@@ -142,9 +142,15 @@ def test_the_instrument_sees_what_is_wrong(
 ) -> None:
     scene = Scene(play, (reply,))  # type: ignore[arg-type]
     undisturbed = Run(scene, recorded.servers).go()
-    places = undisturbed.places[::25]
-    tried = [Run(scene, recorded.servers, place, kind, undisturbed.ended).go() for place in places]
-    assert any(says in line for run in tried for line in run.found), [*map(str, tried)]
+    # How bytes fall into reads differs from run to run, so every 25th place may miss what a few places show.
+    places = [place for first in (0, 12, 6, 18) for place in undisturbed.places[first::25]]
+    tried: list[str] = []
+    for place in places:
+        run = Run(scene, recorded.servers, place, kind, undisturbed.ended).go()
+        tried.append(str(run))
+        if any(says in line for line in run.found):
+            return
+    pytest.fail(f"nothing says {says!r}: {tried}")
 
 
 def test_each_place_is_come_to_again(recorded: Recorded) -> None:
