@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 from ollama_async import AsyncClient, CancelToken, DirectTransport, Timeouts
-from ollama_async.testing import Block, FakeOllama, Reply, Stall
+from ollama_async.testing import Block, FakeOllama, Pause, Reply, Stall
 
 PATH = "/api/chat"
 ELSEWHERE = "/elsewhere"
@@ -102,6 +102,8 @@ def _frame(text: str, *, done: bool = False) -> dict[str, Any]:
 
 ANSWER = Reply.json(_frame("hello", done=True))
 WHOLE = Reply([_frame("a"), Block(*[_frame(text) for text in "bcdef"]), _frame("", done=True)])
+# Each part is read by itself, also on a machine that is slow or quick.
+PACED = Reply([Pause(0.02), _frame("a"), Pause(0.02), _frame("b"), Pause(0.02), _frame("", done=True), Pause(0.02)])
 BEGUN = Reply([_frame("a"), Block(_frame("b"), _frame("c"), _frame("d")), Stall()])
 SILENT = Reply(before_head=[Stall()])
 

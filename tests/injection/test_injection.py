@@ -16,7 +16,7 @@ import pytest
 from injection import runs
 from injection.lines import Place
 from injection.runs import KINDS, STOPS, Run, Servers
-from injection.scenes import ANSWER, SCENES, WHOLE, Scene, World, plain, read_to_end
+from injection.scenes import ANSWER, PACED, SCENES, WHOLE, Scene, World, plain, read_to_end
 
 from ollama_async import AbortError
 from ollama_async._call import retry as _retry
@@ -154,8 +154,9 @@ def test_the_instrument_sees_what_is_wrong(
 
 
 def test_each_place_is_come_to_again(recorded: Recorded) -> None:
-    scene = Scene(read_to_end, (WHOLE,))
-    places = Run(scene, recorded.servers).go().places
+    scene = Scene(read_to_end, (PACED,))
+    # Twice, as in Recorded.runs.
+    places = [Run(scene, recorded.servers).go() for _ in range(2)][-1].places
     assert any(place.real for place in places)
     assert any(not place.real for place in places)
     assert {place.hit for place in places} > {1, 2}
