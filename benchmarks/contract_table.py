@@ -467,7 +467,7 @@ CHECKS: dict[str, Callable[[type[Client]], Awaitable[str]]] = {
     "... in the TLS handshake": stop_in_handshake,
     "... from another thread, while the loop is blocked": from_a_thread,
     "the stopped reader gets": reader_gets,
-    "what had come is kept": kept,
+    "the partial answer is kept": kept,
     "reading on after the stop gives": read_after_stop,
     "the server sees a `break`, the stream being kept": break_kept,
     "... a `break`, the stream being dropped": break_dropped,

@@ -1,10 +1,15 @@
 """What durable answers cost: in the producer, in Redis, in a process that watches, and how long a token takes there.
 
     python benchmarks/durable.py --answers 100 --rate 100 --seconds 4
+    python benchmarks/durable.py --answers 1000 --rate 2 --seconds 5      # many answers, followed by one process
+    python benchmarks/durable.py --with assistant-stream                  # the same load, by another library
+    python benchmarks/durable.py --weigh                                  # what an answer takes in Redis
+    python benchmarks/durable.py --left 1000                              # what so many answers leave behind
 
-It starts a Redis, and a second process that watches every answer. The producer's tokens come from a generator in its
-own process; what that costs by itself is measured first, and taken off. Each token is the time at which it was made,
-so a viewer knows how old it is.
+It starts a Redis, and a second process that watches every answer; the tokens begin when that one is ready. The
+producer's tokens come from a generator in its own process; what that costs by itself is measured in the same way, and
+taken off. CPU is that of the process (so it says little about how busy the machine is); the times are of clocks, and
+say how busy it is, too. Each token is the time at which it was made, so a viewer knows how old it is.
 """
 
 from __future__ import annotations
@@ -12,33 +17,74 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
+import importlib
 import json
+import os
+import resource
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import AsyncIterator, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import redis
 
-from ollama_async import CancelToken, ChatResponse
+from ollama_async import AsyncClient, CancelToken, ChatResponse
 from ollama_async.durable import DurableAnswers
+from ollama_async.testing import FakeOllama, Reply
+
+ROUNDS = 3
+
+
+class Clock:
+    """When tokens come: one timer for all loads of a process, which come a millisecond apart from each other."""
+
+    def __init__(self, rate: float) -> None:
+        self._rate = rate
+        self._loads: list[Load] = []
+
+    def load(self, count: int) -> Load:
+        load = Load(self._rate, count)
+        self._loads.append(load)
+        return load
+
+    async def run(self) -> None:
+        """Give each load its tokens."""
+        period = 1 / self._rate
+        turns = max(1, min(len(self._loads), int(period * 1000)))
+        begun, turn = time.monotonic(), 0
+        while any(load.left for load in self._loads):
+            await asyncio.sleep(max(0.0, begun + turn * period / turns - time.monotonic()))
+            for load in self._loads[turn % turns :: turns]:
+                load.give()
+            turn += 1
 
 
 class Load:
-    """In place of a model's stream: so many chunks, at a rate."""
+    """In place of a model's stream: so many chunks, each when the clock gives it."""
 
     def __init__(self, rate: float, count: int) -> None:
-        self._rate, self._count = rate, count
+        self.left = count
+        self._given: list[float] = []
+        self._waiting: asyncio.Future[None] | None = None
         self._token = CancelToken()
         self.outcome: str | None = None
         self.reason = self.response = None
         self.text = ""
         self.timing = SimpleNamespace(first_chunk=None, total=0.0, chunks=count, chunks_per_second=rate)
+
+    def give(self) -> None:
+        if self.left:
+            self.left -= 1
+            self._given.append(time.time())
+            if self._waiting is not None and not self._waiting.done():
+                self._waiting.set_result(None)
 
     def abort(self, reason: object = None) -> bool:
         return self._token.abort(reason)
@@ -47,52 +93,122 @@ class Load:
         self.abort()
 
     async def __aiter__(self) -> AsyncIterator[ChatResponse]:
-        due = time.monotonic()
-        for _ in range(self._count):
-            due += 1 / self._rate
-            await asyncio.sleep(max(0.0, due - time.monotonic()))
-            content = f"{time.time():.6f} "
-            message = {"role": "assistant", "content": content}
-            chunk = {"model": "load", "created_at": "x", "message": message, "done": False}
-            yield ChatResponse.model_validate_json(json.dumps(chunk))
+        while self.left or self._given:
+            if not self._given:
+                self._waiting = asyncio.get_running_loop().create_future()
+                await self._waiting
+            given, self._given = self._given, []
+            for made in given:
+                yield ChatResponse.model_validate_json(_CHUNK % made)
         self.outcome = "done"
 
 
-async def _idle(load: Load) -> None:
-    async for _ in load:
-        pass
+_CHUNK = '{"model":"load","created_at":"x","message":{"role":"assistant","content":"%.6f "},"done":false}'
+_MADE = b'"content":"'
 
 
-async def _watch(url: str, answers: int, viewers: int) -> None:
+# -- the libraries --
+
+
+class Ours:
+    """Durable answers."""
+
+    def __init__(self, url: str) -> None:
+        self.answers = DurableAnswers.from_url(url, keep=60)
+        self._made: list[Any] = []
+
+    async def begin(self, name: str, load: Load) -> None:
+        self._made.append(await self.answers.begin(load, name))  # type: ignore[arg-type]
+
+    async def all_ended(self) -> None:
+        for answer in self._made:
+            await answer.wait()
+        await self.answers._carrier.drain()  # noqa: SLF001
+
+    async def view(self, name: str, ready: Any) -> AsyncIterator[tuple[int, list[float]]]:
+        async with await self.answers.attach(name) as viewer:
+            ready()
+            while found := await viewer.read():
+                chunks = [each.json for each in found if each.name == "chunk"]
+                yield len(found), [float(chunk.partition(_MADE)[2][:17]) for chunk in chunks]
+
+    async def aclose(self) -> None:
+        await self.answers.aclose()
+
+    @staticmethod
+    def key(name: str) -> str:
+        return f"{{ollama-async}}:log::{name}"
+
+
+class AssistantStream:
+    """The nearest thing that others have: `pip install "assistant-stream[redis]"`."""
+
+    def __init__(self, url: str) -> None:
+        import redis.asyncio
+
+        resumable: Any = importlib.import_module("assistant_stream.resumable")
+
+        self._redis = redis.asyncio.Redis.from_url(url, max_connections=10_000)
+        # It keeps no answer's task where others find it.
+        self._tasks: list[asyncio.Task[None]] = []
+        self._context = resumable.create_resumable_stream_context(
+            store=resumable.create_redis_resumable_stream_store(self._redis), wait_until=self._tasks.append
+        )
+
+    async def begin(self, name: str, load: Load) -> None:
+        async def chunks() -> AsyncIterator[bytes]:
+            async for chunk in load:
+                yield (chunk.message.content or "").encode()
+
+        await self._context.run(name, chunks)
+
+    async def all_ended(self) -> None:
+        await asyncio.gather(*self._tasks)
+
+    async def view(self, name: str, ready: Any) -> AsyncIterator[tuple[int, list[float]]]:
+        found = await self._context.resume(name)
+        ready()
+        async for chunk in found:
+            yield 1, [float(chunk)]
+
+    async def aclose(self) -> None:
+        await self._redis.aclose()
+
+    @staticmethod
+    def key(name: str) -> str:
+        return f"aui:resumable:{{{name}}}:data"
+
+
+LIBRARIES: dict[str, Any] = {"ours": Ours, "assistant-stream": AssistantStream}
+
+
+async def _watch(url: str, options: argparse.Namespace) -> None:
     """The second process: watch all, and say what it saw."""
     ages: list[float] = []
-    events = 0
+    events, waiting = 0, options.answers * options.viewers
+    begun = 0.0
+
+    def ready() -> None:
+        nonlocal waiting, begun
+        waiting -= 1
+        if not waiting:
+            print("ready", flush=True)
+            begun = time.process_time()
 
     async def view(number: int) -> None:
         nonlocal events
-        async with await there.attach(str(number)) as viewer:
-            since = time.time()
-            while found := await viewer.read():
-                now = time.time()
-                events += len(found)
-                made = [float(each.data["message"]["content"]) for each in found[:1] if each.name == "chunk"]
-                # What was there before says nothing.
-                ages.extend(now - when for when in made if when > since)
+        async for count, made in there.view(str(number), ready):
+            now = time.time()
+            events += count
+            ages.extend(now - when for when in made)
 
-    async with DurableAnswers.from_url(url) as there:
-        begun = time.process_time()
-        await asyncio.gather(*(view(number) for number in range(answers) for _ in range(viewers)))
-        used = time.process_time() - begun
-    if not ages:
-        sys.exit("all was over before anybody watched: give more --seconds")
+    there = LIBRARIES[options.library](url)
+    await asyncio.gather(*(view(number) for number in range(options.answers) for _ in range(options.viewers)))
+    used = time.process_time() - begun
+    await there.aclose()
     ages.sort()
-    found = {
-        "events": events,
-        "us": used / events * 1e6,
-        "p50": ages[len(ages) // 2],
-        "p99": ages[len(ages) * 99 // 100],
-    }
-    print(json.dumps(found))
+    middle, late = ages[len(ages) // 2], ages[len(ages) * 99 // 100]
+    print(json.dumps({"events": events, "us": used / events * 1e6, "p50": middle, "p99": late}))
 
 
 @contextlib.contextmanager
@@ -121,39 +237,130 @@ def _cpu(client: redis.Redis) -> float:
     return float(info["used_cpu_user"] + info["used_cpu_sys"])
 
 
+async def _alone(rate: float, count: int, answers: int) -> float:
+    """Return the CPU time of the load by itself, read as a producer reads it."""
+
+    async def read(load: Load) -> None:
+        async for _ in load:
+            pass
+
+    clock = Clock(rate)
+    tasks = [asyncio.create_task(read(clock.load(count))) for _ in range(answers)]
+    begun = time.process_time()
+    await clock.run()
+    await asyncio.gather(*tasks)
+    return time.process_time() - begun
+
+
+def _connections(client: redis.Redis) -> int:
+    return len(client.client_list()) - 1
+
+
 async def _produce(client: redis.Redis, options: argparse.Namespace) -> None:
     url = f"redis://127.0.0.1:{client.connection_pool.connection_kwargs['port']}"
     count = int(options.rate * options.seconds)
     tokens = count * options.answers
-    begun = time.process_time()
-    await asyncio.gather(*(_idle(Load(options.rate, count)) for _ in range(options.answers)))
-    alone = time.process_time() - begun
-    async with DurableAnswers.from_url(url) as here:
-        # What a process does once is not counted.
-        await (await here.begin(Load(1000, 1), "first")).wait()  # type: ignore[arg-type]
-        before, begun = _cpu(client), time.process_time()
-        made = [
-            await here.begin(Load(options.rate, count), str(number))  # type: ignore[arg-type]
-            for number in range(options.answers)
-        ]
+    added, loads, spent, seen = list[float](), list[float](), list[float](), dict[str, list[float]]()
+    connections = held = 0
+    took = 0.0
+    for _ in range(ROUNDS):
+        client.flushall()
+        loads.append(await _alone(options.rate, count, options.answers))
+        here, clock = LIBRARIES[options.library](url), Clock(options.rate)
+        for number in range(options.answers):
+            await here.begin(str(number), clock.load(count))
+        own = _connections(client)
         watching = await asyncio.create_subprocess_exec(
             sys.executable, __file__, "--watch", url, "--answers", str(options.answers), "--viewers",
-            str(options.viewers), stdout=subprocess.PIPE,
+            str(options.viewers), "--with", options.library, stdout=subprocess.PIPE,
         )  # fmt: skip
-        for answer in made:
-            await answer.wait()
-        used = time.process_time() - begun - alone
-        seen = json.loads((await watching.communicate())[0])
-        spent = _cpu(client) - before
-        held: Any = client.memory_usage("{ollama-async}:log::0", samples=0)
+        assert watching.stdout is not None
+        if not await watching.stdout.readline():
+            sys.exit("the process that watches failed")
+        before, begun, since = _cpu(client), time.process_time(), time.monotonic()
+        running = asyncio.create_task(clock.run())
+        await asyncio.sleep(options.seconds / 2)
+        connections = _connections(client) - own
+        await running
+        await here.all_ended()
+        took = time.monotonic() - since
+        added.append(time.process_time() - begun - loads[-1])
+        for name, figure in json.loads((await watching.communicate())[0]).items():
+            seen.setdefault(name, []).append(figure)
+        spent.append(_cpu(client) - before)
+        held = int(client.memory_usage(here.key("0"), samples=0) or 0)
+        await here.aclose()
+
+    def middle(figures: list[float], scale: float) -> str:
+        low, between, high = (f"{figure * scale:.1f}" for figure in sorted(figures))
+        return f"{between:>6} ({low} to {high})"
+
     print(
-        f"{options.answers} answers of {options.rate:g} tokens/s for {options.seconds:g} s, "
-        f"{options.viewers} viewers each"
+        f"{options.library}: {options.answers} answers of {options.rate:g} tokens/s for {options.seconds:g} s, "
+        f"{options.viewers} viewers each; median of {ROUNDS} (least to most)"
     )
-    print(f"producer    {used / tokens * 1e6:6.1f} us CPU a token, besides {alone / tokens * 1e6:.1f} us of the load")
-    print(f"Redis       {spent / tokens * 1e6:6.1f} us CPU a token, {held / count:.1f} KB for 1,000 tokens")
-    print(f"viewers     {seen['us']:6.1f} us CPU an event, {seen['events']} events")
-    print(f"token there {seen['p50'] * 1e3:6.1f} ms p50, {seen['p99'] * 1e3:.1f} ms p99")
+    print(
+        f"producer    {middle(added, 1e6 / tokens)} us CPU a token, besides {middle(loads, 1e6 / tokens)} of the load"
+    )
+    print(f"Redis       {middle(spent, 1e6 / tokens)} us CPU a token; {held / count:.1f} KB for 1,000 tokens")
+    print(f"viewers     {middle(seen['us'], 1)} us CPU an event, {seen['events'][-1]} events")
+    print(f"token there {middle(seen['p50'], 1e3)} ms p50, {middle(seen['p99'], 1e3)} ms p99")
+    print(f"the answers took {took:.1f} s; the process that watches had {connections} connections to Redis")
+    print(f"other programs: the load average of this machine was {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+
+
+async def _leave(client: redis.Redis, options: argparse.Namespace) -> None:
+    """Say what so many answers leave behind, in this process and in Redis, once they are kept no more."""
+    url = f"redis://127.0.0.1:{client.connection_pool.connection_kwargs['port']}"
+    async with DurableAnswers.from_url(url, keep=5, lease=6) as here, DurableAnswers.from_url(url, lease=6) as there:
+
+        async def answer(number: int) -> None:
+            clock = Clock(1000)
+            made = await here.begin(clock.load(20), f"{number}")  # type: ignore[arg-type]
+            async with await there.attach(f"{number}") as viewer:
+                await clock.run()
+                async for _ in viewer:
+                    pass
+            await made.wait()
+
+        async def all_of_them(first: int, last: int) -> tuple[int, ...]:
+            for start in range(first, last, 50):
+                await asyncio.gather(*(answer(number) for number in range(start, min(start + 50, last))))
+            await here._carrier.drain()  # noqa: SLF001
+            while client.keys("*:log:*") or client.keys("*:of:*"):
+                await asyncio.sleep(0.1)
+            gc.collect()
+            tasks, sockets = len(asyncio.all_tasks()), len(os.listdir("/proc/self/fd"))
+            used: Any = client.info("memory")
+            memory = used["used_memory"], tracemalloc.get_traced_memory()[0]
+            return len(client.keys()), tasks, sockets, _connections(client), *memory
+
+        tracemalloc.start()
+        # What is made once is there after the first ones.
+        before = await all_of_them(0, 100)
+        after = await all_of_them(100, 100 + options.left)
+    names = ("keys", "tasks", "descriptors", "connections", "bytes in Redis", "bytes here")
+    print(f"after {options.left} answers of 20 tokens, each watched in another process's place, and after their time:")
+    for name, was, became in zip(names, before, after, strict=True):
+        print(f"{name:15} {became:>9} ({became - was:+})")
+
+
+async def _weigh(client: redis.Redis) -> None:
+    """Say what an answer of 1,000 tokens takes in Redis: of a whole client, with all that its end has."""
+    url = f"redis://127.0.0.1:{client.connection_pool.connection_kwargs['port']}"
+    with FakeOllama() as fake:
+        fake.script("/api/chat", Reply.chat(*[" word", " of", "y"] * 333, " end", interval=0.01))
+        async with AsyncClient(fake.url) as model, DurableAnswers.from_url(url) as here:
+            answer = await here.begin(model.chat("fake", "hi", stream=True), "0")
+            await answer.wait()
+            await here._carrier.drain()  # noqa: SLF001
+            held: Any = client.memory_usage(Ours.key("0"), samples=0)
+            entries: Any = client.xrange(Ours.key("0"))
+            first, last = entries[0][1][b"e"], entries[-1][1][b"e"].split(b"\n")[-1]
+            async with await here.attach("0", after=1) as viewer:
+                text = [event async for event in viewer][-1].data["text"]
+    print(f"1,000 tokens, {len(text)} characters, at 100 tokens/s: {held / 1000:.1f} KB in {len(entries)} entries")
+    print(f"of that, {len(last)} B are the end, and {len(first)} B the beginning")
 
 
 def main() -> None:
@@ -162,13 +369,20 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=100.0, help="tokens a second, of each answer")
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--viewers", type=int, default=1, help="of each answer")
+    parser.add_argument("--with", dest="library", choices=LIBRARIES, default="ours")
+    parser.add_argument("--left", type=int, help="how many answers, to see what they leave behind")
+    parser.add_argument("--weigh", action="store_true", help="what one answer takes in Redis")
     parser.add_argument("--watch", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     if options.watch:
-        asyncio.run(_watch(options.watch, options.answers, options.viewers))
+        asyncio.run(_watch(options.watch, options))
         return
     with _redis() as client:
-        asyncio.run(_produce(client, options))
+        if options.weigh:
+            asyncio.run(_weigh(client))
+        else:
+            asyncio.run(_leave(client, options) if options.left else _produce(client, options))
 
 
 if __name__ == "__main__":

@@ -29,10 +29,12 @@ import imports
 HERE = Path(__file__).parent
 OURS = "ollama_async"
 REFERENCE = "ollama-python"
-ALL = [OURS, "floor", "aiohttp", "httpx2", "httpx", "openai", REFERENCE, "ollama-js"]
+JS, GO = "ollama-js", "ollama-go"
+ALL = [OURS, "floor", "aiohttp", "httpx2", "httpx", "openai", REFERENCE, JS, GO]
 DISTRIBUTIONS = ["ollama", "openai", "aiohttp", "httpx", "httpx2", "httptools", "pydantic", "uvloop"]
 LONGEST = 600  # seconds for one client and one case; the longest that is known takes 150
 OLLAMA_JS = "ollama@0.6.4"
+OLLAMA_GO = "github.com/ollama/ollama@v0.17.4"
 
 
 @dataclass
@@ -46,6 +48,10 @@ class Case:
     loops: tuple[str, ...] = ("asyncio",)
 
 
+def without(*names: str) -> list[str]:
+    return [name for name in ALL if name not in names]
+
+
 def cases(*, quick: bool) -> Iterator[Case]:
     both = ("asyncio", "uvloop")
     yield Case(
@@ -55,12 +61,16 @@ def cases(*, quick: bool) -> Iterator[Case]:
     for streams in (100, 500, 1000, 2000):
         options = {"streams": streams, "tokens": 50 * seconds, "rate": 50}
         # With 2,000 some would take longer than anybody waits.
-        peers = [OURS, "floor", "aiohttp", REFERENCE] if quick or streams == 2000 else ALL
+        peers = [OURS, "floor", "aiohttp", REFERENCE, GO] if quick or streams == 2000 else ALL
         if not quick or streams == 500:
             yield Case(f"{streams} streams, 50 tokens/s each", "streams.py", options, peers)
     yield Case("a short request", "short.py", {"requests": 200 if quick else 2000}, loops=both)
-    yield Case("a stream of one token", "first.py", {"streams": 200 if quick else 2000}, ALL[:-1])
-    yield Case("abort", "abort.py", {"aborts": 30 if quick else 500}, [name for name in ALL if name != "floor"])
+    yield Case("a stream of one token", "first.py", {"streams": 200 if quick else 2000}, without(JS))
+    for streams in (1000,) if quick else (1, 100, 1000, 2000):
+        yield Case(
+            f"{streams} streams that begin at once", "storm.py", {"streams": streams}, [OURS, "floor", "aiohttp", GO]
+        )
+    yield Case("abort", "abort.py", {"aborts": 30 if quick else 500}, without("floor", GO))
     # As many as ollama-python has open at a time, and so fast that it can just follow.
     yield Case(
         "abort beside 90 others, 30 tokens/s each",
@@ -72,7 +82,7 @@ def cases(*, quick: bool) -> Iterator[Case]:
         "memory of an idle stream",
         "memory.py",
         {"streams": 100},  # the most that ollama-python opens at a time
-        [name for name in ALL if name != "ollama-js"],
+        without(JS, GO),
     )
     yield Case("slow reader, endless stream", "memory.py", {"seconds": 1 if quick else 5}, [OURS, "aiohttp", REFERENCE])
     for streams in (1, 100, 1000) if quick else (1, 10, 100, 500, 1000, 2000):
@@ -107,12 +117,27 @@ def javascript(folder: Path) -> list[str] | None:
     return ["node", str(folder / "peer.mjs")]
 
 
-def measure(case: Case, peer: str, loop: str, url: str, node: list[str] | None) -> dict[str, float] | None:
+def go(folder: Path) -> list[str] | None:
+    """Build Ollama's own client for Go; None where there is no Go."""
+    if not shutil.which("go"):
+        return None
+    shutil.copy(HERE / "peer.go", folder)
+    (folder / "go.mod").write_text("module peer\n\ngo 1.24\n")
+    for command in (["get", OLLAMA_GO], ["build", "-o", "peer", "peer.go"]):
+        subprocess.run(["go", *command], cwd=folder, check=True, capture_output=True)
+    return [str((folder / "peer").absolute())]
+
+
+Others = dict[str, list[str] | None]  # what runs a client that is not in Python
+
+
+def measure(case: Case, peer: str, loop: str, url: str, others: Others) -> dict[str, float] | None:
     options = json.dumps(case.options)
-    if peer == "ollama-js":
-        if node is None or loop == "uvloop":
+    if peer in (JS, GO):
+        program = others.get(peer)
+        if program is None or loop == "uvloop":
             return None
-        command = [*node, case.script, url, options]
+        command = [*program, case.script, url, options]
     else:
         command = [sys.executable, str(HERE / case.script), peer, url, "--loop", loop, "--options", options]
     try:
@@ -152,7 +177,7 @@ Results = dict[str, dict[str, dict[str, list[float]]]]  # case, client, figure: 
 
 
 def run(rounds: int, folder: Path, *, quick: bool) -> Results:
-    node = javascript(folder)
+    others: Others = {JS: javascript(folder), GO: go(folder)}
     results: Results = {}
     with load_server() as url:
         for turn in range(rounds):
@@ -160,7 +185,7 @@ def run(rounds: int, folder: Path, *, quick: bool) -> Results:
                 peers = case.peers[turn % len(case.peers) :] + case.peers[: turn % len(case.peers)]
                 for loop in case.loops:
                     for peer in peers:
-                        figures = measure(case, peer, loop, url, node)
+                        figures = measure(case, peer, loop, url, others)
                         name = peer if loop == "asyncio" else f"{peer}, {loop}"
                         for figure, value in (figures or {}).items():
                             results.setdefault(case.name, {}).setdefault(name, {}).setdefault(figure, []).append(value)

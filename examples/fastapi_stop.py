@@ -27,7 +27,7 @@ registry = AbortRegistry.from_url(os.environ.get("REGISTRY_URL", "memory://"))
 
 
 def user(request: Request) -> str:
-    """Say who asks; in place of this look at your session, or your token."""
+    """Say who asks; in your program, look at the session or the token instead."""
     name = request.headers.get("X-User")
     if not name:
         raise HTTPException(401, "who are you?")

@@ -12,9 +12,14 @@ if TYPE_CHECKING:
         AbortError,
         AuthenticationError,
         BadRequestError,
+        CannotContinue,
+        CapabilityError,
         ConnectError,
         ConnectionBroken,
+        ContextLengthError,
         HostError,
+        HungModel,
+        ModelNotReady,
         NoHost,
         NotFoundError,
         OllamaError,
@@ -31,7 +36,9 @@ if TYPE_CHECKING:
         StreamClosed,
         StreamError,
         StreamTruncated,
+        TruncationWarning,
     )
+    from ._loaded import Loaded
     from ._model.input import Image
     from ._model.manage_types import (
         CloudStatus,
@@ -70,6 +77,7 @@ if TYPE_CHECKING:
     from ._model.tools import Tool, convert_function_to_tool, tool_schema
     from ._model.types import (
         ChatResponse,
+        ContextUsage,
         DebugInfo,
         EmbeddingsResponse,
         EmbedResponse,
@@ -81,6 +89,7 @@ if TYPE_CHECKING:
         ToolCall,
     )
     from ._wire.transport import DirectTransport
+    from .conversation import Chat, ConversationError
     from .pool import Host, HostState, MapResult, Pool, PoolStream
 
 __all__ = [
@@ -89,11 +98,17 @@ __all__ = [
     "AuthenticationError",
     "BadRequestError",
     "CancelToken",
+    "CannotContinue",
+    "CapabilityError",
+    "Chat",
     "ChatResponse",
     "CloudStatus",
     "CloudStatusResponse",
     "ConnectError",
     "ConnectionBroken",
+    "ContextLengthError",
+    "ContextUsage",
+    "ConversationError",
     "DebugInfo",
     "DirectTransport",
     "EmbedResponse",
@@ -102,14 +117,17 @@ __all__ = [
     "Host",
     "HostError",
     "HostState",
+    "HungModel",
     "Image",
     "ListResponse",
     "ListedModel",
+    "Loaded",
     "LoadedModel",
     "Logprob",
     "MapResult",
     "Message",
     "ModelDetails",
+    "ModelNotReady",
     "ModelRecommendation",
     "NoHost",
     "NotFoundError",
@@ -156,6 +174,7 @@ __all__ = [
     "TokenLogprob",
     "Tool",
     "ToolCall",
+    "TruncationWarning",
     "UserResponse",
     "VersionResponse",
     "WebFetchResponse",
@@ -187,9 +206,10 @@ if not TYPE_CHECKING:
 
             _publish()
         if name not in globals():
-            from . import pool
+            from . import conversation, pool
 
-            globals().update({public: vars(pool)[public] for public in pool.__all__ if public in __all__})
+            for leaf in (conversation, pool):
+                globals().update({public: vars(leaf)[public] for public in leaf.__all__ if public in __all__})
         return globals()[name]
 
 

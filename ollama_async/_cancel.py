@@ -22,29 +22,28 @@ from ._errors import AbortError, RequestError, shown
 from ._loops import DeadlineTimer, in_loop, report, resolve
 from ._secret import showable
 
-# Thirty years: a later deadline is no deadline.
+# Thirty years: a later deadline does not count.
 _ENDLESS = 1e9
 
 _order = itertools.count()
 
 
-class SetOnce:
-    """A value that is set once, by the task, thread or signal handler that comes first."""
+class SetOnce(dict[int, Any]):
+    """A value that is set once, by the task, thread or signal handler that comes first; false until then.
 
-    __slots__ = ("slot",)
+    It is a dict because looking whether one is empty is the cheapest check there is, and ``setdefault()`` is one step.
+    """
 
-    def __init__(self) -> None:
-        # Empty until the value is set; checking a dict is the cheapest check there is.
-        self.slot: dict[int, Any] = {}
+    __slots__ = ()
 
     def try_set(self, value: object) -> bool:
         """Set the value if it is not set; return whether this call set it. Each call must pass a different object."""
-        return self.slot.setdefault(0, value) is value
+        return self.setdefault(0, value) is value
 
     @property
     def value(self) -> Any:
         """The value; ``None`` until it is set."""
-        return self.slot.get(0)
+        return self.get(0)
 
 
 class _Decision:
@@ -83,7 +82,7 @@ class Registration(LiveObject):
 
     __slots__ = ("_callback", "_timers", "_token")
 
-    def __init__(self, token: CancelToken, callback: Callable[[Any], object] | None) -> None:
+    def __init__(self, token: CancelToken, callback: Callable[[Any], object] | None = None) -> None:
         self._token = token
         self._callback = callback
         self._timers: Sequence[DeadlineTimer] = ()
@@ -114,7 +113,7 @@ class Registration(LiveObject):
             for each in tokens:
                 each._registrations[self] = True
             for each in tokens:
-                if each._deadline is not None and each._decided.slot.get(0) is None:
+                if each._deadline is not None and each._decided.get(0) is None:
                     timer = DeadlineTimer(each._deadline, each._expire)
                     self._timers = (*self._timers, timer)
                     timer.start()
@@ -156,12 +155,7 @@ class Watch(Registration):
 
     __slots__ = ()
 
-    def __init__(self, token: CancelToken) -> None:
-        super().__init__(token, None)
-
-    def arm(self) -> None:
-        """Register for the abort; run ``end()`` at once if the token is aborted."""
-        self._arm()
+    arm = Registration._arm
 
     def end(self, reason: object) -> None:
         """End what the abort is to end; from any thread or signal handler."""
@@ -373,7 +367,7 @@ class CancelToken(LiveObject):
 
     def _decision(self) -> _Decision | None:
         # As SetOnce.value, without the call: each registration asks.
-        decided: _Decision | None = self._decided.slot.get(0)
+        decided: _Decision | None = self._decided.get(0)
         if decided is None and (self._parents or self._deadline is not None):
             decided = self._derive()
         return decided
@@ -387,7 +381,7 @@ class CancelToken(LiveObject):
         for token in waiting:
             if token._deadline is not None and time.monotonic() >= token._deadline:
                 token._decided.try_set(token._timed_out())
-            decided: _Decision | None = token._decided.slot.get(0)
+            decided: _Decision | None = token._decided.get(0)
             if decided is None:
                 new = [parent for parent in token._parents if parent not in seen]
                 waiting += new
@@ -397,7 +391,7 @@ class CancelToken(LiveObject):
                 first = decided
         if first is not None:
             self._decided.try_set(first)
-        kept: _Decision | None = self._decided.slot.get(0)
+        kept: _Decision | None = self._decided.get(0)
         return kept
 
     def _expire(self) -> None:

@@ -10,9 +10,11 @@
     │   └── NoHost                no host of a pool could take the call
     ├── ConnectionBroken      the connection was lost before the answer was complete
     ├── PhaseTimeout          one of the Timeouts passed (also a builtin TimeoutError)
+    │   └── HungModel             the model is loaded and the server answers, but the model does not
     ├── ProtocolError         the answer is not what an Ollama server sends
     ├── ResponseError         the server answered with an error status
     │   ├── BadRequestError           400
+    │   │   └── ContextLengthError        the prompt is longer than the context
     │   ├── AuthenticationError       401
     │   ├── PermissionDeniedError     403
     │   ├── NotFoundError             404
@@ -21,6 +23,9 @@
     │   │   └── ServerBusyError       503
     │   └── StreamError               an error frame inside a stream that had begun
     ├── ParseError            the answer does not match ``format=`` (also a ValueError)
+    ├── CannotContinue        a partial answer cannot be continued
+    ├── CapabilityError       the model, or the server's version, lacks what was asked for
+    ├── ModelNotReady         a model could not be loaded as it was asked for
     ├── StreamTruncated       the stream ended without ``done`` (only with ``strict=True``)
     ├── StreamClosed          a stream or client was used after it was closed (also a RuntimeError)
     └── StreamBusy            a second task read a stream that another one is reading (also a RuntimeError)
@@ -58,6 +63,9 @@ class OllamaError(Exception):
 
     partial: Any = None
     """The partial answer, merged, such as a ``ChatResponse``; ``None`` if nothing had arrived."""
+
+    host: str | None = None
+    """The host of a ``Pool`` that the call was sent to last; ``None`` if it was sent to no host, or has no pool."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Python copies and pickles an exception by calling its class with its text. Our classes take other arguments.
@@ -191,6 +199,24 @@ _PHASE_TEXT = {
 }
 
 
+class HungModel(PhaseTimeout):
+    """The model is loaded and the server answers, but the model gave no first chunk (``recover=``).
+
+    Its ``phase`` is ``"first_chunk"``. The server has probably lost the model's slots: see docs/hung-model.md.
+
+    Attributes:
+        model: Name of the model, with its tag.
+        detail: What was done about it, or why nothing was done.
+    """
+
+    def __init__(self, model: str, seconds: float, detail: str, partial: Any = None) -> None:
+        super().__init__("first_chunk", seconds, partial)
+        text = f"{model} hangs: it sent nothing within {seconds:g} s of the request (first_chunk timeout), although "
+        self.args: tuple[Any, ...] = (f"{text}it is loaded (/api/ps) and the server answers (/api/version); {detail}",)
+        self.model = model
+        self.detail = detail
+
+
 class ProtocolError(OllamaError):
     """The server's answer is not HTTP, not NDJSON, not what Ollama sends, or over a limit."""
 
@@ -222,6 +248,14 @@ class ResponseError(OllamaError):
 
 class BadRequestError(ResponseError):
     """Status 400: the server does not accept the request."""
+
+
+class ContextLengthError(BadRequestError):
+    """The prompt is longer than the context of the model, and the server was asked not to cut it."""
+
+
+class TruncationWarning(UserWarning):
+    """The server cut the prompt of a call with ``on_truncation="warn"``: the model did not read all of it."""
 
 
 class AuthenticationError(ResponseError):
@@ -256,16 +290,57 @@ class StreamError(ResponseError):
 
 
 class ParseError(OllamaError, ValueError):
-    """The text of an answer does not match the pydantic model that was given as ``format=``.
+    """The text of an answer does not match the pydantic model that was given as ``format=``, or is not JSON.
 
     Attributes:
         text: The text of the answer.
+        reason: What is wrong with it, and where; ``None`` where pydantic's error, the ``__cause__``, says it.
     """
 
-    def __init__(self, name: str, text: str, partial: Any = None) -> None:
-        super().__init__(f"the answer does not match {name}: {text[:200]!r}{'...' if len(text) > 200 else ''}")
+    def __init__(self, name: str, text: str, partial: Any = None, reason: str | None = None) -> None:
+        said = f"{reason}; it is " if reason else ""
+        super().__init__(f"the answer does not match {name}: {said}{text[:200]!r}{'...' if len(text) > 200 else ''}")
         self.text = text
+        self.reason: str | None = reason
         self.partial = partial
+
+
+class CannotContinue(OllamaError):
+    """A partial answer cannot be continued; the text says why, and the partial answer is unchanged."""
+
+    def __init__(self, message: str, partial: Any = None) -> None:
+        super().__init__(message)
+        self.partial = partial
+
+
+class CapabilityError(OllamaError):
+    """The model, or the version of the server, lacks what a call needs; the request was not sent.
+
+    Attributes:
+        model: Name of the model, as you gave it.
+        missing: What is missing, such as ``("tools",)``; ``("version",)`` if it is the server that is too old.
+        available: What the model can do; for the server, its version.
+    """
+
+    def __init__(self, model: str, missing: tuple[str, ...], available: tuple[str, ...], message: str) -> None:
+        super().__init__(message)
+        self.model = model
+        self.missing = missing
+        self.available = available
+
+
+class ModelNotReady(OllamaError):
+    """The server has loaded a model in another way than ``client.loaded()`` asked for, or does not list it.
+
+    Attributes:
+        model: Name of the model, as you gave it.
+        loaded: How it is loaded, a ``LoadedModel``; ``None`` if the server does not list it.
+    """
+
+    def __init__(self, model: str, loaded: Any, flaw: str) -> None:
+        super().__init__(f"{model} is not loaded as it was asked for: {flaw}")
+        self.model = model
+        self.loaded: Any = loaded
 
 
 class StreamTruncated(OllamaError):
@@ -298,7 +373,13 @@ _BY_STATUS: dict[int, type[ResponseError]] = {
 }
 
 
+# The server has no code for it: its own text, with which it refuses a prompt or an input, and that of llama-server.
+_TOO_LONG = ("exceeds the context length", "exceeds the available context", "longer than the context length")
+
+
 def response_error(error: str, status_code: int) -> ResponseError:
     """Return a ``ResponseError`` of the class that belongs to an HTTP status."""
     kind = _BY_STATUS.get(status_code, ServerError if status_code >= 500 else ResponseError)
+    if kind is BadRequestError and any(text in error.lower() for text in _TOO_LONG):
+        kind = ContextLengthError
     return kind(error, status_code)

@@ -84,7 +84,7 @@ class Job:
 
     @contextmanager
     def limit(self) -> Generator[None]:
-        """Put awaits that are no call of the job under what is left of its time."""
+        """Put awaits that are not calls of the job under what is left of its time."""
         with anyio.move_on_after(self._left()) as scope:
             yield
         if scope.cancelled_caught:
@@ -161,7 +161,7 @@ class FileTransfer(Session):
             **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
 
         Raises:
-            RequestError: It is no digest.
+            RequestError: It is not a digest.
             OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection at once.
@@ -179,14 +179,14 @@ class FileTransfer(Session):
 
     def _job(self, call: CallOptions, on_progress: Callable[[ProgressResponse], object] | None) -> Job:
         check_call(call)
-        timeouts = Timeouts.of(call["timeout"]) if "timeout" in call else self._timeouts
+        timeouts = self._limits(call)
         # One token for all parts: what aborts the client's calls now must also reach those that have not begun yet.
         tokens = (self._calls.current(), call.get("token"))
         token = CancelToken.any(*(token for token in tokens if token is not None))
         return Job({**call, "token": token}, timeouts, on_progress)
 
     async def _step(self, job: Job, run: Callable[..., Awaitable[Any]], *args: Any) -> Any:
-        """Do something of a job that is no call."""
+        """Do a step of a job that is not a call."""
         with self._scope(job.part()), job.limit():
             return await run(*args)
 
@@ -303,7 +303,7 @@ def _model_files(path: Any, follow_links: bool) -> list[ModelFile]:
 def _files_of(given: Path, *, follow_links: bool) -> list[ModelFile]:
     if not given.is_dir():
         if not given.exists():
-            raise RequestError(f"there is neither a file nor a folder {str(given)!r}")
+            raise RequestError(f"no such file or folder: {str(given)!r}")
         return [_checked_file(given, ())]
     within = () if follow_links else _places(given)
     for pattern in _WEIGHTS:
@@ -311,7 +311,7 @@ def _files_of(given: Path, *, follow_links: bool) -> list[ModelFile]:
         if weights:
             beside = [] if pattern == "*.gguf" else [file for kind in _BESIDE for file in sorted(given.glob(kind))]
             return [_checked_file(file, within) for file in [*weights, *beside]]
-    raise RequestError(f"the folder {str(given)!r} has no model in it: neither *.gguf nor *.safetensors")
+    raise RequestError(f"the folder {str(given)!r} has no model: it needs a file *.gguf or *.safetensors")
 
 
 def _checked_file(path: Path, within: tuple[str, ...]) -> ModelFile:
@@ -321,9 +321,7 @@ def _checked_file(path: Path, within: tuple[str, ...]) -> ModelFile:
         path.name.encode()
     except UnicodeEncodeError:
         # The server is told the names, in JSON.
-        raise RequestError(
-            f"cannot send {str(path)!r}: the file's name is not UTF-8; give the file another one"
-        ) from None
+        raise RequestError(f"cannot send {str(path)!r}: the file's name is not UTF-8; rename the file") from None
     with RegularFile(path, within) as file:
         file.open()
         return ModelFile(path.name, path, within, file.size)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, cast, overload
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, Unpack, cast, overload
 
 from pydantic import BaseModel
 
+from ._call.asked import full_name
 from ._call.stream import Stream
-from ._errors import ProtocolError, RequestError
+from ._errors import BadRequestError, ProtocolError, RequestError
 from ._files import FileTransfer
 from ._model import Later
 from ._model.input import (
@@ -26,14 +28,18 @@ from ._model.input import (
     sequence,
 )
 from ._model.merge import ProgressMerge
+from ._model.options import Options
 from ._model.progress import ProgressResponse
-from ._model.types import Message, StatusResponse
+from ._model.types import Dumpable, EmbedResponse, GenerateResponse, Message, StatusResponse
 from ._session import CallOptions, deferred, hide
 
 if TYPE_CHECKING:
     from ._model import manage_types
 else:
     manage_types = Later("manage_types")
+
+OptionsLike: TypeAlias = Mapping[str, Any] | Options | Dumpable | None
+KeepAlive: TypeAlias = float | str | timedelta | None
 
 WebT = TypeVar("WebT", "manage_types.WebSearchResponse", "manage_types.WebFetchResponse")
 
@@ -91,6 +97,86 @@ class ModelManagement(FileTransfer):
         """
         hide(call)
         return await self._request(manage_types.ProcessResponse, "GET", "/api/ps", None, call)
+
+    async def context_length(self, model: str, **call: Unpack[CallOptions]) -> int | None:
+        """Return how many tokens of context a model has been loaded with; ``None`` if it is not loaded.
+
+        ``context_usage`` of the answers of this client then knows it, where a request says no ``num_ctx``.
+
+        Args:
+            model: Name of the model.
+            **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
+
+        Raises:
+            OllamaError: See the tree in docs/errors.md.
+
+        Cancellation: closes the connection at once.
+
+        Server: ``GET /api/ps``
+        """
+        hide(call)
+        name = full_name(model_name(model))
+        listed = await self._listed(name, call)
+        length = self._context_lengths[name] = None if listed is None else listed.context_length
+        return length
+
+    async def _listed(self, name: str, call: CallOptions) -> manage_types.LoadedModel | None:
+        """Return how the server lists a model that is loaded, by its name with the tag."""
+        return next((one for one in (await self.ps(**call)).models if one.model == name), None)
+
+    async def load(
+        self, model: str, keep_alive: KeepAlive = None, *, options: OptionsLike = None, **call: Unpack[CallOptions]
+    ) -> GenerateResponse:
+        """Load a model, so that the next answer can begin at once; ``loaded()`` also keeps it and unloads it.
+
+        Args:
+            model: Name of the model.
+            keep_alive: How long it stays loaded, as in ``chat``.
+            options: Options to load it with, such as ``{"num_ctx": 8192}``; a call that says another ``num_ctx``, or
+                leaves it out, has it loaded anew.
+            **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
+
+        Raises:
+            OllamaError: See the tree in docs/errors.md.
+
+        Cancellation: closes the connection at once; the server then gives the load up.
+
+        Server: ``POST /api/generate`` without a prompt; for a model that can only embed, ``POST /api/embed``
+        """
+        hide(call)
+        body: dict[str, Any] = {"model": model_name(model), **encoded(keep_alive=keep_alive, options=options)}
+        if self._holds:
+            self._complete(body)
+        try:
+            return await self._request(GenerateResponse, "POST", "/api/generate", {**body, "stream": False}, call)
+        except BadRequestError as exc:
+            if "does not support generate" not in exc.error:
+                raise
+        await self._request(EmbedResponse, "POST", "/api/embed", {**body, "input": ""}, call)
+        return GenerateResponse(model=model, response="", done=True, done_reason="load")
+
+    async def unload(self, model: str, **call: Unpack[CallOptions]) -> GenerateResponse:
+        """Unload a model as soon as the answers that it is giving are done; those are not ended.
+
+        Args:
+            model: Name of the model.
+            **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
+
+        Raises:
+            RequestError: A block of ``loaded()`` of this client keeps it.
+            OllamaError: See the tree in docs/errors.md.
+
+        Cancellation: closes the connection at once.
+
+        Server: ``POST /api/generate`` without a prompt, with ``keep_alive`` 0
+        """
+        hide(call)
+        hold = self._holds.get(full_name(model_name(model)))
+        if hold is not None and hold.is_kept():
+            raise RequestError(
+                f"unload({model!r}): {hold.users} loaded() block(s) of this client keep it; leave them first"
+            )
+        return await self.load(model, 0, **call)
 
     async def version(self, **call: Unpack[CallOptions]) -> manage_types.VersionResponse:
         """Return the server's version.
@@ -175,8 +261,8 @@ class ModelManagement(FileTransfer):
         Args:
             model: Name of the model.
             verbose: Whether to include the tensors and the long fields of the metadata.
-            system: System prompt to show in place of the model's.
-            template: Prompt template to show in place of the model's (deprecated by the server).
+            system: System prompt to show instead of the model's own.
+            template: Prompt template to show instead of the model's own (deprecated by the server).
             options: Options to show besides the model's.
             **call: ``token=``, ``timeout=``, ``headers=``, ``retries=`` of this call.
 
@@ -330,7 +416,6 @@ class ModelManagement(FileTransfer):
 
         Server: ``POST /api/create``
         """
-        hide(call)
         body = _create_body(
             model,
             stream=stream,
@@ -378,8 +463,8 @@ class ModelManagement(FileTransfer):
             The last step.
 
         Raises:
-            RequestError: A file cannot be read, is no regular file, or is outside of the folder; or the folder has no
-                model in it.
+            RequestError: A file cannot be read, is not a regular file, or is outside of the folder; or the folder
+                has no model.
             OllamaError: See the tree in docs/errors.md.
 
         Cancellation: closes the connection and the file at once.
@@ -459,7 +544,7 @@ class ModelManagement(FileTransfer):
     ) -> Coroutine[Any, Any, ProgressResponse] | Stream[ProgressResponse]:
         """Have the server download a model.
 
-        An interrupted download goes on where it was when it is asked for again.
+        An interrupted download continues when you pull the model again.
 
         Args:
             model: Name of the model.
@@ -479,14 +564,13 @@ class ModelManagement(FileTransfer):
 
         Server: ``POST /api/pull``
         """
-        hide(call)
         body = {"model": model_name(model), "stream": checked_stream(stream), **checked("flag", insecure=insecure)}
         if not checked("flag", resume=resume)["resume"]:
             return self._progress("/api/pull", body, call)
         body["stream"] = True
         if stream:
             return self._stream(ProgressMerge(), "/api/pull", body, call, resume=True)
-        # Who waits for the last step alone must not take another one for it.
+        # A caller that waits only for the last step must not take another one for it.
         return self._stream(ProgressMerge(), "/api/pull", body, call, resume=True, strict=True).collect()
 
     @overload
@@ -526,7 +610,6 @@ class ModelManagement(FileTransfer):
 
         Server: ``POST /api/push``
         """
-        hide(call)
         body = {"model": model_name(model), "stream": checked_stream(stream), **checked("flag", insecure=insecure)}
         return self._progress("/api/push", body, call)
 
@@ -559,9 +642,9 @@ class ModelManagement(FileTransfer):
     ) -> manage_types.WebFetchResponse:
         """Read a web page with ollama.com.
 
-        The key is the ``Authorization`` of the call's headers, else ``OLLAMA_API_KEY``, else the ``Authorization`` of
-        the client's headers; but one that is meant for another host than this machine or ollama.com is not sent there,
-        unless with ``compat=True``.
+        The key is the first of these: the ``Authorization`` of the call's headers, ``OLLAMA_API_KEY``, the
+        ``Authorization`` of the client's headers. A key of the client for another host than this machine or ollama.com
+        is not sent there, unless with ``compat=True``.
 
         Args:
             url: Address of the page.

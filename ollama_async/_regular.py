@@ -1,9 +1,10 @@
-"""Local files that are sent: regular files only, opened and read in worker threads."""
+"""Local files: regular ones are read in worker threads, to be sent; one is written as a whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import stat
+import tempfile
 import threading
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -184,3 +185,22 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
                 f"cannot read {file.path!r}: it has {file.size:,} bytes; the limit for an image is {_MAX_IMAGE:,}"
             )
         return b"".join(iter(file.read, b""))
+
+
+def write_file(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file as a whole or not at all, so that only the user can read it; call it in a worker thread.
+
+    Raises:
+        OSError: It cannot be written; what was there is there still.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{name[:100]}.", dir=folder)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -19,15 +19,20 @@ from pydantic import ValidationError
 
 from . import __version__
 from ._call import observe
+from ._call.asked import Asked, full_name
+from ._call.body import read_body
 from ._call.call import Call
+from ._call.chunk_reader import ChunkReader
 from ._call.decoder import NdjsonDecoder
 from ._call.exchange import Exchange
 from ._call.failures import misfit
+from ._call.hold import Hold
 from ._call.ndjson import MAX_LINE_BYTES
 from ._call.request import RequestWriter
 from ._call.retry import RetryBudget
+from ._call.staged import Stage, StagedCall
 from ._call.stream import Stream
-from ._call.timeouts import DEFAULT_TIMEOUTS, Timeouts
+from ._call.timeouts import DEFAULT_TIMEOUTS, Timeouts, look_timeouts
 from ._cancel import CancelToken, LiveObject
 from ._errors import AbortError, ProtocolError, RequestError, StreamClosed
 from ._group import CallGroup
@@ -38,13 +43,15 @@ from ._secret import Secret, showable
 from ._wire.family import package_of
 from ._wire.guard import HttpClient, guarded
 from ._wire.http1 import header_flaw
+from ._wire.phase import Phase
 from ._wire.routes import EnvironmentTransport, is_direct, transport_through
 from ._wire.tls import TlsOptions
 from ._wire.transport import KEEPALIVE_EXPIRY, ClosableTransport, DirectTransport
 from ._wire.unpack import encodings_asked_for
+from ._wire.watch import EndByToken
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Sequence
     from types import TracebackType
     from typing import Self
 
@@ -53,6 +60,7 @@ if TYPE_CHECKING:
     from ._call.chunk import ChunkT, Merge
     from ._call.observe import Observed
     from ._call.request import Request
+    from ._call.staged import Begin
     from ._model.types import Model
     from ._wire.outcome import Kind
 
@@ -88,7 +96,9 @@ def deferred(merge: Callable[[], Merge[Any]]) -> Callable[[Callable[P, R]], Call
     def decorate(method: Callable[P, R]) -> Callable[P, R]:
         @wraps(method)
         def call(*args: P.args, **options: P.kwargs) -> R:
-            hide(cast("CallOptions", options))
+            # The method itself does not: for most calls this look is enough.
+            if "headers" in options:
+                hide(options)
             try:
                 return method(*args, **options)
             except Exception as exc:
@@ -125,7 +135,7 @@ class CallOptions(TypedDict, total=False):
     token: CancelToken | None
     """Aborts the call."""
     timeout: Timeouts | httpx.Timeout | float | None
-    """Limits of this call in place of the client's; a number is seconds for the whole call, ``None`` is no limit."""
+    """Limits of this call in place of the client's; a number is seconds for the whole call, ``None`` for no limit."""
     headers: Mapping[str, str] | None
     """Headers of this call; they go before the client's."""
     retries: int | None
@@ -175,11 +185,11 @@ class Session(LiveObject):
         if http_client is not None and not (hasattr(http_client, "send") and hasattr(http_client, "build_request")):
             raise RequestError(f"http_client={type(http_client).__name__}: give an httpx.AsyncClient")
         if "base_url" in others.value:
-            raise RequestError("base_url= is made of the host; give that")
+            raise RequestError("base_url= is made from host=: give host= instead")
         if uds is not None and (via.value is not None or transport is not None):
-            raise RequestError("uds= goes with neither proxy= nor transport=")
+            raise RequestError("uds= cannot be combined with proxy= or transport=: give one of them")
         if via.value is not None and transport is not None:
-            raise RequestError("proxy= does not go with transport=: give it to that transport")
+            raise RequestError("proxy= cannot be combined with transport=: give the proxy to that transport")
         self._host = parse_host(os.environ.get("OLLAMA_HOST") if address.value is None else address.value)
         if isinstance(timeout, _Default):
             timeout = None if compat else DEFAULT_TIMEOUTS
@@ -211,7 +221,7 @@ class Session(LiveObject):
                 home = routes.for_url(httpx.URL(self._host.url)) if all(map(is_direct, proxies.urls)) else None
             elif transport is None:
                 home = transport = transport_through(via, tls, uds=uds, **_kept_options(others))
-            # Where somebody's code runs within the request, the request needs a task of its own.
+            # Where somebody's code runs within the request, the request needs its own task.
             if isinstance(home, DirectTransport) and not any(map(others.value.get, ("auth", "event_hooks", "mounts"))):
                 self._direct = home
             # Each request names its URL; programs written for ollama-python look here for where it goes.
@@ -224,11 +234,17 @@ class Session(LiveObject):
                 **others.value,
             )
         elif transport is not None or via.value is not None or uds is not None or others.value:
-            raise RequestError("with http_client= the options of the connection are that client's; give no others")
+            raise RequestError("http_client= has its options of the connection already: give them to that client")
         else:
             self._client = guarded(http_client)
         self._writer = RequestWriter(self._client, Secret(self._headers), self._direct)
         self._calls = CallGroup()
+        # Tokens of context of the models that the server was asked about.
+        self._context_lengths: dict[str, int | None] = {}
+        # What they can do, and the server's version that they need; under "" the server's own version.
+        self._abilities: dict[str, tuple[frozenset[str] | None, str | None]] = {}
+        # The models that blocks of loaded() keep.
+        self._holds: dict[str, Hold] = {}
         self._closing = CancelToken()
 
     # -- ending --
@@ -255,7 +271,7 @@ class Session(LiveObject):
         return self._calls.scope(self._token)
 
     async def aclose(self) -> None:
-        """Close the client and everything that is open on it; idempotent. Whoever reads from it gets ``StreamClosed``.
+        """Close the client and everything that is open on it; idempotent. Its readers get ``StreamClosed``.
 
         Cancellation: safe; once it has begun, all sockets of the client's own are closed.
         """
@@ -325,19 +341,22 @@ class Session(LiveObject):
         streaming: bool,
         resume: bool = False,
         observation: Callable[[], Observed | None] | None = None,
+        asked: Asked | None = None,
     ) -> tuple[Exchange, list[tuple[CancelToken, Kind]]]:
         if self._closed:
             raise StreamClosed("the client is closed")
         retries = options.get("retries")
-        asked = _accept_encoding(given_headers(options))
+        given = given_headers(options)
+        accepted = None if given is None else httpx.Headers(given.value).get("Accept-Encoding")
         exchange = Exchange(
             self._client,
             request,
             transport=self._direct,
             streaming=streaming,
-            timeouts=Timeouts.of(options["timeout"]) if "timeout" in options else self._timeouts,
+            timeouts=self._limits(options),
             budget=RetryBudget.of(self._retries if retries is None else retries, resume=resume),
-            unpackable=self._unpackable if asked is None else encodings_asked_for(asked),
+            unpackable=self._unpackable if accepted is None else encodings_asked_for(accepted),
+            asked=asked,
         )
         if observation is not None:
             exchange.observed = observation()
@@ -353,6 +372,27 @@ class Session(LiveObject):
                 tokens.extend((token, "aborted") for token in beneath.tokens)
         return exchange, tokens
 
+    def _limits(self, call: CallOptions) -> Timeouts:
+        return Timeouts.of(call["timeout"]) if "timeout" in call else self._timeouts
+
+    def _complete(self, body: dict[str, Any]) -> None:
+        """Have a call of a model that is kept loaded say how."""
+        hold = self._holds.get(full_name(body["model"]))
+        if hold is not None:
+            hold.complete(body)
+
+    def _answering(self, model: str) -> int:
+        """Return how many calls of this client are getting an answer from a model."""
+        # Each call that is under way is registered on the token that ends it with the client.
+        readers = [watch.reader for watch in tuple(self._closing._registrations) if isinstance(watch, EndByToken)]  # noqa: SLF001
+        return sum(
+            isinstance(reader.owner, Exchange)
+            and reader.owner.asked is not None
+            and reader.owner.asked.model == model
+            and reader.phase in (Phase.HEAD, Phase.BODY)
+            for reader in readers
+        )
+
     def _stream(
         self,
         merge: Merge[ChunkT],
@@ -365,22 +405,30 @@ class Session(LiveObject):
         resume: bool = False,
         strict: bool = False,
         stream_type: type[Stream[Any]] = Stream,
+        reader_type: type[ChunkReader[Any]] = ChunkReader,
+        stages: Sequence[Stage] = (),
     ) -> Stream[ChunkT]:
         check_call(options)
         if until is not None and not callable(until):
-            raise RequestError(f"until={type(until).__name__}: give a function of the merged answer")
-        request = self._build("POST", path, encode_json(body), given_headers(options))
-        seen = observe.prepare(self._host.url, path, body, streaming=True, partial=merge.result)
+            raise RequestError(
+                f"until={type(until).__name__}: give a condition of ollama_async.until, or a function of the answer"
+            )
+
+        def make(body: Mapping[str, Any]) -> Begin:
+            request = self._build("POST", path, encode_json(body), given_headers(options))
+            seen = observe.prepare(self._host.url, path, body, streaming=True, partial=merge.result)
+            asked = self._asked(path, body)
+            return lambda: self._begin(request, options, streaming=True, resume=resume, observation=seen, asked=asked)
+
         return stream_type(
-            Call(
-                lambda: self._begin(request, options, streaming=True, resume=resume, observation=seen),
-                options.get("token"),
-            ),
-            merge,
-            NdjsonDecoder(merge.validators, merge.batch_size, self._max_line_bytes),
-            until=until,
-            response_model=response_model,
-            strict=strict or self._strict,
+            reader_type(
+                _call(body, make, stages, options.get("token")),
+                merge,
+                NdjsonDecoder(merge.validators, merge.batch_size, self._max_line_bytes),
+                until=until,
+                response_model=response_model,
+                strict=strict or self._strict,
+            )
         )
 
     def _failed_stream(self, merge: Merge[ChunkT], error: Exception) -> Stream[ChunkT]:
@@ -389,7 +437,7 @@ class Session(LiveObject):
         def begin() -> NoReturn:
             raise error
 
-        return Stream(Call(begin), merge, NdjsonDecoder(merge.validators, 1, self._max_line_bytes))
+        return Stream(ChunkReader(Call(begin), merge, NdjsonDecoder(merge.validators, 1, self._max_line_bytes)))
 
     async def _request(
         self,
@@ -400,10 +448,18 @@ class Session(LiveObject):
         call: CallOptions,
         *,
         response_model: type[BaseModel] | None = None,
+        stages: Sequence[Stage] = (),
     ) -> ModelT:
-        content = None if body is None else encode_json(body)
-        seen = observe.prepare(self._host.url, path, body or {}, streaming=False)
-        answer, exchange = await self._send(self._build(method, path, content, given_headers(call)), call, seen)
+        def make(body: Mapping[str, Any]) -> Begin:
+            content = encode_json(body) if has_body else None
+            request = self._build(method, path, content, given_headers(call))
+            seen = observe.prepare(self._host.url, path, body, streaming=False)
+            asked = self._asked(path, body)
+            return lambda: self._begin(request, call, streaming=False, observation=seen, asked=asked)
+
+        has_body = body is not None
+        check_call(call)
+        answer, exchange = await _call(body or {}, make, stages, call.get("token")).run(_read_whole)
         try:
             reply: ModelT = model.__pydantic_validator__.validate_json(answer)
         except ValidationError as exc:
@@ -423,6 +479,9 @@ class Session(LiveObject):
         reply.set_response_info(exchange.response_info())
         return reply
 
+    def _asked(self, path: str, body: Mapping[str, Any]) -> Asked | None:
+        return Asked(body, self._context_lengths) if path in _ASKS_A_MODEL else None
+
     async def _send(
         self, request: Request, options: CallOptions, observation: Callable[[], Observed | None] | None = None
     ) -> tuple[bytes, Exchange]:
@@ -432,13 +491,17 @@ class Session(LiveObject):
         )
         return await call.run(_read_whole)
 
+    def _tokens(self) -> list[CancelToken]:
+        """Return what aborts a call that begins now, besides its own token: for work that is more than calls."""
+        return [token for token in (self._calls.current(), self._token) if token is not None]
+
     @contextmanager
     def _scope(self, call: CallOptions) -> Generator[None]:
-        """Put awaits that are no exchange under the tokens of a call."""
+        """Put awaits that are not exchanges under the tokens of a call."""
         check_call(call)
-        tokens = (self._closing, self._calls.current(), self._token, call.get("token"))
+        given = call.get("token")
         try:
-            with CancelToken.any(*(token for token in tokens if token is not None)).scope():
+            with CancelToken.any(self._closing, *self._tokens(), *([] if given is None else [given])).scope():
                 yield
         except AbortError:
             if self._closed:
@@ -446,8 +509,20 @@ class Session(LiveObject):
             raise
 
 
+def _call(
+    body: Mapping[str, Any],
+    make: Callable[[Mapping[str, Any]], Begin],
+    stages: Sequence[Stage],
+    token: CancelToken | None,
+) -> Call:
+    return StagedCall(body, make, stages, token) if stages else Call(make(body), token)
+
+
+_ASKS_A_MODEL = {"/api/chat", "/api/generate"}
+
+
 async def _read_whole(exchange: Exchange) -> tuple[bytes, Exchange]:
-    return exchange.no_error(await exchange.read_body()), exchange
+    return await read_body(exchange), exchange
 
 
 def _plain_headers() -> Secret[httpx.Headers]:
@@ -481,37 +556,50 @@ def _merged(
     except Exception as exc:
         # Only its name: its text may have the value, which may be a key.
         return defaults, f"give a dict of ASCII strings ({type(exc).__name__})"
-    # Not every transport looks, and what breaks out of a header may be a request of its own.
+    # Not every transport looks, and what breaks out of a header may be a separate request.
     return Secret(merged), next(filter(None, (header_flaw(name, value) for name, value in merged.raw)), None)
 
 
-def hide(call: CallOptions) -> None:
-    """Put what may be a key where nothing shows it: the first thing that every public method does with its options."""
-    headers: Any = call.get("headers")
+def hide(call: Any) -> None:
+    """Put what may be a key where nothing shows it: the first thing that is done with the options of every method."""
+    headers = call.get("headers")
     if headers is not None and not isinstance(headers, Secret):
-        call["headers"] = cast("Any", Secret(headers))
+        call["headers"] = Secret(headers)
+
+
+def beside(call: CallOptions, left: float | None = None) -> CallOptions:
+    """Return the options of what is asked beside a call: its headers, and limits that do not keep it waiting.
+
+    Args:
+        call: Options of the call.
+        left: Seconds that are left of the call, if it is limited.
+    """
+    options: CallOptions = {"timeout": look_timeouts(left)}
+    headers = call.get("headers")
+    return options if headers is None else {**options, "headers": headers}
 
 
 def given_headers(call: CallOptions) -> Secret[Mapping[str, str]] | None:
     """Return the headers of a call, if it has any."""
+    # Most have none, and this is for every call.
+    if "headers" not in call:
+        return None
     hide(call)
-    given = cast("Secret[Mapping[str, str]] | None", call.get("headers"))
+    given = cast("Secret[Mapping[str, str]] | None", call["headers"])
     return given if given is not None and given.value else None
-
-
-def _accept_encoding(given: Secret[Mapping[str, str]] | None) -> str | None:
-    return None if given is None else httpx.Headers(given.value).get("Accept-Encoding")
 
 
 def check_call(call: CallOptions) -> None:
     """Refuse what no call takes, before anything is sent."""
+    if not call:
+        return
     hide(call)
     if not call.keys() <= _CALL_OPTIONS:
         raise TypeError(f"unknown parameter {min(call.keys() - _CALL_OPTIONS)!r}")
     _check_kind("token", call.get("token"), CancelToken)
-    headers = cast("Secret[object] | None", call.get("headers"))
+    headers: Any = call.get("headers")
     if headers is not None and not isinstance(headers.value, Mapping):
-        raise RequestError(f"headers={type(headers.value).__name__}: give Mapping")
+        raise RequestError(f"headers={type(headers.value).__name__}: give a mapping, such as a dict")
     if "timeout" in call:
         Timeouts.of(call["timeout"])
     retries = call.get("retries")

@@ -16,12 +16,13 @@ import socket
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
 from contextlib import AsyncExitStack, suppress
+from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias, cast
 
 from starlette.background import BackgroundTask
 from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
@@ -35,6 +36,7 @@ from .registry._local import checked_reason
 Owner: TypeAlias = Callable[[Request], str | Awaitable[str]]
 
 __all__ = [
+    "BROWSER_MODULE",
     "CLIENT_LEFT",
     "CLIENT_STUCK",
     "ID_HEADER",
@@ -43,6 +45,7 @@ __all__ = [
     "StreamResponse",
     "attach_route",
     "list_route",
+    "module_route",
     "stop_route",
 ]
 
@@ -55,6 +58,8 @@ CLIENT_STUCK = "the client took nothing for too long"
 """The reason of a stream that was aborted because the client read nothing within ``send_timeout``."""
 RECONNECTED = "the client connected again to an answer that is over"
 """The reason of a stream that was never opened, since its request continues an earlier response."""
+BROWSER_MODULE: Path = Path(__file__).with_name("durable") / "answers.js"
+"""The ES module with which a page starts, watches and stops durable answers."""
 
 # 22 characters of base64 are 128 bits.
 _ID = re.compile(r"[A-Za-z0-9_-]{22,128}")
@@ -82,7 +87,7 @@ def _check_delivery(format: object, **times: float | None) -> None:  # noqa: A00
 class StreamResponse(Response):
     """A response that streams an answer, and aborts it as soon as the client leaves.
 
-    The model's stream is opened first. If that fails, the response is a JSON error with a status of its own; else the
+    The model's stream is opened first. If that fails, the response is a JSON error with its own status; otherwise the
     events ``open``, ``chunk`` for each chunk, and ``end`` follow, as Server-Sent Events or as lines of JSON.
     A client that leaves is noticed at once, also while the model is silent or the client reads slowly.
 
@@ -99,17 +104,17 @@ class StreamResponse(Response):
         answers: Where the stream is begun as a durable answer; these have a registry, and so does the response.
         on_leave: What a client that leaves, or takes nothing for too long, does to a durable answer: ``"abort"`` ends
             it; with ``"continue"`` it goes on.
-        stream_id: The id; by default the one in the request's header ``X-Stream-Id``, else a new random one. The
+        stream_id: The id; by default the one in the request's header ``X-Stream-Id``, or a new random one. The
             response has it in the same header and in its first event.
         format: ``"sse"`` or ``"ndjson"``.
         heartbeat: After how many seconds of silence something is sent, so that no proxy takes the connection for dead.
         head_within: After how many seconds the status line is sent even if the model is still silent, for proxies that
             do not wait. An error that comes later is in the ``end`` event only. ``None``: when the model has answered.
-        send_timeout: How many seconds the client has to take what is sent to it, each time. A client that takes nothing
-            for so long loses its stream, with the reason ``CLIENT_STUCK``. ``None``: no limit.
-        explain: Says what the client is told of an error. By default that is a fixed text for each kind of error, and
-            what the model's server says with the statuses 400, 404 and 413: an error has addresses in it, names of
-            files, and what others wrote. It is logged.
+        send_timeout: Seconds within which the client must take each send. A client that takes nothing for longer loses
+            its stream, with the reason ``CLIENT_STUCK``. ``None``: no limit.
+        explain: Returns the text that a client gets for an error. By default that is a fixed text for each kind of
+            error, and the text of the model's server with the statuses 400, 404 and 413, because other texts can name
+            addresses and files, and quote what others wrote. The error itself is logged.
         headers: Further headers.
         background: What runs afterwards, however the response ended, unless the server cancelled it.
 
@@ -140,10 +145,10 @@ class StreamResponse(Response):
         if on_leave not in ("abort", "continue"):
             raise RequestError(f'on_leave={on_leave!r}: give "abort" or "continue"')
         if answers is None and on_leave == "continue":
-            raise RequestError('on_leave="continue" needs answers=: without it nobody could come back to the answer')
+            raise RequestError('on_leave="continue" needs answers=: without it no client could come back to the answer')
         if answers is not None and registry not in (None, answers.registry):
             raise RequestError(
-                "answers have their own registry: give it to them, as DurableAnswers.from_url(registry=)"
+                "registry= cannot be combined with answers=: give it to DurableAnswers.from_url(registry=)"
             )
         self.stream = stream
         self.registry = registry
@@ -380,7 +385,7 @@ class _Delivery:
 
     def event(self, name: str, data: bytes, number: int | None = None) -> bytes:
         """Return an event as it is sent."""
-        # JSON has no line breaks of its own, so one "data" line is enough.
+        # JSON has no line breaks, so one "data" line is enough.
         if self._response.format == "sse":
             counted = b"" if number is None else b"id: %d\n" % number
             return b"%bevent: %b\ndata: %b\n\n" % (counted, name.encode(), data)
@@ -531,7 +536,7 @@ class _Begun:
         assert viewer is not None
         events = await viewer.read()
         if events and events[0].name == "end" and answer.error is not None:
-            # An HTTP error of its own, if that can still be.
+            # An HTTP error, if there can still be one.
             self._last = events[0]
             raise answer.error
         await delivery.begin()
@@ -798,18 +803,18 @@ class AnswerResponse(Response):
 
 
 def attach_route(path: str, answers: DurableAnswers, *, owner: Owner | None = None) -> Route:
-    """Make the route ``GET <path>/{id}``, which streams a durable answer to whoever may see it, as often as asked.
+    """Make the route ``GET <path>/{id}``, which streams a durable answer to its owner, as often as asked.
 
-    It goes on behind the event whose number is in the header ``Last-Event-ID``, which browsers send when they
-    reconnect, else in ``?after=``, else it begins at the start. ``?format=ndjson`` gives lines of JSON in place of
-    Server-Sent Events. Without events to come the answer is 204, which ends an ``EventSource``; 400 means a number that
-    is not one of the answer's, 404 that there is no such answer (any more), 503 that Redis is away. Nothing that it is
-    asked begins an answer anew.
+    It continues after the event whose number is in the header ``Last-Event-ID``, which browsers send when they
+    reconnect, or in ``?after=``; without either it begins at the start. ``?format=ndjson`` gives lines of JSON instead
+    of Server-Sent Events. If no event is to come, the response is 204, which ends an ``EventSource``; 400 means that
+    the answer has no event with that number, 404 that there is no such answer (any more), 503 that Redis does not
+    answer. No request to this route begins an answer again.
 
     Args:
         path: Of the route, without the id.
         answers: Where the answers are.
-        owner: As for ``stop_route()``. Without it everybody who knows an id may watch.
+        owner: As for ``stop_route()``. Without it, everyone who knows an id may watch.
     """
 
     async def attach(request: Request) -> Response:
@@ -832,7 +837,7 @@ def attach_route(path: str, answers: DurableAnswers, *, owner: Owner | None = No
 
 
 def list_route(path: str, answers: DurableAnswers, *, owner: Owner | None = None) -> Route:
-    """Make the route ``GET <path>``, which lists the durable answers of whoever asks.
+    """Make the route ``GET <path>``, which lists the durable answers of the owner who asks.
 
     The answer is ``[{"id": text, "state": "running" | "silent" | "ended", "begun": seconds}]``, the oldest first; 503
     if Redis is away.
@@ -840,7 +845,7 @@ def list_route(path: str, answers: DurableAnswers, *, owner: Owner | None = None
     Args:
         path: Of the route.
         answers: Where the answers are.
-        owner: As for ``stop_route()``. Without it everybody sees the answers that have no owner.
+        owner: As for ``stop_route()``. Without it, everyone sees the answers that have no owner.
     """
 
     async def list_answers(request: Request) -> Response:
@@ -851,6 +856,22 @@ def list_route(path: str, answers: DurableAnswers, *, owner: Owner | None = None
         return JSONResponse([each._asdict() for each in listed], headers={"Cache-Control": "no-store"})
 
     return Route(path, list_answers, methods=["GET"])
+
+
+def module_route(path: str) -> Route:
+    """Make the route ``GET <path>``, which serves ``BROWSER_MODULE``: the browser's part of durable answers.
+
+    Browsers ask each time whether there is a newer one: the module belongs to the version of the routes that it uses.
+
+    Args:
+        path: Of the route, as in ``"/answers.js"``.
+    """
+
+    async def module(_: Request) -> Response:
+        headers = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
+        return FileResponse(BROWSER_MODULE, media_type="text/javascript", headers=headers)
+
+    return Route(path, module, methods=["GET"])
 
 
 def _answer_id(request: Request) -> str:
@@ -874,7 +895,7 @@ def _refused(what: str, error: OllamaError) -> Response:
 
 
 def stop_route(path: str, registry: AbortRegistry, *, owner: Owner | None = None) -> Route:
-    """Make the route ``POST <path>/{id}``, which stops a stream of the registry, for whoever started it.
+    """Make the route ``POST <path>/{id}``, which stops a stream of the registry for its owner.
 
     The body may be ``{"reason": text}``. The answer is 200 ``{"stopped": true}``, or 404 where the caller has no such
     stream: then the Stop is kept, in case the stream is still on its way here. It is 202 where Redis is away and the
@@ -884,7 +905,7 @@ def stop_route(path: str, registry: AbortRegistry, *, owner: Owner | None = None
         path: Of the route, without the id.
         registry: The one that the streams are registered in.
         owner: Tells from a request who sent it, with the same answer as was given to ``StreamResponse(owner=)``; it
-            may be a coroutine function, and raise ``HTTPException``. Without it everybody who knows an id may stop it.
+            may be a coroutine function, and raise ``HTTPException``. Without it, everyone who knows an id may stop it.
     """
 
     async def stop(request: Request) -> Response:
@@ -926,5 +947,5 @@ async def _reason(request: Request) -> str | None:
     except (ValueError, RecursionError):
         given = None
     if not isinstance(given, dict):
-        raise RequestError('the body of a Stop is empty or {"reason": text}')
+        raise RequestError('invalid body: a Stop has no body, or {"reason": text}')
     return cast("dict[str, Any]", given).get("reason")

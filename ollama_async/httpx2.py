@@ -12,7 +12,7 @@ from ._wire.transport import ClosableTransport
 try:
     import httpx2
 except ImportError as _missing:
-    raise ImportError("ollama_async.httpx2 needs httpx2: pip install httpx2") from _missing
+    raise ImportError("ollama_async.httpx2 needs httpx2; install it with: pip install httpx2") from _missing
 
 __all__ = ["DirectTransport"]
 

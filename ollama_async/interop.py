@@ -12,7 +12,6 @@ those of the version that is installed.
 from __future__ import annotations
 
 import copy
-import importlib.metadata
 import inspect
 import os
 import sys
@@ -28,9 +27,11 @@ from pydantic import ValidationError
 import ollama_async._errors as _errors
 
 from ._call.chunk import Validators
+from ._call.chunk_reader import ChunkReader
 from ._call.failures import misfit
 from ._call.stream import Stream as _Stream
 from ._client import AsyncClient as _AsyncClient
+from ._extras import check_version
 from ._model.input import encode_json
 from ._model.merge import ChatMerge, GenerateMerge, ProgressMerge
 from ._session import CallOptions, hide
@@ -39,22 +40,15 @@ try:
     import ollama
 except ModuleNotFoundError as _missing:
     raise ImportError(
-        "ollama_async.interop needs ollama-python: pip install 'ollama-async[interop]'", name=_missing.name
+        'ollama_async.interop needs ollama-python; install it with: pip install "ollama-async[interop]"',
+        name=_missing.name,
     ) from _missing
 
 __all__ = ["AsyncClient", "Stream", "install", "installed", "uninstall"]
 
-_OLDEST = (0, 6)
 
-
-def _check_version(version: str, client: type) -> None:
+def _check_methods(version: str, client: type) -> None:
     """Refuse an ollama-python that this module does not know how to replace."""
-    parts = tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
-    if parts < _OLDEST:
-        raise ImportError(
-            f"ollama_async.interop needs ollama-python 0.6.0 or newer, {version} is installed: "
-            "pip install --upgrade 'ollama-async[interop]'"
-        )
     missing = [name for name in ("_request", "_request_raw") if not callable(getattr(client, name, None))]
     if missing:
         raise ImportError(
@@ -64,7 +58,7 @@ def _check_version(version: str, client: type) -> None:
 
 
 _ORIGINAL = ollama.AsyncClient
-_check_version(importlib.metadata.version("ollama"), _ORIGINAL)
+_check_methods(check_version("ollama_async.interop", "ollama", (0, 6), "'ollama-async[interop]'"), _ORIGINAL)
 
 
 # -- errors: each is ours and ollama-python's, or httpx's where ollama-python lets that through --
@@ -191,29 +185,37 @@ class Stream(_Stream[Any]):
     As with ollama-python, nothing is sent before it is iterated.
     """
 
-    async def _read_chunk(self) -> Any:
+
+class _Reader(ChunkReader[Any]):
+    """Reads an answer for code that is written for ollama-python."""
+
+    __slots__ = ()
+
+    async def read(self) -> Any:
         # Not by _their_errors(), which would be several calls more for each token.
         try:
-            return await super()._read_chunk()
+            return await super().read()
         except _errors.OllamaError as exc:
             raise _theirs(exc) from exc.__cause__
 
-    async def _ready(self) -> Any:
+    async def ready(self) -> None:
         with _their_errors():
-            return await super()._ready()
+            await super().ready()
 
-    def _with_info(self, response: Any) -> Any:
+    def with_info(self, response: Any) -> Any:
         # Their classes have no place for it; the stream itself has `status_code` and `headers`.
         return response
 
 
-class _ProgressStream(Stream):
+class _ProgressReader(_Reader):
     """Steps of a long operation. They are read as ours, which know the last one."""
 
-    async def _read_chunk(self) -> Any:
-        return _their_step(await super()._read_chunk())
+    __slots__ = ()
 
-    def _with_info(self, response: Any) -> Any:
+    async def read(self) -> Any:
+        return _their_step(await super().read())
+
+    def with_info(self, response: Any) -> Any:
         return None if response is None else _their_step(response)
 
 
@@ -272,10 +274,10 @@ class _TheirGenerateMerge(_TheirChunks, GenerateMerge):
         self.content.append(fields["response"] or "")
 
 
-_STREAMS: dict[Any, tuple[type[Any], type[Stream]]] = {
-    ollama.ChatResponse: (_TheirChatMerge, Stream),
-    ollama.GenerateResponse: (_TheirGenerateMerge, Stream),
-    ollama.ProgressResponse: (ProgressMerge, _ProgressStream),
+_STREAMS: dict[Any, tuple[type[Any], type[_Reader]]] = {
+    ollama.ChatResponse: (_TheirChatMerge, _Reader),
+    ollama.GenerateResponse: (_TheirGenerateMerge, _Reader),
+    ollama.ProgressResponse: (ProgressMerge, _ProgressReader),
 }
 
 
@@ -287,8 +289,9 @@ class _Engine(_AsyncClient):
 
     def open(self, model: type[Any], path: str, body: dict[str, Any], call: CallOptions) -> Stream:
         """Return the stream of an answer."""
-        merge, stream_type = _STREAMS[model]
-        return cast("Stream", self._stream(merge(), path, body, call, stream_type=stream_type))
+        merge, reader_type = _STREAMS[model]
+        stream = self._stream(merge(), path, body, call, stream_type=Stream, reader_type=reader_type)
+        return cast("Stream", stream)
 
     async def send(self, method: str, path: str, body: Any, content: Any, call: CallOptions) -> tuple[int, bytes]:
         """Return the status and the whole of an answer."""
@@ -309,7 +312,7 @@ class AsyncClient(_ORIGINAL):
     Args:
         host: Address of the server, as in ``OLLAMA_HOST``.
         **options: As ``ollama.AsyncClient`` takes them: ``headers``, ``timeout`` (for httpx: a number is a limit of
-            each silence of the server, ``None`` and the default are no limit), ``follow_redirects`` and the options of
+            each silence of the server, no limit by default and for ``None``), ``follow_redirects`` and the options of
             httpx. Also those of ``ollama_async.AsyncClient``: ``token``, ``retries``, ``http_client`` ...
 
     Raises:

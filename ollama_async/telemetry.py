@@ -1,4 +1,4 @@
-"""OpenTelemetry: a span and metrics for each ``chat``, ``generate``, ``embed`` and ``embeddings``.
+"""OpenTelemetry: a span and metrics for each ``chat``, ``generate``, ``embed`` and ``embeddings``, and for agents.
 
 ::
 
@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 from . import __version__
 from ._call.observe import set_observer
 from ._errors import AbortError, PhaseTimeout, ResponseError
+from ._extras import check_version
 
 try:
     from opentelemetry import metrics, propagate, trace
@@ -33,8 +34,11 @@ except ModuleNotFoundError as _missing:
         f'ollama_async.telemetry needs {_missing.name}; install it with: pip install "ollama-async[otel]"'
     ) from _missing
 
+check_version("ollama_async.telemetry", "opentelemetry-api", (1, 31), "'ollama-async[otel]'")
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from opentelemetry.metrics import MeterProvider
     from opentelemetry.trace import TracerProvider
@@ -59,6 +63,12 @@ _NAMES = {
     "first_chunk": "gen_ai.response.time_to_first_chunk",
     "input_tokens": "gen_ai.usage.input_tokens",
     "output_tokens": "gen_ai.usage.output_tokens",
+    "agent": "gen_ai.agent.name",
+    "tool": "gen_ai.tool.name",
+    "tool_type": "gen_ai.tool.type",
+    "tool_call_id": "gen_ai.tool.call.id",
+    "tool_arguments": "gen_ai.tool.call.arguments",
+    "tool_result": "gen_ai.tool.call.result",
     "input_messages": "gen_ai.input.messages",
     "output_messages": "gen_ai.output.messages",
     "system_instructions": "gen_ai.system_instructions",
@@ -100,6 +110,8 @@ _METRICS = {
     "first_chunk": ("gen_ai.client.inference.time_to_first_chunk", "s"),
     "input_tokens": ("gen_ai.client.inference.usage.input_tokens", "{token}"),
     "output_tokens": ("gen_ai.client.inference.usage.output_tokens", "{token}"),
+    "invoke_agent": ("gen_ai.invoke_agent.duration", "s"),
+    "execute_tool": ("gen_ai.execute_tool.duration", "s"),
     "embeddings_duration": ("gen_ai.client.embeddings.duration", "s"),
     "embeddings_input_tokens": ("gen_ai.client.embeddings.operation.input_tokens", "{token}"),
 }
@@ -107,7 +119,7 @@ _SECONDS = [0.01 * 2**power for power in range(14)]
 _TOKENS = [4**power for power in range(14)]
 
 # A program that leaves its loop or presses Stop has got what it wanted.
-_NEVER_ERRORS = {"done", "until", "closed"}
+_NEVER_ERRORS = {"done", "until", "closed", "stopped"}
 _STOPS = {"aborted", "cancelled"}
 
 
@@ -142,11 +154,17 @@ def instrument(
             tracer, instruments, common, asked, record_content=record_content, abort_is_error=abort_is_error
         )
 
-    set_observer(observe)
+    def observe_work(operation: str, name: str | None, details: Mapping[str, Any]) -> _Work:
+        common = _common_of_work(operation, name, details)
+        asked = {**common, **_details(details, record_content=record_content)}
+        settings = {"record_content": record_content, "abort_is_error": abort_is_error}
+        return _Work(tracer, instruments, common, asked, name=name, **settings)
+
+    set_observer(observe, observe_work)
 
 
 def uninstrument() -> None:
-    """Record no further calls; those that are under way are recorded to their end."""
+    """Record no further calls; running calls are recorded to their end."""
     set_observer(None)
 
 
@@ -160,6 +178,7 @@ class _Instruments:
 
         self.duration = histogram("duration", _SECONDS)
         self.first_chunk = histogram("first_chunk", _SECONDS)
+        self.work = {operation: histogram(operation, _SECONDS) for operation in ("invoke_agent", "execute_tool")}
         self.embeddings_duration = histogram("embeddings_duration", _SECONDS)
         self.embeddings_input_tokens = histogram("embeddings_input_tokens", _TOKENS)
         self.input_tokens = meter.create_counter(*_METRICS["input_tokens"])
@@ -169,6 +188,8 @@ class _Instruments:
 class _Observation:
     """The span and the metrics of one call."""
 
+    _kind = SpanKind.CLIENT
+
     def __init__(
         self,
         tracer: trace.Tracer,
@@ -176,6 +197,7 @@ class _Observation:
         common: Mapping[str, Any],
         asked: Mapping[str, Any],
         *,
+        name: str | None = None,
         record_content: bool,
         abort_is_error: bool,
     ) -> None:
@@ -186,8 +208,8 @@ class _Observation:
         self._retries = 0
         self._began_at = time.time_ns()
         operation = common[_NAMES["operation"]]
-        name = f"{operation} {common.get(_NAMES['request_model'], '')}".rstrip()
-        self._span = tracer.start_span(name, kind=SpanKind.CLIENT, attributes=asked, start_time=self._began_at)
+        title = f"{operation} {name or common.get(_NAMES['request_model'], '')}".rstrip()
+        self._span = tracer.start_span(title, kind=self._kind, attributes=asked, start_time=self._began_at)
         self._context = trace.set_span_in_context(self._span)
         carrier: dict[str, str] = {}
         propagate.inject(carrier, self._context)
@@ -262,8 +284,43 @@ class _Observation:
             to.output_tokens.add(written, attributes, context)
 
 
+class _Work(_Observation):
+    """The span and the duration of a run of an agent, or of one of its tools."""
+
+    _kind = SpanKind.INTERNAL
+
+    def scope(self) -> AbstractContextManager[object]:
+        return trace.use_span(self._span, end_on_exit=False, record_exception=False, set_status_on_exception=False)
+
+    def _result(self, end: CallEnd) -> dict[str, Any]:
+        known = {
+            "input_tokens": getattr(end.response, "prompt_eval_count", None),
+            "output_tokens": getattr(end.response, "eval_count", None),
+            "timeout_phase": "total" if end.outcome == "timeout" else None,
+            "tool_result": end.response if self._record_content and isinstance(end.response, str) else None,
+        }
+        return {_NAMES[name]: value for name, value in known.items() if value is not None}
+
+    def _measure(self, end: CallEnd, attributes: dict[str, Any]) -> None:
+        self._instruments.work[self._common[_NAMES["operation"]]].record(end.seconds, attributes, self._context)
+
+
+def _common_of_work(operation: str, name: str | None, details: Mapping[str, Any]) -> dict[str, Any]:
+    model, tool = details.get("model"), {"tool": name, "tool_type": "function"}
+    agent = {"provider": "ollama", "agent": name, "request_model": model}
+    known: dict[str, Any] = {"operation": operation, **(tool if operation == "execute_tool" else agent)}
+    return {_NAMES[key]: value for key, value in known.items() if value is not None}
+
+
+def _details(details: Mapping[str, Any], *, record_content: bool) -> dict[str, Any]:
+    known = {"tool_call_id": details.get("tool_call_id")}
+    if record_content and "arguments" in details:
+        known["tool_arguments"] = json.dumps(details["arguments"])
+    return {_NAMES[key]: value for key, value in known.items() if value is not None}
+
+
 def _class_of(error: BaseException) -> str:
-    """Return a class of errors of which there are few: the status where there is one, else the name of the class."""
+    """Return one of a few classes of errors: the status where there is one, otherwise the name of the class."""
     if isinstance(error, ResponseError) and error.status_code > 0:
         return str(error.status_code)
     return type(error).__name__
@@ -274,7 +331,7 @@ def _seconds(nanoseconds: float | None) -> float | None:
 
 
 def _common(operation: str, url: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    # Without credentials: they are no part of the session's URL.
+    # Without credentials: they do not belong to the session's URL.
     server = urlsplit(url)
     return {
         _NAMES["operation"]: operation,

@@ -5,34 +5,41 @@ import ssl
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import trustme
-from hypothesis import HealthCheck, Phase, settings
 from real.needs import pytest_terminal_summary
-from real.ollama_server import RealOllama, need_server
+
+if TYPE_CHECKING:
+    import trustme
+    from real.ollama_server import RealOllama
 
 try:
     import uvloop
 except ModuleNotFoundError:  # there is none for Windows
     uvloop = None
 
-__all__ = ["pytest_terminal_summary"]  # pytest takes its hooks from here
+# Imported where a test needs it, here and below: each module of tests runs alone without packages that it does not use.
+try:
+    from hypothesis import HealthCheck, Phase, settings
+except ModuleNotFoundError:
+    pass
+else:
+    # The same examples each time, so that what is red is red for everybody; `--hypothesis-profile=full` searches on.
+    _SLOW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    settings.register_profile(
+        "ci",
+        max_examples=150,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=_SLOW,
+        # A failure that takes its time would take it again for each attempt to make it smaller.
+        phases=[Phase.explicit, Phase.generate],
+    )
+    settings.register_profile("full", max_examples=1500, deadline=None, print_blob=True, suppress_health_check=_SLOW)
+    settings.load_profile("ci")
 
-# The same examples each time, so that what is red is red for everybody; `--hypothesis-profile=full` searches on.
-_SLOW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-settings.register_profile(
-    "ci",
-    max_examples=150,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=_SLOW,
-    # A failure that takes its time would take it again for each attempt to make it smaller.
-    phases=[Phase.explicit, Phase.generate],
-)
-settings.register_profile("full", max_examples=1500, deadline=None, print_blob=True, suppress_health_check=_SLOW)
-settings.load_profile("ci")
+__all__ = ["pytest_terminal_summary"]  # pytest takes its hooks from here
 
 ON_BOTH_LOOPS = ("teardown", "test_soak.py", "test_transport.py", "test_real_stops.py")
 
@@ -91,13 +98,15 @@ pytest_plugins = ("ollama_async.testing.pytest_plugin", "pytester")
 
 
 @pytest.fixture(scope="session")
-def authority() -> trustme.CA:
+def authority() -> "trustme.CA":
     """Whose certificates `client_tls` trusts."""
+    import trustme
+
     return trustme.CA()
 
 
 @pytest.fixture(scope="session")
-def server_tls(authority: trustme.CA) -> ssl.SSLContext:
+def server_tls(authority: "trustme.CA") -> ssl.SSLContext:
     """For a server on this machine."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1", "localhost").configure_cert(context)
@@ -105,7 +114,7 @@ def server_tls(authority: trustme.CA) -> ssl.SSLContext:
 
 
 @pytest.fixture(scope="session")
-def client_tls(authority: trustme.CA) -> ssl.SSLContext:
+def client_tls(authority: "trustme.CA") -> ssl.SSLContext:
     """For its clients."""
     context = ssl.create_default_context()
     authority.configure_trust(context)
@@ -113,13 +122,15 @@ def client_tls(authority: trustme.CA) -> ssl.SSLContext:
 
 
 @pytest.fixture(scope="session")
-def _ollama_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealOllama]:
+def _ollama_server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[RealOllama]":
+    from real.ollama_server import RealOllama, need_server
+
     with RealOllama(need_server(), tmp_path_factory.mktemp("ollama")) as server:
         yield server
 
 
 @pytest.fixture
-def real_ollama(_ollama_server: RealOllama) -> RealOllama:
+def real_ollama(_ollama_server: "RealOllama") -> "RealOllama":
     """The session's real Ollama server, with its model loaded and slots free, and nobody connected."""
     _ollama_server.make_ready()
     # Tests count from here: one that is on its way out would be counted as there.

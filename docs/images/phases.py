@@ -2,22 +2,13 @@
 
 from pathlib import Path
 
+from drawing import svg
+
 from ollama_async._call.timeouts import LIMITS
 from ollama_async._wire.phase import TRANSITIONS, Phase
 
 BOX, GAP, TOP, HEIGHT = 96, 26, 150, 40
 PICTURE = Path(__file__).with_suffix(".svg")
-STYLE = """
-    text { font: 13px system-ui, sans-serif; fill: #1f2328; text-anchor: middle }
-    .limit { font-size: 11px; fill: #59636e }
-    rect { fill: #eef4ff; stroke: #3b6fd4; rx: 8 }
-    path { fill: none; stroke: #59636e; marker-end: url(#head) }
-    marker path { fill: #59636e; stroke: none }
-    @media (prefers-color-scheme: dark) {
-      text { fill: #e6edf3 } .limit { fill: #9198a1 } rect { fill: #16233d; stroke: #6f9df5 }
-      path { stroke: #9198a1 } marker path { fill: #9198a1 }
-    }
-"""
 
 
 def middle(phase: Phase) -> int:
@@ -33,7 +24,7 @@ def box(phase: Phase) -> str:
         f'<text x="{x}" y="{TOP + 25}">{phase.name}</text>',
     ]
     for row, limit in enumerate(sorted(LIMITS[phase] - {"total"})):
-        lines.append(f'<text class="limit" x="{x}" y="{TOP + HEIGHT + 18 + 15 * row}">{limit}</text>')
+        lines.append(f'<text class="small" x="{x}" y="{TOP + HEIGHT + 18 + 15 * row}">{limit}</text>')
     return "\n  ".join(lines)
 
 
@@ -42,12 +33,12 @@ def arrow(begin: Phase, end: Phase) -> str:
     a, b = middle(begin), middle(end)
     if end == begin + 1:
         y = TOP + HEIGHT // 2
-        return f'<path d="M {a + BOX // 2} {y} L {b - BOX // 2 - 2} {y}"/>'
+        return f'<path class="arrow" d="M {a + BOX // 2} {y} L {b - BOX // 2 - 2} {y}"/>'
     rise = 22 + 13 * abs(end - begin)
     if end > begin:
-        return f'<path d="M {a} {TOP} C {a} {TOP - rise}, {b} {TOP - rise}, {b} {TOP - 2}"/>'
+        return f'<path class="arrow" d="M {a} {TOP} C {a} {TOP - rise}, {b} {TOP - rise}, {b} {TOP - 2}"/>'
     low = TOP + HEIGHT + 45
-    return f'<path d="M {a} {low} C {a} {low + rise}, {b} {low + rise}, {b} {low + 2}"/>'
+    return f'<path class="arrow" d="M {a} {low} C {a} {low + rise}, {b} {low + rise}, {b} {low + 2}"/>'
 
 
 def picture() -> str:
@@ -57,17 +48,10 @@ def picture() -> str:
     arrows = [
         arrow(begin, end) for begin, ends in TRANSITIONS.items() for end in sorted(ends) if end is not Phase.CLOSED
     ]
-    body = "\n  ".join([*map(box, Phase), *arrows])
     note = "From every phase: CLOSED, when the outcome is decided. The limit `total` holds in all of them."
-    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} 330" role="img" aria-label="Phases">
-  <style>{STYLE}  </style>
-  <defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">
-    <path d="M 0 0 L 8 4 L 0 8 z"/></marker></defs>
-  {body}
-  <text class="limit" x="{width // 2}" y="320">{note}</text>
-</svg>
-"""
+    foot = f'<text class="small" x="{width // 2}" y="320">{note}</text>'
+    return svg(width, 330, "Phases", [*map(box, Phase), *arrows, foot])
 
 
 if __name__ == "__main__":
-    PICTURE.write_text(picture())
+    PICTURE.write_text(picture(), "utf-8")

@@ -12,6 +12,8 @@ from .chunk import ChunkT
 from .decoder import Decoder, ErrorFrame
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .chunk import Merge
     from .exchange import Exchange
 
@@ -51,13 +53,15 @@ class Answer(Generic[ChunkT]):
     )
 
     def __init__(self, merge: Merge[ChunkT], decoder: Decoder[ChunkT]) -> None:
-        self.merge = merge
-        self.add = merge.add
-        self.decoder = decoder
+        self.merge: Merge[ChunkT] = merge
+        self.add: Callable[[ChunkT], None] = merge.add
+        self.decoder: Decoder[ChunkT] = decoder
         self.chunks: list[ChunkT] = []
-        self.index = self.fast_until = 0
-        self.last_at = 0.0
-        self.taking = self.absorbed = False
+        self.index: int = 0
+        self.fast_until: int = 0
+        self.last_at: float = 0.0
+        self.taking: bool = False
+        self.absorbed: bool = False
         # How many chunks were delivered before those in `chunks`.
         self._delivered_before = 0
         self._merging = False

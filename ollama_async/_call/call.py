@@ -9,9 +9,10 @@ from ollama_async._cancel import SetOnce
 from ollama_async._errors import ResponseError
 from ollama_async._wire.outcome import ExchangeEnded, ExchangeOutcome, Kind
 
+from .body import raise_for_status
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
-    from typing import NoReturn
 
     from ollama_async._cancel import CancelToken
 
@@ -41,7 +42,7 @@ class Call:
         begin: Callable[[], tuple[Exchange, Sequence[tuple[CancelToken, Kind]]]],
         token: CancelToken | None = None,
     ) -> None:
-        self._begin = begin
+        self._begin: Callable[[], tuple[Exchange, Sequence[tuple[CancelToken, Kind]]]] | None = begin
         self.token = token
         self.exchange: Exchange | None = None
         self._tokens: Sequence[tuple[CancelToken, Kind]] = ()
@@ -88,7 +89,8 @@ class Call:
                 error = None
                 try:
                     await exchange.open()
-                    await exchange.raise_for_status()
+                    if exchange.reader.status >= 300:
+                        await raise_for_status(exchange)
                     return await work(exchange)
                 except ExchangeEnded:
                     pass
@@ -147,13 +149,18 @@ class Call:
             exchange.reader.close_threadsafe(outcome)
         return decided
 
+    def close(self, exchange: Exchange, outcome: ExchangeOutcome) -> None:
+        """End the attempt that is under way, in its loop's thread."""
+        exchange.reader.close(outcome)
+
     def _start(self) -> Exchange:
+        assert self._begin is not None
         exchange, tokens = self._begin()
         # Where there is only one attempt, they are not needed again.
         self._tokens = tokens if exchange.budget.limit else ()
         self._use(exchange, tokens)
         # It holds the request and its body, which an answer of minutes does not need.
-        self._begin = _begun
+        self._begin = None
         return exchange
 
     def _use(self, exchange: Exchange, tokens: Sequence[tuple[CancelToken, Kind]]) -> None:
@@ -161,15 +168,15 @@ class Call:
         # First: from here on, whatever ends the call or interrupts this finds it.
         self.exchange = exchange
         try:
-            # What came between the attempts came before what the tokens have to say.
-            if self._outcome_between.slot:
+            # An outcome between the attempts is older than an abort of the tokens.
+            if self._outcome_between:
                 exchange.reader.close(self._outcome_between.value)
             for token, kind in tokens:
                 exchange.register(token, kind)
             if self.token is not None:
                 exchange.register(self.token)
             # Ended by another thread, which found the attempt before this one, or none.
-            if self._outcome_between.slot:
+            if self._outcome_between:
                 exchange.reader.close(self._outcome_between.value)
         except BaseException as exc:
             exchange.reader.close(ExchangeOutcome("cancelled", exc))
@@ -182,7 +189,3 @@ class Call:
         if error is None and exchange.reader.failure_outcome is None:
             return None
         return exchange.backoff(error or exchange.error())
-
-
-def _begun() -> NoReturn:
-    raise RuntimeError("the call has begun")

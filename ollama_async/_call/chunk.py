@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from pydantic import BaseModel
 
+    from .asked import Asked
+
 
 class ResponseInfo:
     """Where an answer comes from: what is known of it besides its body.
@@ -21,19 +23,22 @@ class ResponseInfo:
         status_code: The HTTP status.
         raw_headers: The headers, as they came.
         response_model: The model that the caller wants the answer's text to be, if any.
+        asked: What the call asked of a model, if it did.
     """
 
-    __slots__ = ("raw_headers", "response_model", "status_code")
+    __slots__ = ("asked", "raw_headers", "response_model", "status_code")
 
     def __init__(
         self,
         status_code: int,
         raw_headers: Sequence[tuple[bytes, bytes]],
         response_model: type[BaseModel] | None = None,
+        asked: Asked | None = None,
     ) -> None:
         self.status_code: int = status_code
         self.raw_headers: Sequence[tuple[bytes, bytes]] = raw_headers
         self.response_model: type[BaseModel] | None = response_model
+        self.asked: Asked | None = asked
 
 
 class Chunk(Protocol):

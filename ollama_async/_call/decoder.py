@@ -111,7 +111,8 @@ class NdjsonDecoder(LineSplitter, Generic[ChunkT]):
         if not alone and len(lines) > 1 and self._batch_size > 1:
             chunks = self._decode_batch(lines[: -self._batch_size - 1 : -1])
         if not chunks:
-            chunks = [self._decode_line(lines[-1])]
+            chunk = self._decode_line(lines[-1])
+            return ([chunk], [], 0) if chunk.done else ([chunk], lines[:-1], 1)
         lines = lines[: -len(chunks)]
         plain = len(chunks)
         if any(map(_is_done, chunks)):

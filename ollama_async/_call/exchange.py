@@ -9,13 +9,13 @@ cancelled once.
 from __future__ import annotations
 
 import asyncio
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from ollama_async._errors import AbortError, PhaseTimeout, ProtocolError, StreamClosed
+from ollama_async._errors import AbortError, PhaseTimeout, StreamClosed
 from ollama_async._loops import EmptyContext, in_loop
-from ollama_async._wire.guard import MAX_BODY_BYTES
 from ollama_async._wire.intercept import is_intercepted
 from ollama_async._wire.outcome import ExchangeEnded, ExchangeOutcome, Framing, Kind
 from ollama_async._wire.phase import Phase
@@ -25,25 +25,25 @@ from ollama_async._wire.unpack import Unpacker, encoding_of
 from ollama_async._wire.watch import EndByToken
 
 from .chunk import ResponseInfo
-from .failures import json_object, status_error, strange_encoding, stream_error, translate
+from .failures import strange_encoding, translate
 from .foreign import ForeignRequest
 from .observe import CallEnd
 from .timeouts import LIMITS, TO_COME
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pydantic import BaseModel
 
     from ollama_async._cancel import CancelToken, Watch
     from ollama_async._wire.parser import Head
     from ollama_async._wire.transport import DirectTransport
 
+    from .asked import Asked
     from .observe import Observed
     from .request import Request
     from .retry import RetryBudget
     from .timeouts import Limit, Timeouts
-
-# More of an error's body than this is of no use.
-_MAX_ERROR_BODY = 64 * 1024
 
 _FOR_HTTPX = {b"location", b"set-cookie"}
 
@@ -62,6 +62,7 @@ class Exchange:
         timeouts: How long each phase may last.
         budget: How often the request may be sent again.
         unpackable: How the answer may be compressed.
+        asked: What it asks of a model, if it does.
 
     Attributes:
         reader: The reader of the answer; it knows the phase and decides the outcome.
@@ -69,12 +70,14 @@ class Exchange:
         started_at: When the call began, by the loop's clock; later than that for no attempt.
         ended_at: When the outcome was decided; 0 before that.
         budget: As given.
-        observed: Who is told how the call ended, until that has happened; ``None`` for almost all calls.
+        asked: As given.
+        observed: The observer to tell how the call ended, until that has happened; ``None`` for almost all calls.
     """
 
     __slots__ = (
         "__weakref__",
         "_client",
+        "_deadline",
         "_foreign",
         "_not_before",
         "_registrations",
@@ -84,6 +87,7 @@ class Exchange:
         "_timer",
         "_transport",
         "_unpackable",
+        "asked",
         "budget",
         "ended_at",
         "loop",
@@ -102,6 +106,7 @@ class Exchange:
         timeouts: Timeouts,
         budget: RetryBudget,
         unpackable: frozenset[str] = frozenset(),
+        asked: Asked | None = None,
     ) -> None:
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
         self.reader: ResponseReader = ResponseReader(self.loop, self, Framing.LINES if streaming else Framing.WHOLE)
@@ -114,12 +119,15 @@ class Exchange:
         self._timeouts = timeouts
         self.budget: RetryBudget = budget
         self._unpackable = unpackable
+        self.asked: Asked | None = asked
         self.observed: Observed | None = None
         # Not before this time of the loop's clock is it sent.
         self._not_before = 0.0
         self._foreign: ForeignRequest | None = None
         self._registrations: list[Watch] = []
         self._timer: asyncio.TimerHandle | None = None
+        # How many seconds after its first line it is complete whatever comes, and the cause that it has then.
+        self._deadline: tuple[float, object] | None = None
 
     def again(self, delay: float) -> Exchange:
         """Return another attempt at the same, which waits for ``delay`` seconds before it sends the request."""
@@ -131,6 +139,7 @@ class Exchange:
             timeouts=self._timeouts,
             budget=self.budget,
             unpackable=self._unpackable,
+            asked=self.asked,
         )
         attempt.started_at = self.started_at
         # What this one still has to say is not the end of the call.
@@ -234,75 +243,10 @@ class Exchange:
             finally:
                 timer.cancel()
 
-    async def read_body(self) -> bytes:
-        """Wait for the whole body.
-
-        Raises:
-            ExchangeEnded: By whatever ended it; also when the body is over the limit.
-
-        Cancellation: the socket is closed at once.
-        """
-        blocks: list[bytes] = []
-        size = 0
-        while block := await self._read():
-            blocks.append(block)
-            size += len(block)
-            if size > MAX_BODY_BYTES:
-                error = ProtocolError(f"the server's answer is over {MAX_BODY_BYTES:,} bytes")
-                self.reader.close(ExchangeOutcome("error", error))
-                self.reader.check()
-        return blocks[0] if len(blocks) == 1 else b"".join(blocks)
-
-    async def _read(self) -> bytes:
-        try:
-            return await self.reader.read()
-        except BaseException:
-            await self.wait_closed()
-            raise
-
-    async def raise_for_status(self) -> None:
-        """Raise the ``ResponseError`` that the server answered with, if it did.
-
-        Cancellation: the socket is closed at once.
-        """
-        if self.reader.status < 300:
-            return
-        error = status_error(self.reader, await self._error_body())
-        self.reader.close(ExchangeOutcome("error", error))
-        if self.reader.outcome is not None and self.reader.outcome.kind == "error":
-            # Also where the connection broke after the status had come: the status says more.
-            self.reader.outcome.cause = error
-        try:
-            # This raises the error, unless another end came first; an answer that is complete when it has arrived was
-            # complete by then.
-            self.reader.check()
-            raise error
-        finally:
-            # Raised, it holds this frame.
-            del error
-
-    async def _error_body(self) -> bytes:
-        body = b""
-        try:
-            while len(body) < _MAX_ERROR_BODY and (block := await self._read()):
-                body += block
-        except ExchangeEnded as ended:
-            if ended.outcome.kind != "error":
-                raise
-        return body[:_MAX_ERROR_BODY]
-
-    def no_error(self, body: bytes) -> bytes:
-        """Return the body of an answer, unless it is an error that came with a status of success."""
-        if b'"error"' in body:
-            frame = json_object(body)
-            if frame.get("error") is not None:
-                raise stream_error(frame, self.reader)
-        return body
-
     def response_info(self, response_model: type[BaseModel] | None = None) -> ResponseInfo:
         """Return what an answer made of this is to know of where it comes from."""
         head = self.reader.head
-        return ResponseInfo(head.status, head.headers, response_model)
+        return ResponseInfo(head.status, head.headers, response_model, self.asked)
 
     async def discard_body(self) -> None:
         """Wait a moment for the rest of a committed answer, so that its connection can be used again.
@@ -320,7 +264,7 @@ class Exchange:
 
     def discard_body_soon(self) -> None:
         """Do what ``discard_body()`` does, without waiting for it; from any thread."""
-        # To tell the loop is a syscall or two, and mostly the whole answer has arrived.
+        # Telling the loop is a syscall or two, and mostly the whole answer has arrived.
         if self.reader.is_attached:
             in_loop(self.loop, self._discard_body_soon)
 
@@ -340,7 +284,7 @@ class Exchange:
         cause = outcome.cause
         if outcome.kind == "aborted":
             return AbortError(cause, partial)
-        if outcome.kind == "timeout":
+        if outcome.kind == "timeout" and not isinstance(cause, BaseException):
             return PhaseTimeout(str(cause), getattr(self._timeouts, str(cause)), partial)
         if isinstance(cause, BaseException):
             return translate(cause, self._timeouts, partial)
@@ -430,29 +374,40 @@ class Exchange:
 
     # -- the one timer --
 
+    def set_deadline(self, seconds: float, cause: object) -> None:
+        """Make the answer complete, as far as it has come, so many seconds after its first line."""
+        self._deadline = (seconds, cause)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._arm()
+
     def _arm(self) -> None:
         due = self._due()
         if due is not None:
             self._timer = self.loop.call_at(due[0], self._check_limits, context=EmptyContext())
 
-    def _due(self) -> tuple[float, Limit] | None:
-        """Return when the next limit passes, and which it is, as things stand now."""
+    def _due(self) -> tuple[float, Limit | None] | None:
+        """Return when the next limit passes, and which it is, as things stand now; ``None`` is the deadline."""
         now, reader = self.loop.time(), self.reader
         phase = Phase.EOF if reader.failed else reader.phase
-        began = {
-            "total": self.started_at,
-            "idle": now if reader.paused else reader.last_activity_at,
-            "first_chunk": reader.entered_at,
-            "upload": reader.entered_at,
-            "connect": reader.entered_at,
-        }
-        due: list[tuple[float, Limit]] = []
+        due: list[tuple[float, Limit | None]] = []
+        if self._deadline is not None:
+            due.append(((reader.first_line_at or now) + self._deadline[0], None))
         for name in TO_COME[phase]:
             seconds: float | None = getattr(self._timeouts, name)
-            if seconds is not None:
+            if seconds is None:
+                continue
+            if name not in LIMITS[phase]:
                 # A limit of a later phase has not begun: look again after its time at the latest.
-                due.append(((began[name] if name in LIMITS[phase] else now) + seconds, name))
-        return min(due, default=None)
+                began = now
+            elif name == "total":
+                began = self.started_at
+            elif name == "idle":
+                began = now if reader.paused else reader.last_activity_at
+            else:
+                began = reader.entered_at
+            due.append((began + seconds, name))
+        return min(due, key=_when, default=None)
 
     def _check_limits(self) -> None:
         # Chunks only note when they came. The timer, when it goes off, finds out how long the silence has been, and
@@ -462,10 +417,16 @@ class Exchange:
         if due is None or self.reader.outcome is not None:
             return
         if due[0] <= self.loop.time():
-            self.reader.close(ExchangeOutcome("timeout", due[1]))
+            passed = due[1]
+            if passed is None and self._deadline is not None:
+                self.reader.close(ExchangeOutcome("complete", self._deadline[1]))
+            else:
+                self.reader.close(ExchangeOutcome("timeout", passed))
         else:
             self._timer = self.loop.call_at(due[0], self._check_limits, context=EmptyContext())
 
+
+_when: Callable[[tuple[float, object]], float] = itemgetter(0)
 
 _CLOSED = {
     "closed": "the stream is closed",

@@ -67,7 +67,7 @@ def translate(exc: BaseException, limits: Timeouts, partial: Any) -> BaseExcepti
     """Turn an error of a transport into one of ours; return any other exception unchanged."""
     if isinstance(exc, OllamaError):
         _strip(exc)
-        return _fresh(exc, partial)
+        return fresh(exc, partial)
     for ancestor in type(exc).__mro__:
         translation = _TRANSLATIONS.get(ancestor.__name__)
         if translation is not None and ancestor.__module__.partition(".")[0] in ("httpx", "httpx2"):
@@ -93,7 +93,7 @@ def _strip(exc: BaseException | None) -> None:
         exc = exc.__cause__ or exc.__context__
 
 
-def _fresh(exc: OllamaError, partial: Any) -> OllamaError:
+def fresh(exc: OllamaError, partial: Any) -> OllamaError:
     """Copy an error that may be raised again: one instance would get a longer traceback at each raise."""
     copy = type(exc).__new__(type(exc))
     copy.args = exc.args
@@ -198,7 +198,7 @@ def misfit(exc: ValidationError, answer: bytes) -> str:
     if first["type"] == "missing":
         return f"{place} is missing; it begins with {begins}"
     expected = expected.removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"{place}: expected {expected}, came {_came(first['input'])}; it begins with {begins}"
+    return f"{place}: expected {expected}, got {_came(first['input'])}; it begins with {begins}"
 
 
 def _path(place: Sequence[int | str]) -> str:

@@ -126,6 +126,7 @@ class ForeignRequest:
         headers = response.headers.raw
         reason = response.extensions.get("reason_phrase", b"")
         version = response.extensions.get("http_version", b"HTTP/1.1")
+        reader.received_at = reader.loop.time()
         reader.feed_head(Head(response.status_code, reason, headers, version))
         encoding = encoding_of(headers)
         if encoding is not None and reader.unpacker is None:

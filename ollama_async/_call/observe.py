@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from contextlib import AbstractContextManager
 
 _log = logging.getLogger("ollama_async.observe")
 
@@ -53,6 +55,22 @@ class Observer(Protocol):
         """Return what to call when the request is about to be sent; ``None`` for a call that is not watched."""
 
 
+class WorkObservation(Observation, Protocol):
+    """Work of an agent that is watched: a run, or a tool."""
+
+    def scope(self) -> AbstractContextManager[object]:
+        """Return a context manager within which calls and tools are parts of this work."""
+        ...
+
+
+class WorkObserver(Protocol):
+    """Asked about each run of an agent, and each tool, when it begins."""
+
+    def __call__(self, operation: str, name: str | None, details: Mapping[str, Any]) -> WorkObservation:
+        """Begin to watch ``"invoke_agent"`` or ``"execute_tool"``."""
+        ...
+
+
 class Observed:
     """Lets no fault of an observer reach the call.
 
@@ -90,13 +108,48 @@ class Observed:
             _log.exception("the observer failed at the end of a call")
 
 
+class ObservedWork(Observed):
+    """The same for work of an agent."""
+
+    __slots__ = ("_scope",)
+
+    def __init__(self, observation: WorkObservation) -> None:
+        super().__init__(observation, lambda: None)
+        self._scope = observation.scope
+
+    def scope(self) -> AbstractContextManager[object]:
+        """Return what calls and tools run in that are parts of this work."""
+        try:
+            return self._scope()
+        except Exception:
+            _log.exception("the observer failed within work")
+            return nullcontext()
+
+
 observer: Observer | None = None
+work_observer: WorkObserver | None = None
 
 
-def set_observer(new: Observer | None) -> None:
+def set_observer(new: Observer | None, work: WorkObserver | None = None) -> None:
     """Set who watches the calls that are made from now on; those that are under way keep their observer."""
-    global observer
-    observer = new
+    global observer, work_observer
+    observer, work_observer = new, work
+
+
+def begin_work(operation: str, name: str | None, details: Mapping[str, Any]) -> ObservedWork | None:
+    """Tell the observer that a run of an agent, or a tool, begins."""
+    if work_observer is None:
+        return None
+    try:
+        return ObservedWork(work_observer(operation, name, details))
+    except Exception:
+        _log.exception("the observer failed at the beginning of work")
+        return None
+
+
+def scope_of(observed: ObservedWork | None) -> AbstractContextManager[object]:
+    """Return what the parts of work run in, whether it is watched or not."""
+    return nullcontext() if observed is None else observed.scope()
 
 
 def prepare(

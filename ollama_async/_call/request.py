@@ -35,7 +35,8 @@ class Request:
         outgoing: EncodedRequest | None = None,
         http: httpx.Request | None = None,
     ) -> None:
-        self._make = make
+        # None once it has been sent for the last time.
+        self._make: Callable[[], httpx.Request] | None = make
         self._http = http
         self.encoded = outgoing
 
@@ -43,23 +44,31 @@ class Request:
     def http(self) -> httpx.Request:
         """The same as an httpx request."""
         if self._http is None:
+            assert self._make is not None
             self._http = self._make()
         return self._http
 
     def add_headers(self, headers: Mapping[str, str]) -> None:
-        """Add headers that its maker did not know of; they go behind what it has."""
+        """Add headers that its maker did not know of; none of them if the caller has given one of them itself.
+
+        Together they are one thing, such as the context of a trace, which must not be mixed with another one.
+        """
         make = self._make
 
         def make_with_headers() -> httpx.Request:
+            assert make is not None
             made = make()
-            for name, value in headers.items():
-                made.headers.setdefault(name, value)
+            if not any(name in made.headers for name in headers):
+                made.headers.update(headers)
             return made
 
         self._make = make_with_headers
         if self._http is not None:
             self._http = make_with_headers()
         if self.encoded is not None:
+            head = self.encoded.data.partition(b"\r\n\r\n")[0].lower()
+            if any(f"\r\n{name.lower()}:".encode("ascii") in head for name in headers):
+                return
             line, end, rest = self.encoded.data.partition(b"\r\n")
             added = b"".join(f"{name}: {value}\r\n".encode("ascii") for name, value in headers.items())
             self.encoded.data = line + end + added + rest
@@ -73,12 +82,8 @@ class Request:
             kept = self._http.extensions.get(ABROAD)
             self._http.extensions = {} if kept is None else {ABROAD: kept}
         if for_good:
-            self._make = _gone
+            self._make = None
             self._http = self.encoded = None
-
-
-def _gone() -> httpx.Request:
-    raise RuntimeError("the request has been sent for the last time")
 
 
 class RequestWriter:

@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-import dis
-import sys
 import warnings
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, Self
+from typing import Any, Generic, NoReturn, Protocol, Self, TypeVar, cast, overload
 
 import httpx
 from pydantic import BaseModel
 
 from ollama_async._cancel import CancelToken, LiveObject
-from ollama_async._errors import ProtocolError, StreamBusy, StreamError, StreamTruncated
-from ollama_async._loops import raise_in_loop
+from ollama_async._errors import CannotContinue, PhaseTimeout, ProtocolError
 from ollama_async._secret import showable
-from ollama_async._wire.outcome import ExchangeEnded, ExchangeOutcome, Kind
+from ollama_async._wire.outcome import ExchangeOutcome
 
-from .answer import Answer
 from .awaitable import Guarded
-from .call import Call
-from .chunk import ChunkT, Merge, ResponseInfo
-from .decoder import Decoder, ErrorFrame
-from .failures import stream_error
+from .chunk import ChunkT
+from .chunk_reader import ChunkReader, Outcome
+from .condition import Condition
+from .iterators import ClosingIterator, LoopIterator, called_by_async_for
+from .objects import Items, Objects, Parsing, Structured
+from .partial import Path
 
-if TYPE_CHECKING:
-    from .exchange import Exchange
+T = TypeVar("T")
 
-Outcome = Literal["done", "aborted", "timeout", "cancelled", "closed", "until", "error", "truncated"]
+
+class Continuation(Protocol):
+    """How to go on with an answer."""
+
+    async def stream(self, partial: Any, *, token: CancelToken | None, until: Any) -> Stream[Any]: ...
 
 
 @showable
@@ -69,30 +70,13 @@ class Stream(LiveObject, Generic[ChunkT]):
     it raises ``StreamClosed``; after the natural end it ends the iteration.
     """
 
-    def __init__(
-        self,
-        call: Call,
-        merge: Merge[ChunkT],
-        decoder: Decoder[ChunkT],
-        *,
-        until: Callable[[ChunkT], object] | None = None,
-        response_model: type[BaseModel] | None = None,
-        strict: bool = False,
-    ) -> None:
-        self._call = call
-        self._answer = Answer(merge, decoder)
-        self._until = until
-        self._response_model = response_model
-        self._info: ResponseInfo | None = None
-        self._strict = strict
-        # Whether the head of the answer of the present attempt has arrived.
-        self._opened = False
-        # Not empty once the outcome of the present attempt is decided.
-        self._ended: Mapping[int, object] = {}
-        self._reading = False
-        self._outcome: Outcome | None = None
-        # Bytes that were done when it was last resumed.
-        self._bytes_done = 0
+    # Its user may set others; the dict for those is made when the first one comes.
+    __slots__ = ("__dict__", "__weakref__", "_reader", "continuation")
+
+    def __init__(self, reader: ChunkReader[ChunkT]) -> None:
+        self._reader = reader
+        # What resume() needs; set by the client where an answer can be continued.
+        self.continuation: Continuation | None = None
 
     # -- async for chunk in stream --
 
@@ -103,9 +87,9 @@ class Stream(LiveObject, Generic[ChunkT]):
         statement runs.
         """
         # An `async for` awaits each step at once. Whoever calls aiter() may make a task of one, and cancel it.
-        if _called_by_async_for():
-            return _LoopIterator(self)  # pyright: ignore[reportReturnType]  (it takes the slot for a method without self)
-        return _ClosingIterator(self)
+        if called_by_async_for():
+            return LoopIterator(self, self._reader)  # pyright: ignore[reportReturnType]  (it takes the slot for a method without self)
+        return ClosingIterator(self, self._reader)
 
     # -- chunk = await anext(stream) --
 
@@ -118,52 +102,13 @@ class Stream(LiveObject, Generic[ChunkT]):
             ResponseError: The server answered with an error; a ``StreamError`` if it came after the first chunk.
             ConnectError: No connection.
             ConnectionBroken: The connection was lost before the end.
-            ProtocolError: What came is no stream of JSON lines as Ollama sends them.
+            ProtocolError: The answer is not a stream of JSON lines as Ollama sends them.
             StreamBusy: Another task is reading.
             StreamClosed: It was closed.
 
         Cancellation: closes the stream at once, also before the first step; the partial answer stays in ``response``.
         """
-        return Guarded(self._read_chunk(), self._reader_cancelled, "Stream.__anext__")
-
-    async def _read_chunk(self) -> ChunkT:
-        answer = self._answer
-        place = answer.index
-        # First: from here on a signal handler that looks at the answer leaves this chunk to us (see Answer.absorb()).
-        answer.index = place + 1
-        # The usual case by itself, since this runs for every token. A second reader finds nothing that is ready while
-        # the first one waits, and so is turned away below.
-        if place < answer.fast_until and not self._ended:
-            chunk = answer.chunks[place]
-            try:
-                answer.add(chunk)
-            except BaseException:
-                answer.interrupted()
-                raise
-            # A signal handler may have come meanwhile, and no chunk is delivered after an abort.
-            if not self._ended:
-                return chunk
-        else:
-            answer.index = place
-        while True:
-            if self._reading or not (answer.decoder.lines or answer.index < len(answer.chunks)):
-                await self._fill()
-            exchange = self._call.exchange
-            assert exchange is not None
-            reader = exchange.reader
-            if self._ended and reader.failure_outcome is not None:
-                raise self._broken_off()
-            if not answer.decoder.lines and answer.index == len(answer.chunks):
-                raise StopAsyncIteration
-            try:
-                chunk = self._deliver(exchange)
-            except StreamError:
-                if not self._retry():
-                    raise
-            else:
-                # As above: this is the last look before it is delivered.
-                if not self._ended or reader.failure_outcome is None:
-                    return chunk
+        return Guarded(self._reader.read(), self._reader.reader_cancelled, "Stream.__anext__")
 
     # -- await stream --
 
@@ -178,13 +123,17 @@ class Stream(LiveObject, Generic[ChunkT]):
 
         Cancellation: closes the stream at once.
         """
-        return self._ready().__await__()
+        return self._opened().__await__()
+
+    async def _opened(self) -> Self:
+        await self._reader.ready()
+        return self
 
     # -- async with stream --
 
     async def __aenter__(self) -> Self:
         """Open the stream, as ``await stream`` does."""
-        return await self._ready()
+        return await self._opened()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
@@ -203,7 +152,7 @@ class Stream(LiveObject, Generic[ChunkT]):
 
         Cancellation: closes the stream at once, also before the first step.
         """
-        return Guarded(self._collect(), self._reader_cancelled, "Stream.collect")
+        return Guarded(self._collect(), self._reader.reader_cancelled, "Stream.collect")
 
     async def _collect(self) -> ChunkT:
         async for _ in self:
@@ -212,6 +161,88 @@ class Stream(LiveObject, Generic[ChunkT]):
         if response is None:
             raise ProtocolError("the server's answer is empty")
         return response
+
+    async def resume(
+        self, *, token: CancelToken | None = None, until: Callable[[ChunkT], object] | None = None
+    ) -> Stream[ChunkT]:
+        """Return a stream that continues this one, which ended early (docs/continue.md).
+
+        Its chunks are new; its ``response`` and ``text`` also have the text of this one.
+
+        Args:
+            token: Aborts the new stream, instead of the token of this one.
+            until: As in ``chat``.
+
+        Raises:
+            CannotContinue: This stream has not ended, or cannot be continued; the text says why.
+            OllamaError: As ``anext()`` does.
+
+        Cancellation: closes the connection at once.
+        """
+        if self.outcome is None or self.continuation is None:
+            flaw = "it has not ended" if self.outcome is None else "it is no answer of chat or generate"
+            raise CannotContinue(f"the stream cannot be resumed: {flaw}", self.response)
+        return await self.continuation.stream(self.response, token=token, until=until)
+
+    # -- what is in its JSON --
+
+    def objects(self: Parsing[T], *, fail_fast: bool = False) -> Objects[T]:
+        """Return the answer's JSON object while it grows: ``async for partial in stream.objects()``.
+
+        After each chunk that shows more of it, the loop gets a ``Partial``. The connection is closed as soon as the
+        object is whole (outcome ``"until"``), and, like the stream itself, when the loop is left.
+
+        Args:
+            fail_fast: Whether the first field that is complete and not valid ends it.
+
+        Returns:
+            An asynchronous iterable of ``Partial``: of the model that was given as ``format=``, else of plain values.
+
+        Raises:
+            ParseError: In the loop: the answer is not JSON alone, ends before it is whole, or does not match the model.
+            OllamaError: In the loop: as ``anext()`` does.
+
+        Cancellation: closes the stream at once.
+        """
+        return Objects(cast("Structured", self), fail_fast=fail_fast)
+
+    @overload
+    def items(self: Parsing[object], path: Path = "") -> Items[Any]: ...
+
+    @overload
+    def items(self: Parsing[object], path: Path, item: type[T]) -> Items[T]: ...
+
+    def items(self: Parsing[object], path: Path = "", item: Any = None) -> Items[Any]:
+        """Return the elements of a list in the answer, each when it is complete and valid.
+
+        The connection is closed as soon as the answer's JSON is whole (outcome ``"until"``), and, like the stream
+        itself, when the loop is left.
+
+        Args:
+            path: Where the list is: ``"cities"``, ``"country.cities"``; ``""`` if the answer is a list.
+            item: The type of an element; by default the one that the model given as ``format=`` has there.
+
+        Raises:
+            RequestError: The model has no list there.
+            ParseError: In the loop: as with ``objects()``; an element that is not valid; there is no list.
+            OllamaError: In the loop: as ``anext()`` does.
+
+        Cancellation: closes the stream at once.
+        """
+        return Items(cast("Structured", self), path, item)
+
+    @property
+    def _response_model(self) -> type[BaseModel] | None:
+        return self._reader.response_model
+
+    def _stop_with(self, met: Condition) -> None:
+        self._reader.stop(met)
+
+    def _fail_with(self, error: Exception) -> NoReturn:
+        self._reader.fail(error)
+
+    def _reader_cancelled(self) -> None:
+        self._reader.reader_cancelled()
 
     # -- ending it --
 
@@ -226,21 +257,21 @@ class Stream(LiveObject, Generic[ChunkT]):
         Returns:
             True if this call ended it, False if it was at its end already.
         """
-        return self._call.close_threadsafe(ExchangeOutcome("aborted", reason))
+        return self._reader.call.close_threadsafe(ExchangeOutcome("aborted", reason))
 
     async def aclose(self) -> None:
         """Close the stream, from any task; idempotent. A task that is reading it gets ``StreamClosed``.
 
         Cancellation: safe; once it has begun, the stream is closed.
         """
-        exchange = self._call.exchange
+        exchange = self._reader.call.exchange
         if exchange is None or exchange.loop is not asyncio.get_running_loop():
-            self._call.close_threadsafe(ExchangeOutcome("closed"))
+            self._reader.call.close_threadsafe(ExchangeOutcome("closed"))
             return
-        if self._outcome == "done":
+        if self._reader.committed == "done":
             await exchange.discard_body()
         else:
-            exchange.reader.close(ExchangeOutcome("closed"))
+            self._reader.call.close(exchange, ExchangeOutcome("closed"))
         await exchange.wait_closed()
 
     # -- what has arrived --
@@ -251,14 +282,12 @@ class Stream(LiveObject, Generic[ChunkT]):
 
         After an early end it also has the chunks that had arrived and had not been read.
         """
-        self._absorb()
-        return self._with_info(self._answer.merge.result())
+        return self._reader.response()
 
     @property
     def text(self) -> str:
         """The text of ``response``."""
-        self._absorb()
-        return self._answer.merge.text()
+        return self._reader.text()
 
     @property
     def outcome(self) -> Outcome | None:
@@ -268,335 +297,71 @@ class Stream(LiveObject, Generic[ChunkT]):
         ``"closed"`` (by ``aclose()``, by leaving the loop, or dropped), ``"until"``, ``"error"``, or ``"truncated"``
         (the body ended properly, but the last chunk never came).
         """
-        if self._outcome is not None:
-            return self._outcome
-        end = self._call.outcome
+        if self._reader.committed is not None:
+            return self._reader.committed
+        end = self._reader.call.outcome
         return None if end is None or end.kind == "complete" else end.kind
 
     @property
     def reason(self) -> object:
-        """Why it ended: the reason given to ``abort()``, the phase that timed out, or the error; else ``None``."""
-        end = self._call.outcome
-        if end is None:
+        """Why it ended; ``None`` if ``outcome`` says that already.
+
+        The reason given to ``abort()``, the phase that timed out, the error, or the condition of ``until=`` that was
+        met.
+        """
+        end = self._reader.call.outcome
+        if end is None or (end.kind == "complete" and self._reader.committed != "until"):
             return None
-        if end.kind == "error" and self._call.exchange is not None:
-            return self._broken_off()
+        if end.kind == "error" and self._reader.call.exchange is not None:
+            return self._reader.broken_off()
+        if isinstance(end.cause, PhaseTimeout) and end.kind == "timeout" and self._reader.call.exchange is None:
+            # It passed before a request was sent.
+            return end.cause.phase
         return end.cause
 
     @property
     def timing(self) -> Timing:
         """How fast it arrived."""
-        exchange = self._call.exchange
+        exchange = self._reader.call.exchange
         if exchange is None:
             return Timing(None, 0.0, 0, None)
-        chunks, began = self._answer.delivered, exchange.reader.first_line_at
+        chunks, began = self._reader.answer.delivered, exchange.reader.first_line_at
         first = began - exchange.started_at if began else None
         now = exchange.ended_at or exchange.loop.time()
-        span = (self._answer.last_at or now) - began
+        span = (self._reader.answer.last_at or now) - began
         rate = (chunks - 1) / span if chunks > 1 and span > 0 else None
         return Timing(first, now - exchange.started_at, chunks, rate)
 
     @property
     def token(self) -> CancelToken:
-        """The token that was given to the call, or else one of the stream's own."""
-        token = self._call.token
+        """The token that was given to the call; without one, a token of this stream alone."""
+        token = self._reader.call.token
         if token is None:
             token = CancelToken()
-            self._call.register(token)
+            self._reader.call.register(token)
         return token
 
     @property
     def status_code(self) -> int | None:
         """The HTTP status; ``None`` before it has arrived."""
-        return (self._call.exchange and self._call.exchange.reader.status) or None
+        return (self._reader.call.exchange and self._reader.call.exchange.reader.status) or None
 
     @property
     def headers(self) -> httpx.Headers:
         """The headers of the answer; empty before they have arrived."""
-        exchange = self._call.exchange
+        exchange = self._reader.call.exchange
         return httpx.Headers(list(exchange.reader.head.headers) if exchange else None)
 
     def __repr__(self) -> str:
-        exchange = self._call.exchange
-        state = self.outcome or ("open" if self._opened else "not started" if exchange is None else "opening")
-        return f"<Stream of {self._answer.merge.model.__name__}: {state}, {self._answer.delivered} chunks>"
+        exchange = self._reader.call.exchange
+        state = self.outcome or ("open" if self._reader.opened else "not started" if exchange is None else "opening")
+        return (
+            f"<Stream of {self._reader.answer.merge.model.__name__}: {state}, {self._reader.answer.delivered} chunks>"
+        )
 
     def __del__(self) -> None:
-        # Its last attribute is missing if Ctrl-C came before it was made.
-        if hasattr(self, "_bytes_done") and self._dropped():
-            text = f"unclosed <Stream of {self._answer.merge.model.__name__}: open, {self._answer.delivered} chunks>"
+        # Its attribute is missing if Ctrl-C came before it was made.
+        if hasattr(self, "_reader") and self._reader.dropped():
+            answer = self._reader.answer
+            text = f"unclosed <Stream of {answer.merge.model.__name__}: open, {answer.delivered} chunks>"
             warnings.warn(text, ResourceWarning, source=self, stacklevel=1)
-
-    # -- reading --
-
-    async def _ready(self) -> Self:
-        if not self._opened:
-            self._check_reader()
-            try:
-                self._reading = True
-                await self._open()
-            finally:
-                self._reading = False
-        return self
-
-    def _check_reader(self) -> None:
-        if self._reading:
-            raise StreamBusy("another task is reading this stream; a stream has one reader at a time")
-        exchange = self._call.exchange
-        if exchange is not None and exchange.loop is not asyncio.get_running_loop():
-            raise StreamBusy("the stream belongs to another event loop")
-
-    async def _open(self) -> Exchange:
-        return await self._call.run(self._note_opened, self._result)
-
-    async def _note_opened(self, exchange: Exchange) -> Exchange:
-        self._opened = True
-        self._info = None
-        self._ended = exchange.reader.outcome_slot
-        return exchange
-
-    def _result(self) -> ChunkT | None:
-        return self.response
-
-    def _retry(self) -> bool:
-        """Make another attempt after one that broke off, if that is allowed."""
-        answer, exchange = self._answer, self._call.exchange
-        answer.clear()
-        if answer.merge.bytes_done > self._bytes_done and exchange is not None:
-            self._bytes_done = answer.merge.bytes_done
-            exchange.budget.note_progress()
-        if not self._call.retry():
-            return False
-        self._opened = False
-        answer.restart()
-        return True
-
-    async def _fill(self) -> None:
-        """Get lines, or get to the end."""
-        self._check_reader()
-        answer = self._answer
-        try:
-            self._reading = True
-            answer.clear()
-            exchange = self._call.exchange
-            if exchange is None or not self._opened:
-                exchange = await self._open()
-            if self._outcome is not None:
-                await self._rest(exchange)
-                return
-            while True:
-                decoder, reader = answer.decoder, exchange.reader
-                try:
-                    while not decoder.lines and not decoder.eof:
-                        try:
-                            answer.taking = True
-                            if decoder.failure is not None:
-                                self._fail(exchange, decoder.failure)
-                            data = reader.read_nowait()
-                            if data is not None:
-                                lines = decoder.feed_data(data) if data else decoder.feed_eof()
-                                lines.reverse()
-                                decoder.lines = lines
-                        finally:
-                            answer.taking = False
-                        if data is None:
-                            await reader.wait()
-                except ExchangeEnded:
-                    pass
-                if not self._ended or exchange.reader.failure_outcome is None or not self._retry():
-                    break
-                exchange = await self._open()
-        except BaseException:
-            await self._wait_closed()
-            raise
-        finally:
-            self._reading = False
-        if not answer.decoder.lines and exchange.reader.failure_outcome is None:
-            self._truncated(exchange)
-
-    async def _wait_closed(self) -> None:
-        if self._call.exchange is not None:
-            await self._call.exchange.wait_closed()
-
-    async def _rest(self, exchange: Exchange) -> None:
-        if self._outcome == "done":
-            await exchange.discard_body()
-        elif self._strict:
-            raise self._truncation()
-
-    def _deliver(self, exchange: Exchange) -> ChunkT:
-        """Return the next chunk, and act upon it if it is the last, or if its reader wants to stop at one."""
-        answer, reader = self._answer, exchange.reader
-        chunk: ChunkT | None = None
-        try:
-            answer.taking = True
-            # Looked at after the mark was set: whoever ends it and then looks at the answer does it the other way
-            # round. So one of both leaves the chunk to the other.
-            if not self._ended or reader.failure_outcome is None:
-                chunk = answer.next_chunk(reader.received_at, plainly=self._until is None)
-        except (ProtocolError, ErrorFrame) as exc:
-            self._fail(exchange, stream_error(exc.frame, reader) if isinstance(exc, ErrorFrame) else exc)
-        except BaseException:
-            answer.interrupted()
-            raise
-        finally:
-            answer.taking = False
-        if chunk is None:
-            raise self._broken_off()
-        if chunk.done:
-            self._commit(exchange, "done")
-        elif self._until is not None:
-            self._stop_if_enough(exchange, self._until)
-        return chunk
-
-    def _stop_if_enough(self, exchange: Exchange, until: Callable[[ChunkT], object]) -> None:
-        merged = self._with_info(self._answer.merge.growing_result())
-        assert merged is not None
-        try:
-            enough = until(merged)
-        except BaseException:
-            exchange.reader.close(ExchangeOutcome("closed", "the stream is closed: its until= raised an error"))
-            raise
-        if exchange.reader.failure_outcome is not None:
-            # Aborted in there.
-            raise self._broken_off()
-        if enough:
-            exchange.reader.close(ExchangeOutcome("complete"))
-            self._commit(exchange, "until")
-
-    # -- the end --
-
-    def _truncated(self, exchange: Exchange) -> None:
-        self._commit(exchange, "truncated")
-        if self._strict:
-            raise self._truncation()
-
-    def _truncation(self) -> StreamTruncated:
-        text = "the stream ended without a last chunk that says that the answer is done"
-        return StreamTruncated(text, self.response)
-
-    def _commit(self, exchange: Exchange, outcome: Outcome) -> None:
-        # From here on no abort can end it any more; one that came first (from another thread) has ended it.
-        if not exchange.reader.commit():
-            raise self._broken_off()
-        self._answer.drop_rest()
-        self._outcome = outcome
-        if exchange.observed is not None:
-            exchange.report_end(outcome)
-
-    def _fail(self, exchange: Exchange, error: Exception) -> NoReturn:
-        # What follows what cannot be decoded is not a part of the answer: with a hole in it, it would be another one.
-        self._answer.decoder.lines = []
-        self._answer.absorbed = True
-        exchange.reader.close(ExchangeOutcome("error", error))
-        raise self._broken_off() from error.__cause__
-
-    def _broken_off(self) -> BaseException:
-        """Return what to raise now that the exchange has ended early."""
-        assert self._call.exchange is not None
-        return self._call.exchange.error(self.response)
-
-    def _absorb(self) -> None:
-        """After an early end, merge what had arrived and was not delivered."""
-        exchange = self._call.exchange
-        if exchange is not None and exchange.reader.failure_outcome is not None:
-            self._answer.absorb(exchange)
-
-    def _with_info(self, response: ChunkT | None) -> ChunkT | None:
-        exchange = self._call.exchange
-        if response is not None and exchange is not None:
-            if self._info is None:
-                self._info = exchange.response_info(self._response_model)
-            response.set_response_info(self._info)
-        return response
-
-    def _abandon(self, kind: Kind = "closed") -> None:
-        """Close it because nothing will read on; from any thread, and repeatable."""
-        exchange = self._call.exchange
-        if exchange is not None and self._outcome == "done":
-            exchange.discard_body_soon()
-        elif exchange is not None:
-            exchange.reader.close_threadsafe(ExchangeOutcome(kind))
-        else:
-            self._call.close_threadsafe(ExchangeOutcome(kind))
-
-    def _reader_cancelled(self) -> None:
-        # Before its first step. If another task is reading, that one goes on: this one would have been turned away.
-        if not self._reading:
-            self._abandon("cancelled")
-
-    def _dropped(self) -> bool:
-        """Close it because it was dropped: called from ``__del__``, that is from anywhere.
-
-        Returns:
-            Whether it was open.
-        """
-        exchange = self._call.exchange
-        if exchange is None:
-            return False
-        unclosed = False
-        try:
-            unclosed = self._opened and exchange.reader.outcome is None and exchange.reader.is_attached
-            self._abandon()
-        except BaseException as exc:
-            # Once more, for what Ctrl-C kept it from.
-            self._abandon()
-            if isinstance(exc, Exception):
-                raise
-            raise_in_loop(exchange.loop, exc)
-        return unclosed
-
-
-class _ClosingIterator(Generic[ChunkT]):
-    """An iterator over a stream. When it is dropped, that closes the stream."""
-
-    __slots__ = ("_stream",)
-
-    def __init__(self, stream: Stream[ChunkT]) -> None:
-        self._stream = stream
-
-    def __aiter__(self) -> Self:
-        return self
-
-    def __anext__(self) -> Coroutine[Any, Any, ChunkT]:
-        # The step holds this iterator: `anext(aiter(stream))` gets its chunk before the stream is closed.
-        return Guarded(self._stream._read_chunk(), self._reader_cancelled, "Stream.__anext__")  # noqa: SLF001
-
-    def _reader_cancelled(self) -> None:
-        self._stream._reader_cancelled()  # noqa: SLF001
-
-    def __del__(self) -> None:
-        # None if Ctrl-C came before it was made.
-        stream = getattr(self, "_stream", None)
-        # A second reader that was turned away must not take the stream from the first.
-        if stream is not None and not stream._reading:  # noqa: SLF001
-            stream._dropped()  # noqa: SLF001
-
-
-class _LoopIterator(_ClosingIterator[ChunkT]):
-    """What an ``async for`` holds of a stream; leaving the loop drops it."""
-
-    # Its __anext__ is a method of the stream. Python looks it up in the class, where a slot stands for what the object
-    # has; a method that calls the stream's would be one more call for each token.
-    __slots__ = ("__anext__",)
-
-    __anext__: Callable[[], Coroutine[Any, Any, ChunkT]]  # pyright: ignore[reportIncompatibleMethodOverride]
-
-    def __init__(self, stream: Stream[ChunkT]) -> None:
-        super().__init__(stream)
-        self.__anext__ = stream._read_chunk  # noqa: SLF001
-
-
-_GET_AITER = dis.opmap.get("GET_AITER")
-
-
-def _called_by_async_for() -> bool:
-    """Whether the caller's caller is at the head of an ``async for``, not at a call.
-
-    Where that cannot be told it is taken for a call, which is right for both and costs more for each chunk.
-    """
-    try:
-        frame = sys._getframe(2)  # noqa: SLF001  (the one that leads to nothing but the code's own instruction)
-    except ValueError:
-        return False
-    return frame.f_code.co_code[frame.f_lasti] == _GET_AITER

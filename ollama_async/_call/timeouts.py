@@ -101,3 +101,15 @@ def _is_time(value: object) -> bool:
 
 
 DEFAULT_TIMEOUTS: Final = Timeouts()
+
+_LOOK_CONNECT, _LOOK_TOTAL = 2.0, 5.0
+
+
+def look_timeouts(left: float | None = None) -> Timeouts:
+    """Return the limits for what is asked beside a call, which must not keep the caller of that waiting.
+
+    Args:
+        left: Seconds that are left of the call, if it is limited.
+    """
+    total = _LOOK_TOTAL if left is None else min(left, _LOOK_TOTAL)
+    return Timeouts(connect=min(total, _LOOK_CONNECT), total=total)

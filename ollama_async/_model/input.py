@@ -175,10 +175,24 @@ def _encode_keep_alive(value: object) -> float | str:
         return value.total_seconds()
     if isinstance(value, str) and _GO_DURATION.fullmatch(value):
         return value
-    # Not by isfinite(), which is for floats: of an int that is none it fails.
+    # Not by isfinite(), which is for floats: it fails for an int too large for a float.
     if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _MAX_SECONDS:
         return value
     raise RequestError(f"keep_alive={shown(value)}: give seconds, a timedelta, or a text such as '5m' or '1h30m'")
+
+
+def seconds_of(keep_alive: float | str) -> float:
+    """Return how many seconds an encoded ``keep_alive`` is; negative is for ever."""
+    if not isinstance(keep_alive, str):
+        return keep_alive
+    # Numbers and units by turns, and what stands behind the last unit: nothing, or the 0 that needs none.
+    parts = _GO_UNIT.split(keep_alive.lstrip("+-"))
+    seconds = sum(float(number) * _GO_UNITS[unit] for number, unit in zip(parts[:-1:2], parts[1::2], strict=True))
+    return -seconds if keep_alive.startswith("-") else seconds
+
+
+_GO_UNIT = re.compile(r"(ns|us|µs|μs|ms|s|m|h)")
+_GO_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def _encode_format(value: object) -> str | dict[str, Any]:
@@ -244,7 +258,7 @@ def _encode_context(given: Any) -> list[int]:
 def sequence(given: Any, parameter: str) -> Sequence[Any]:
     """Check that it is a list or something like it."""
     if isinstance(given, list):
-        # To ask an abstract class takes a microsecond.
+        # Asking an abstract class takes a microsecond.
         return given  # pyright: ignore[reportUnknownVariableType]
     if not isinstance(given, Sequence) or isinstance(given, (str, bytes, bytearray)):
         raise RequestError(f"{parameter}={type(given).__name__}: give a list")
@@ -270,9 +284,9 @@ def _encode_message(message: Any, place: int) -> dict[str, Any]:
         try:
             message = Message.model_validate(_plain_message(message))
         except ValidationError as exc:
-            raise RequestError(f"messages[{place}] is no message: {first_error(exc)}") from exc
+            raise RequestError(f"messages[{place}] is not a message: {first_error(exc)}") from exc
         except RequestError as exc:
-            raise RequestError(f"messages[{place}] is no message: {exc}") from exc
+            raise RequestError(f"messages[{place}] is not a message: {exc}") from exc
     # Dumping an image reads its file.
     sent: dict[str, Any] = message.model_dump(exclude_none=True, exclude={"images"})
     if message.images is not None:
@@ -296,7 +310,7 @@ def _is_plain(message: Any) -> bool:
     """Whether it is as it is sent: what most messages are, and of a long chat every one at every turn."""
     if type(message) is not dict:
         return False
-    fields = cast("dict[object, object]", message)
+    fields: dict[object, object] = message  # pyright: ignore[reportUnknownVariableType]  (a cast is a call)
     return fields.keys() == _PLAIN and type(fields["role"]) is type(fields["content"]) is str
 
 
@@ -358,7 +372,7 @@ def _text_or_path(value: str) -> str | Path:
         raise ValueError(f"the file {value!r} {_flaw(value)}")
     text = base64_text(value)
     if text is None:
-        raise ValueError("an image given as str is neither base64 nor a file that exists, nor a data: URL")
+        raise ValueError("an image given as str must be the path of an existing file, base64, or a data: URL")
     return text
 
 

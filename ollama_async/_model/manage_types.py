@@ -1,6 +1,6 @@
 """What the endpoints that manage models and files send, as pydantic models.
 
-In a module of their own that is imported when one of them is wanted: who chats needs none, and to make a class of
+In their own module, which is imported when one of them is wanted: who chats needs none, and to make a class of
 pydantic's takes longer than to import a module of Python.
 """
 
@@ -94,6 +94,11 @@ class LoadedModel(Model):
     """Bytes of it on the GPU."""
     context_length: int | None = None
     """Tokens of context that it was loaded with."""
+
+    @property
+    def vram_share(self) -> float | None:
+        """How much of it is on the GPU, 0 to 1; ``None`` if the server does not say."""
+        return self.size_vram / self.size if self.size and self.size_vram is not None else None
 
 
 class ProcessResponse(Model):

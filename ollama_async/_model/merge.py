@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Reversible, Sized
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic_core import core_schema as cs
 
@@ -17,6 +19,34 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 
+class _Parts(Sized, Reversible[str], Protocol):
+    """_Parts of a text in order."""
+
+
+class _GrowingText:
+    """The beginning of a text whose parts come one by one; adding to it does not copy it."""
+
+    __slots__ = ("_before", "_count", "_text")
+
+    def __init__(self, before: str = "") -> None:
+        self._before = before
+        # The text of the first so many parts.
+        self._text, self._count = "", 0
+
+    def of(self, parts: _Parts) -> str:
+        """Return the text of all parts so far."""
+        # Python makes a string longer in place if a local variable is all that holds it: this takes it out of the
+        # attribute meanwhile. Interrupted, it begins anew.
+        count, self._count = self._count, 0
+        text, self._text = self._text if count else self._before, ""
+        newest = list(islice(reversed(parts), len(parts) - count))
+        for part in reversed(newest):
+            text += part
+        self._text = text
+        self._count = count + len(newest)
+        return text
+
+
 class _Lists:
     """Fields that come in parts, and are joined.
 
@@ -24,24 +54,31 @@ class _Lists:
     added, is not in the answer twice.
     """
 
-    __slots__ = ("_grown", "_grown_count", "content", "logprobs", "thinking", "tool_calls")
+    __slots__ = ("_before", "_grown_content", "_grown_thinking", "content", "logprobs", "thinking", "tool_calls")
 
-    def __init__(self) -> None:
-        # The text of the first so many chunks, for growing_text().
-        self._grown, self._grown_count = "", 0
+    def __init__(self, before: str = "", thinking: str | None = None, logprobs: Sequence[Any] | None = None) -> None:
+        # Of the answer that this one continues.
+        self._before = before
+        # Made at the first question: most streams are never asked.
+        self._grown_content: _GrowingText | None = None
+        self._grown_thinking: _GrowingText | None = None
         self.content: list[str] = []
-        self.thinking: dict[int, str] = {}
-        self.tool_calls: dict[int, Sequence[Any]] = {}
-        self.logprobs: dict[int, Sequence[Any]] = {}
+        # Made when one comes: most answers have none.
+        self.thinking: dict[int, str] | None = {-1: thinking} if thinking else None
+        self.tool_calls: dict[int, Sequence[Any]] | None = None
+        self.logprobs: dict[int, Sequence[Any]] | None = {-1: logprobs} if logprobs else None
 
     def add_rest(self, chunk: Mapping[str, Any], part: Mapping[str, Any]) -> None:
         """Take what a chunk may have besides text: most have nothing."""
         number = len(self.content)
         if part["thinking"]:
+            self.thinking = self.thinking or {}
             self.thinking[number] = part["thinking"]
         if part.get("tool_calls"):
+            self.tool_calls = self.tool_calls or {}
             self.tool_calls[number] = part["tool_calls"]
         if chunk.get("logprobs"):
+            self.logprobs = self.logprobs or {}
             self.logprobs[number] = chunk["logprobs"]
 
     def count(self) -> int:
@@ -50,25 +87,27 @@ class _Lists:
 
     def text(self) -> str:
         """Return the text so far."""
-        return "".join(self.content)
+        return self._before + "".join(self.content)
 
     def growing_text(self) -> str:
         """Return the text so far, at a cost that does not grow with it; for the reader alone."""
-        # Python makes a string longer in place if a local variable is all that holds it: this takes it out of the
-        # attribute meanwhile. Interrupted, it begins anew.
-        count, self._grown_count = self._grown_count, 0
-        text, self._grown = self._grown if count else "", ""
-        for part in self.content[count:]:
-            text += part
-        self._grown = text
-        self._grown_count = len(self.content)
-        return text
+        if self._grown_content is None:
+            self._grown_content = _GrowingText(self._before)
+        return self._grown_content.of(self.content)
 
-    def of_message(self) -> dict[str, Any]:
-        """Return the joined fields that a message has, but for the text."""
+    def growing_thinking(self) -> str | None:
+        """Return the thinking so far, in the same way."""
+        if not self.thinking:
+            return None
+        if self._grown_thinking is None:
+            self._grown_thinking = _GrowingText()
+        return self._grown_thinking.of(self.thinking.values())
+
+    def of_message(self, thinking: str | None = None) -> dict[str, Any]:
+        """Return the joined fields that a message has, but for the text; the thinking as given, if it is."""
         fields: dict[str, Any] = {}
         if self.thinking:
-            fields["thinking"] = "".join(list(self.thinking.values()))
+            fields["thinking"] = "".join(list(self.thinking.values())) if thinking is None else thinking
         if self.tool_calls:
             fields["tool_calls"] = _joined(self.tool_calls)
         return fields
@@ -121,7 +160,7 @@ def _sparse(model: type[Sparse]) -> Validators[Any]:
     while True:
         # For a class that is complete, pydantic does not follow the schema that it is given, but takes the validator
         # that the class has. It asks for that only when it builds one, so nobody else notices: who builds one in this
-        # moment has the same, only not shared. Who completes a class in this moment is noticed by us.
+        # moment has the same, only not shared. We notice a class that is completed in this moment.
         complete = [cls for cls in (Message, model) if cls.__pydantic_complete__]
         try:
             for cls in complete:
@@ -153,8 +192,16 @@ def _just(cls: type[Sparse], /, **fields: cs.CoreSchema) -> cs.CoreSchema:
     )
 
 
+# An answer that was cut and is continued is not at its end.
+_OPEN = {"done": False, "done_reason": None}
+
+
 class ChatMerge(_Lists):
-    """Merges chunks of a chat."""
+    """Merges chunks of a chat.
+
+    Args:
+        before: The partial answer that they continue.
+    """
 
     __slots__ = ("_last",)
 
@@ -162,9 +209,12 @@ class ChatMerge(_Lists):
     batch_size = _BATCH_SIZE
     bytes_done = 0
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._last: ChatResponse | None = None
+    def __init__(self, before: ChatResponse | None = None) -> None:
+        if before is None:
+            super().__init__()
+        else:
+            super().__init__(before.text, before.message.thinking, before.logprobs)
+        self._last: ChatResponse | None = before and before.model_copy(update=_OPEN)
 
     def add(self, chunk: ChatResponse) -> None:
         """Add the next chunk."""
@@ -189,18 +239,22 @@ class ChatMerge(_Lists):
 
     def growing_result(self) -> ChatResponse | None:
         """Return what ``result()`` does, at a cost that does not grow with the answer; for the reader alone."""
-        return self._with_text(self.growing_text())
+        return self._with_text(self.growing_text(), self.growing_thinking())
 
-    def _with_text(self, text: str) -> ChatResponse | None:
+    def _with_text(self, text: str, thinking: str | None = None) -> ChatResponse | None:
         last = self._last
         if last is None:
             return None
-        message = last.message.model_copy(update={"content": text, **self.of_message()})
+        message = last.message.model_copy(update={"content": text, **self.of_message(thinking)})
         return last.model_copy(update={"message": message, **self.of_chunk()})
 
 
 class GenerateMerge(_Lists):
-    """Merges chunks of a completion."""
+    """Merges chunks of a completion.
+
+    Args:
+        before: The partial answer that they continue.
+    """
 
     __slots__ = ("_last",)
 
@@ -208,9 +262,12 @@ class GenerateMerge(_Lists):
     batch_size = _BATCH_SIZE
     bytes_done = 0
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._last: GenerateResponse | None = None
+    def __init__(self, before: GenerateResponse | None = None) -> None:
+        if before is None:
+            super().__init__()
+        else:
+            super().__init__(before.text, before.thinking, before.logprobs)
+        self._last: GenerateResponse | None = before and before.model_copy(update=_OPEN)
 
     def add(self, chunk: GenerateResponse) -> None:
         """Add the next chunk."""
@@ -231,12 +288,12 @@ class GenerateMerge(_Lists):
 
     def growing_result(self) -> GenerateResponse | None:
         """Return what ``result()`` does, at a cost that does not grow with the answer; for the reader alone."""
-        return self._with_text(self.growing_text())
+        return self._with_text(self.growing_text(), self.growing_thinking())
 
-    def _with_text(self, text: str) -> GenerateResponse | None:
+    def _with_text(self, text: str, thinking: str | None = None) -> GenerateResponse | None:
         if self._last is None:
             return None
-        return self._last.model_copy(update={"response": text, **self.of_message(), **self.of_chunk()})
+        return self._last.model_copy(update={"response": text, **self.of_message(thinking), **self.of_chunk()})
 
 
 class ProgressMerge:

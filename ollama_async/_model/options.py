@@ -19,7 +19,7 @@ class Options(Model):
     """Options of a model; those that are not given are left to the model, and unknown ones are passed on.
 
     Where ``options=`` is wanted a plain dict does as well; it is checked against this. The server keeps a default for
-    each; a change of one that is marked *load* makes it load the model anew.
+    each; a change of one that is marked *load* makes it load the model again.
     """
 
     num_ctx: int | None = None

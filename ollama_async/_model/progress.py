@@ -74,7 +74,7 @@ class Meter:
         self._totals: dict[str, int] = {}
         self._completed: dict[str, int] = {}
         self._fraction: float | None = None
-        # Bytes that were there at the start are done, but nobody has moved them: they are no part of the rate.
+        # Bytes that were there at the start are done, but nobody has moved them: they do not count for the rate.
         self._moved = 0
         self._samples: deque[tuple[float, int]] = deque()
 

@@ -59,7 +59,7 @@ class SystemOneRequest(Model):
     state: SystemOneContent
     """What the questions are about."""
     questions: Mapping[str, SystemOneQuestion]
-    """The questions by names of your own."""
+    """The questions by names that you choose."""
     keep_alive: float | str | None = None
     """How long the model stays loaded."""
 

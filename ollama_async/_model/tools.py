@@ -64,7 +64,7 @@ class Tool(Model):
     """The function."""
 
 
-def encode_tools(given: Any, *, legacy: bool = False) -> list[dict[str, Any]]:
+def encode_tools(given: Any, *, legacy: bool = False) -> Sequence[dict[str, Any]]:
     """Turn the tools of a chat into JSON schemas.
 
     Args:
@@ -75,7 +75,8 @@ def encode_tools(given: Any, *, legacy: bool = False) -> list[dict[str, Any]]:
         RequestError: There is something else among them, or something that no schema can be made of.
     """
     if given is None:
-        return []
+        # Not a list: each open stream holds what was asked, and most have no tools.
+        return ()
     return [_encode_tool(tool, place, legacy=legacy) for place, tool in enumerate(sequence(given, "tools"))]
 
 
@@ -103,7 +104,7 @@ def tool_schema(tool: Any, /) -> dict[str, Any]:
             ollama-python's), or a schema as a dict.
 
     Raises:
-        RequestError: It is none of these, a parameter is of a type that has no JSON schema, or it is a method without
+        RequestError: It is something else, a parameter is of a type that has no JSON schema, or it is a method without
             its object.
     """
     if isinstance(tool, Mapping) or has_dump(tool):
@@ -111,7 +112,9 @@ def tool_schema(tool: Any, /) -> dict[str, Any]:
     if isinstance(tool, type) and issubclass(tool, BaseModel):
         return _model_schema(tool)
     if isinstance(tool, type) or not callable(tool):
-        raise RequestError(f"{tool!r} is no tool: give a function, a pydantic model class, or a JSON schema as a dict")
+        raise RequestError(
+            f"{tool!r} is not a tool: give a function, a pydantic model class, or a JSON schema (a dict)"
+        )
     return _function_schema(tool)
 
 
@@ -151,17 +154,29 @@ def _said(exc: Exception) -> str:
 # -- functions --
 
 
-def _function_schema(function: Callable[..., Any]) -> dict[str, Any]:
+def tool_parameters(function: Callable[..., Any]) -> list[tuple[inspect.Parameter, Any]]:
+    """Return the parameters of a function that a model fills in, each with its type.
+
+    Raises:
+        RequestError: They cannot be read, or it is a method without its object.
+    """
     inner, filled = _unfilled(function)
+    name, code = _name(inner), _code_of(inner)
+    return [
+        (parameter, _hint(parameter, code, name))
+        for parameter in _signature(function, inner, name)
+        if parameter.name not in filled
+    ]
+
+
+def _function_schema(function: Callable[..., Any]) -> dict[str, Any]:
+    inner, _ = _unfilled(function)
     name, code = _name(inner), _code_of(inner)
     description, described = _read_docstring(inspect.getdoc(code) or "")
     properties: dict[str, Any] = {}
     definitions: dict[str, Any] = {}
     required: list[str] = []
-    for parameter in _signature(function, inner, name):
-        if parameter.name in filled:
-            continue
-        hint = _hint(parameter, code, name)
+    for parameter, hint in tool_parameters(function):
         schema = _parameter_schema(parameter, hint, name, definitions)
         said = _description(hint) or described.get(parameter.name)
         if said:
@@ -194,7 +209,7 @@ def _code_of(function: Any) -> Any:
 def _name(function: Any) -> str:
     name = str(getattr(function, "__name__", type(function).__name__))
     if not name.isidentifier():
-        raise RequestError(f"a tool needs a name, and {name} is none: give a function made with def")
+        raise RequestError(f"{name} cannot be the name of a tool: give a function made with def")
     return name
 
 
@@ -274,7 +289,7 @@ def _add_default(schema: dict[str, Any], default: Any) -> None:
         try:
             schema["default"] = _as_json(default)
         except ValueError:
-            # It cannot be told to the model, which may leave the parameter out all the same.
+            # It cannot be told to the model, which may still leave the parameter out.
             schema.pop("default", None)
 
 
@@ -282,7 +297,7 @@ def _as_json(value: Any) -> Any:
     """Return a value as it is when it has been written as JSON and read again.
 
     Raises:
-        ValueError: JSON has no such value: it is no number, no text, or something of Python.
+        ValueError: JSON has no such value: it is not a number or text, or only Python has it.
     """
     try:
         written = pydantic_core.to_json(value, inf_nan_mode="constants")
@@ -469,5 +484,5 @@ def _split_legacy(line: str) -> tuple[str, bool, str]:
     if closed < 0 or colon < opened:
         return line[:colon].strip(), True, line[colon + 1 :].strip()
     after = line[closed + 1 :]
-    # Empty brackets are no type, so what follows them is the text as it is.
+    # Empty brackets are not a type, so what follows them is the text as it is.
     return line[:opened].strip(), True, (after.split(":", 1)[-1] if closed > opened + 1 else after).strip()

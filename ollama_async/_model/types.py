@@ -10,6 +10,7 @@ import base64
 import os
 import urllib.parse
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from types import GetSetDescriptorType
 from typing import (
@@ -41,6 +42,7 @@ from pydantic_core import from_json
 
 from ollama_async._call.chunk import ResponseInfo  # noqa: TC001  (so that typing.get_type_hints() finds it)
 from ollama_async._errors import ParseError, RequestError
+from ollama_async._secret import showable
 
 T = TypeVar("T")
 
@@ -133,7 +135,7 @@ def base64_text(text: str) -> str | None:
 class _OnlyIfSent:
     """Marks a field that ollama-python's model does not have.
 
-    A program that was written for that one sees the field where it looks for all there is (``model_dump()``,
+    A program that was written for that one sees the field in a dump of all fields (``model_dump()``,
     ``dict()``) only if it was sent.
     """
 
@@ -262,9 +264,9 @@ _COMPLETE = "\0"
 class Sparse(Model):
     """Base of what a token is made of: an instance may have been made with only the fields that came.
 
-    To write down that a dozen fields have not come is a third of the work of making a token's two objects, and is for
-    nothing mostly. So it is done when somebody asks for all that an instance holds. Whoever does that (pydantic's
-    serializer, comparison, copies, pickles, ``vars()``) asks for its ``__dict__``, which is why this is a property.
+    Storing that a dozen fields were not sent is a third of the work of making a token's two objects, and is mostly
+    useless. So it is done when code needs everything that an instance holds. Such code (pydantic's serializer,
+    comparison, copies, pickles, ``vars()``) reads its ``__dict__``, which is why this is a property.
     """
 
     if TYPE_CHECKING:
@@ -429,6 +431,33 @@ class DebugInfo(Model):
     """Number of images."""
 
 
+@showable
+@dataclass(frozen=True, slots=True)
+class ContextUsage:
+    """How much of a model's context a call has used.
+
+    Attributes:
+        prompt: Tokens of the prompt that the model read; ``None`` if the server did not say.
+        answer: Tokens of the answer.
+        limit: Tokens that the context has: the ``num_ctx`` of the request, else what ``context_length()`` has found
+            out; ``None`` if neither is known.
+        cut: Whether the server cut the prompt. ``None`` where the figures do not show it: of a chat it leaves out the
+            oldest messages without a word. With ``on_truncation="warn"`` or ``"raise"`` it is known.
+    """
+
+    prompt: int | None
+    answer: int | None
+    limit: int | None
+    cut: bool | None
+
+    @property
+    def share(self) -> float | None:
+        """Which part of the context is used, from 0 on; above 1 if the context was shifted on the way."""
+        if not self.limit or self.prompt is None:
+            return None
+        return (self.prompt + (self.answer or 0)) / self.limit
+
+
 class _Answer(Sparse):
     """What answers of chat and generate have in common."""
 
@@ -467,11 +496,38 @@ class _Answer(Sparse):
         raise NotImplementedError
 
     @property
+    def is_whole(self) -> bool:
+        """Whether the model ended the answer by itself: it was not cut for length, and it is more than a load."""
+        return self.done and not self.is_cut and not self.is_load
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the server ended the answer for its length: ``num_predict`` was reached, or the context was full."""
+        return self.done_reason == "length"
+
+    @property
+    def is_load(self) -> bool:
+        """Whether the model was only loaded or unloaded, and not asked: the request had no prompt, or no messages."""
+        return self.done_reason in ("load", "unload")
+
+    @property
+    def context_usage(self) -> ContextUsage | None:
+        """How much of the context was used; ``None`` of a chunk, and before the last chunk has come."""
+        info = self._response_info()
+        if info is None or info.asked is None or not self.done or self.is_load:
+            return None
+        asked = info.asked
+        cut = asked.cut
+        if cut is None and asked.limit and (self.prompt_eval_count or 0) >= asked.limit:
+            cut = True
+        return ContextUsage(self.prompt_eval_count, self.eval_count, asked.limit, cut)
+
+    @property
     def parsed(self) -> Any:
         """The answer as an instance of the pydantic model that was given as ``format=``; ``None`` if none was.
 
         Raises:
-            ParseError: The text is no such thing; it may have been cut short (see ``done_reason``).
+            ParseError: The text does not match; it may have been cut short (see ``done_reason``).
         """
         info = self._response_info()
         if info is None or info.response_model is None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .socket import GuardedSocket
 
 
-# A name of its own: Python 3.11 looks a member up in its enum by a call, and this is asked for every token.
+# A separate name: Python 3.11 looks a member up in its enum by a call, and this is asked for every token.
 _HEAD = Phase.HEAD
 
 
@@ -277,7 +277,7 @@ class Connection(asyncio.BaseProtocol):
 
     def _interrupted(self, parser: ResponseParser, reader: ResponseReader, exc: BaseException) -> None:
         """Close the connection after Ctrl-C or the like: the parser may have stopped anywhere in the answer."""
-        # In a callback of its own: uvloop takes what its callbacks raise for an error of the connection.
+        # In its own callback: uvloop takes what its callbacks raise for an error of the connection.
         raise_in_loop(reader.loop, exc)
         if reader.phase < _HEAD and parser.head is not None:
             reader.feed_head(parser.head)

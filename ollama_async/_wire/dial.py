@@ -8,6 +8,9 @@ import os
 import re
 import socket
 import ssl
+import sys
+import types
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -19,9 +22,11 @@ from .socket import GuardedSocket
 from .tasks import cancel_once
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    import contextvars
+    from collections.abc import Coroutine, Generator, Iterable, MutableMapping
 
     from .connection import TlsConnection
+    from .reader import ResponseReader
 
 # RFC 8305, section 5: how long one address may take before the next one is tried beside it.
 _STAGGER = 0.25
@@ -67,6 +72,130 @@ class Sockets:
         self.shutdown()
         for sock in list(self._open):
             sock.close()
+
+
+class SocketDial:
+    """A TCP connection to one address in the making, as the link of a reader: the loop watches its socket.
+
+    There is no task: with its timeout and its callbacks it would cost more than the connection. There need be one
+    only where more than one thing is awaited: a name, several addresses, a proxy's answer, a handshake.
+
+    Args:
+        loop: The event loop.
+        family: The address family.
+        dialling: The pool's connections in the making, by reader.
+
+    Attributes:
+        sock: The socket.
+    """
+
+    __slots__ = ("_connected", "_dialling", "_loop", "_owned", "_watched", "sock")
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, family: int, dialling: MutableMapping[ResponseReader, Any]
+    ) -> None:
+        self._loop = loop
+        self._dialling = dialling
+        self._connected = False
+        # The descriptor that the loop watches.
+        self._watched: int | None = None
+        self._owned = True
+        self.sock: GuardedSocket = GuardedSocket(family, socket.SOCK_STREAM)
+
+    async def connect(self, reader: ResponseReader, address: tuple[str, int]) -> None:
+        """Connect, for a reader whose link this is.
+
+        Raises:
+            OSError: There is no connection.
+            ExchangeEnded: The exchange was ended meanwhile.
+
+        Cancellation: the socket is closed at once.
+        """
+        sock = self.sock
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            sock.connect(address)
+        except (BlockingIOError, InterruptedError):
+            self._watched = sock.fileno()
+            self._loop.add_writer(self._watched, self._writable, reader)
+            while not self._connected:
+                await reader.wait()
+            # Again, if Ctrl-C came between the steps of _writable(): the loop calls that until it is not watched.
+            self._unwatch()
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code:
+                raise OSError(code, os.strerror(code)) from None
+
+    def _writable(self, reader: ResponseReader) -> None:
+        self._connected = True
+        reader.wake()
+        self._unwatch()
+
+    def _unwatch(self) -> None:
+        if self._watched is not None and not self._loop.is_closed():
+            self._loop.remove_writer(self._watched)
+        self._watched = None
+
+    def hand_over(self) -> None:
+        """Leave the socket to a transport of the loop, which closes it."""
+        self._owned = False
+
+    def shutdown_for(self, reader: ResponseReader) -> None:
+        """Send the FIN; from any thread."""
+        self.sock.shutdown()
+
+    def close_for(self, reader: ResponseReader) -> None:
+        """Close the socket, unless a transport has it; then the reader's task closes that in the next round."""
+        # The task does that as well, unless Ctrl-C comes there.
+        self._dialling.pop(reader, None)
+        if self._owned:
+            self.close()
+
+    def close(self) -> None:
+        """Close the socket, also after its loop was closed; idempotent."""
+        self._unwatch()
+        self.sock.shutdown()
+        self.sock.close()
+
+    def pause_reading(self) -> None:
+        """Nothing is read yet."""
+
+    def resume_reading(self) -> None:
+        """Nothing is read yet."""
+
+
+@types.coroutine
+def in_context(context: contextvars.Context, coroutine: Coroutine[Any, Any, Any]) -> Generator[Any, Any, Any]:
+    """Run a coroutine in this task and another context: what it makes does not keep the context of the caller.
+
+    Cancellation: as that of the coroutine.
+    """
+    step, value = coroutine.send, None
+    try:
+        while True:
+            try:
+                awaited = context.run(step, value)
+            except StopIteration as stop:
+                return stop.value
+            try:
+                step, value = coroutine.send, (yield awaited)
+            except BaseException as exc:
+                step, value = coroutine.throw, exc
+    finally:
+        coroutine.close()
+
+
+@lru_cache(maxsize=64)
+def family_of(host: str) -> int | None:
+    """Return the address family of a host that is an IP address, ``None`` for a name."""
+    try:
+        return socket.AF_INET if ipaddress.ip_address(host).version == 4 else socket.AF_INET6
+    except ValueError:
+        return None
+
+
+# The default loop of Windows watches no sockets; it only connects them.
+WATCHES_SOCKETS = sys.platform != "win32"
 
 
 async def open_socket(
@@ -170,12 +299,10 @@ async def _answer_to_connect(loop: asyncio.AbstractEventLoop, sock: GuardedSocke
 
 
 async def _resolve(loop: asyncio.AbstractEventLoop, origin: Origin) -> list[tuple[int, int, Any]]:
-    try:
-        address = ipaddress.ip_address(origin.host)
-    except ValueError:
+    family = family_of(origin.host)
+    if family is None:
         found = await loop.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
         return [(family, proto, where) for family, _, proto, _, where in found]
-    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     return [(family, 0, (origin.host, origin.port))]
 
 

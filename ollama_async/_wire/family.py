@@ -1,6 +1,6 @@
 """httpx or httpx2: an answer, and an error, is of the package that the request is of.
 
-httpx2 continues httpx, under the same names of classes. Each of the two takes only objects of its own classes. httpx2
+httpx2 continues httpx, under the same names of classes. Each of the two takes only its own objects. httpx2
 is optional, so it is never imported here: a request that is made of it has imported it.
 """
 

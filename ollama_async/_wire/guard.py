@@ -212,6 +212,6 @@ def limited(stream: Any, status: int, encoding: str | None) -> Any:
 
 
 def like_stream(kind: type, stream: Any) -> Any:
-    """Return a subclass of ``kind`` in a stream's family: httpx and httpx2 take only streams of their own kind."""
+    """Return a subclass of ``kind`` in a stream's family: httpx and httpx2 take only their own kind of streams."""
     ancestors = cast("Any", type(stream)).__mro__
     return mixed(kind, next((each for each in ancestors if each.__name__ == "AsyncByteStream"), object))

@@ -164,7 +164,7 @@ def _body_length(request: httpx.Request) -> int | None:
         return None
     length: str = request.headers.get("content-length", "0")
     if not (length.isascii() and length.isdigit()):
-        raise httpx.LocalProtocolError(f"the request's Content-Length is no number: {length!r}")
+        raise httpx.LocalProtocolError(f"the request has an invalid Content-Length, {length!r}: give a number")
     return int(length)
 
 

@@ -45,7 +45,9 @@ def transport_is_intercepted(package: ModuleType = httpx) -> bool:
 def _core_is_intercepted(package: ModuleType = httpx) -> bool:
     # httpx imports it when the first of its transports is made; until then nobody can have replaced anything.
     core = sys.modules.get(_CORES[package.__name__])
-    return core is not None and not _is_untouched(core.AsyncConnectionPool, "handle_async_request")
+    # Not yet there while another thread imports it.
+    pool = getattr(core, "AsyncConnectionPool", None)
+    return pool is not None and not _is_untouched(pool, "handle_async_request")
 
 
 # The methods that have been found untouched, so that the next look costs next to nothing.

@@ -88,9 +88,10 @@ class ResponseParser:
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            self.error = httpx.RemoteProtocolError("the server switched protocols, which was not asked for")
+            # Only behind the answer: on_headers_complete() refuses it as the answer.
+            self.trailing_data = True
         except httptools.HttpParserError as exc:
-            # What a callback raises, the parser turns into an error of its own.
+            # What a callback raises, the parser turns into its own error.
             cause = exc.__context__
             if cause is not None and not isinstance(cause, Exception):
                 raise cause from None
@@ -145,10 +146,14 @@ class ResponseParser:
     def on_status(self, reason: bytes) -> None:
         if not self.complete:
             self._reason += reason
-            self._count(len(reason))
+            self.head_size += len(reason)
+            if self.head_size > MAX_HEAD_BYTES:
+                raise _Refused(_TOO_LARGE)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._count(len(name) + len(value) + 4)
+        self.head_size += len(name) + len(value) + 4
+        if self.head_size > MAX_HEAD_BYTES:
+            raise _Refused(_TOO_LARGE)
         if self.head is None:
             self._headers.append((name, value.strip(b" \t")))
 
@@ -178,11 +183,6 @@ class ResponseParser:
             self._complete()
 
     # -- inside --
-
-    def _count(self, size: int) -> None:
-        self.head_size += size
-        if self.head_size > MAX_HEAD_BYTES:
-            raise _Refused(_TOO_LARGE)
 
     def _complete(self) -> None:
         self.complete = True

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from enum import IntEnum, unique
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .outcome import ExchangeOutcome
+
+_log = logging.getLogger("ollama_async.exchange")
 
 
 @unique
@@ -45,3 +52,14 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
     Phase.EOF: frozenset({Phase.CONNECTING, Phase.SENDING, Phase.WAITING, Phase.CLOSED}),
     Phase.CLOSED: frozenset(),
 }
+
+
+def phases_are_logged() -> bool:
+    """Whether anybody reads the log of phases."""
+    return _log.isEnabledFor(logging.DEBUG)
+
+
+def log_phase(exchange: int, phase: Phase, outcome: ExchangeOutcome | None) -> None:
+    """Log that an attempt has entered a phase; ``exchange`` is a number that tells it from others."""
+    # Never the cause: an abort's reason is the caller's, and an error may quote what the server sent.
+    _log.debug("exchange %#x: %s%s", exchange, phase.name, f", {outcome.kind}" if outcome else "")

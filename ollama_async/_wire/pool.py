@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ollama_async._loops import EmptyContext, in_loop
 
+from .link import HIGH_WATER
 from .outcome import ExchangeOutcome
-from .reader import HIGH_WATER, ResponseReader
 from .tasks import cancel_once
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from .connection import Connection
-    from .dial import Sockets
+    from .dial import SocketDial, Sockets
     from .http1 import Origin
+    from .reader import ResponseReader
 
 _CLOSED = "the event loop or the client was closed"
+
+# So many connections are begun in one round of the loop: a thousand at once would keep everything else waiting, and
+# themselves: the first of them would be connected when the last of them has been begun.
+_BEGUN_A_ROUND = 32
 
 
 class ConnectionPool:
@@ -41,7 +47,11 @@ class ConnectionPool:
         # A connection serves many calls, and must not keep what the first of them has in its context variables.
         self.context = EmptyContext()
         # The readers whose connection is being made.
-        self.dialling: dict[ResponseReader, Dialling] = {}
+        self.dialling: dict[ResponseReader, Dialling | SocketDial] = {}
+        # The readers whose connection is begun in a later round, in order.
+        self._waiting: dict[ResponseReader, None] = {}
+        # One for each connection that was begun in this round.
+        self._begun: list[None] = []
         self._loop_end = _close_with_loop(self)
         # asyncio.run() finishes the loop's async generators before it closes the loop: a generator that waits at a
         # yield is a hook into that moment which costs no task. Stepped by hand it neither awaits nor suspends.
@@ -90,6 +100,43 @@ class ConnectionPool:
         if idle and idle[-1] is connection:
             idle.pop()
 
+    async def turn(self, reader: ResponseReader) -> None:
+        """Wait until a connection may be begun: at once, unless many were begun in this round of the loop.
+
+        Raises:
+            ExchangeEnded: The exchange was ended meanwhile.
+
+        Cancellation: safe; nothing has been begun.
+        """
+        begun, waiting = self._begun, self._waiting
+        if not begun:
+            # Python calls no signal handler inside this function: after Ctrl-C at any line the count is right.
+            self.loop.call_soon(begun.clear, context=self.context)
+            if waiting:
+                self.loop.call_soon(self._next_turns, context=self.context)
+        begun.append(None)
+        if len(begun) <= _BEGUN_A_ROUND:
+            return
+        try:
+            if not waiting:
+                self.loop.call_soon(self._next_turns, context=self.context)
+            waiting[reader] = None
+            while reader in waiting:
+                await reader.wait()
+        finally:
+            waiting.pop(reader, None)
+
+    def _next_turns(self) -> None:
+        try:
+            for reader in list(islice(self._waiting, _BEGUN_A_ROUND)):
+                self._waiting.pop(reader, None)
+                self._begun.append(None)
+                reader.wake()
+        finally:
+            self.loop.call_soon(self._begun.clear, context=self.context)
+            if self._waiting:
+                self.loop.call_soon(self._next_turns, context=self.context)
+
     def dialled(self, reader: ResponseReader, _: asyncio.Task[Connection]) -> None:
         """Note that the attempt to make a connection has ended, well or badly."""
         self.dialling.pop(reader, None)
@@ -108,7 +155,7 @@ class ConnectionPool:
     def close_connections(self) -> None:
         """Close every connection now; in the loop's thread."""
         self._closed = True
-        for reader in list(self.dialling):
+        for reader in [*self.dialling, *self._waiting]:
             reader.close(ExchangeOutcome("closed", _CLOSED))
         self._idle.clear()
         if self._timer is not None:
@@ -132,11 +179,14 @@ class ConnectionPool:
             for connection in list(self._all):
                 connection.sock.close()
             for reader, dialling in list(self.dialling.items()):
-                dialling.sockets.close()
+                dialling.close()
                 # It leaves the tokens, which would hold it and its loop.
+                reader.decide(ExchangeOutcome("closed"))
+            for reader in list(self._waiting):
                 reader.decide(ExchangeOutcome("closed"))
             self._all.clear()
             self.dialling.clear()
+            self._waiting.clear()
             self.close()
         elif asyncio._get_running_loop() is self.loop:  # noqa: SLF001
             self.close()
@@ -185,6 +235,10 @@ class Dialling:
         elif not task.cancelled() and task.exception() is None:
             # Connected in the very moment in which the exchange ended.
             task.result().close()
+
+    def close(self) -> None:
+        """Close the sockets, after their loop was closed."""
+        self.sockets.close()
 
     def pause_reading(self) -> None:
         """Nothing is read yet."""

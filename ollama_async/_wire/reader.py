@@ -7,58 +7,23 @@ once, by whoever comes first: the consumer, the writer, a timer, or ``abort()`` 
 from __future__ import annotations
 
 import asyncio
-import logging
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from ollama_async._cancel import SetOnce
 from ollama_async._errors import ProtocolError
 from ollama_async._loops import in_loop, resolve
 
+from .link import HIGH_WATER, NO_OWNER
 from .outcome import ExchangeEnded, ExchangeOutcome, Framing
 from .parser import Head
-from .phase import Phase
+from .phase import Phase, log_phase, phases_are_logged
 from .release import release_in_turn
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from .link import Link, Owner
     from .unpack import Unpacker
-
-_log = logging.getLogger("ollama_async.exchange")
-
-# Reading from the socket pauses when this many bytes wait for the consumer, and resumes when the consumer waits for
-# more, so that a slow consumer of a fast server holds a bounded amount. One read brings up to as much on top of it,
-# over TLS up to 256 KiB.
-HIGH_WATER = 64 * 1024
-
-
-class Link(Protocol):
-    """What a reader is attached to: a connection, a connection in the making, an upload, a foreign request."""
-
-    def shutdown_for(self, reader: ResponseReader) -> None:
-        """Send the FIN now. From any thread or signal handler; touches nothing of the event loop."""
-
-    def close_for(self, reader: ResponseReader) -> None:
-        """Release everything now. In the event loop's thread; idempotent."""
-
-    def pause_reading(self) -> None:
-        """Read no more for now. In the event loop's thread."""
-
-    def resume_reading(self) -> None:
-        """Read on. In the event loop's thread."""
-
-
-class Owner(Protocol):
-    """Whoever is told what happens to a reader: an exchange."""
-
-    def head_arrived(self, head: Head) -> None:
-        """Take note of the head, before it is delivered. In the event loop's thread."""
-
-    def outcome_decided(self) -> None:
-        """Leave the tokens. In the thread that decided; may be repeated."""
-
-    def link_released(self) -> None:
-        """Stop the timers: the outcome is decided, and nothing can arrive any more. In the event loop's thread."""
 
 
 class ResponseReader:
@@ -89,7 +54,6 @@ class ResponseReader:
         "_link",
         "_logs",
         "_outcome",
-        "_owner",
         "_waiter",
         "entered_at",
         "first_line_at",
@@ -97,6 +61,7 @@ class ResponseReader:
         "head",
         "last_activity_at",
         "loop",
+        "owner",
         "paused",
         "phase",
         "received_at",
@@ -105,7 +70,7 @@ class ResponseReader:
     )
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, owner: Owner | None = None, framing: Framing = Framing.WHOLE
+        self, loop: asyncio.AbstractEventLoop, owner: Owner = NO_OWNER, framing: Framing = Framing.WHOLE
     ) -> None:
         self.loop: asyncio.AbstractEventLoop = loop
         self.phase: Phase = Phase.NEW
@@ -125,9 +90,9 @@ class ResponseReader:
         self._link: Link | None = None
         self._outcome = SetOnce()
         # Asked once: the answer is a call each time, and a stream of one token enters five phases.
-        self._logs = _log.isEnabledFor(logging.DEBUG)
+        self._logs = phases_are_logged()
         # The exchange, which has this: the circle is opened when the exchange is over.
-        self._owner = owner
+        self.owner: Owner = owner
 
     # -- the writer's side, in the loop's thread --
 
@@ -137,9 +102,7 @@ class ResponseReader:
             return
         self.phase = phase
         if self._logs:
-            # Never the cause: an abort's reason is the caller's, and an error may quote what the server sent.
-            outcome = self.outcome
-            _log.debug("exchange %#x: %s%s", id(self), phase.name, f", {outcome.kind}" if outcome else "")
+            log_phase(id(self), phase, self.outcome)
         if phase < _HEAD:
             self.last_activity_at = self.entered_at = self.loop.time()
 
@@ -149,22 +112,21 @@ class ResponseReader:
         self.unpacker = None
         self.paused = False
         self.first_line_at = 0.0
-        self._blocks = []
-        self._buffered_bytes = 0
+        self.read_buffered()
 
     def attach(self, link: Link) -> None:
         """Attach the reader to a link; if the exchange has ended in the meantime, the link is closed at once."""
         self._link = link
         # close_threadsafe() decides first and then looks for the link; this does it the other way round. One of both
         # sees the other.
-        if self._outcome.slot:
+        if self._outcome:
             link.shutdown_for(self)
             link.close_for(self)
 
     def detach(self) -> None:
         """Let go of the link: the answer has arrived, and the connection may serve others."""
         self._link = None
-        if self._outcome.slot:
+        if self._outcome:
             self._let_go_of_owner()
             self.tidied = self.failure_outcome is None
 
@@ -181,9 +143,8 @@ class ResponseReader:
         self.head = head
         self.enter(Phase.HEAD)
         # From here on the server may not fall silent for longer than the idle limit.
-        self.last_activity_at = self.loop.time()
-        if self._owner is not None:
-            self._owner.head_arrived(head)
+        self.last_activity_at = self.received_at
+        self.owner.head_arrived(head)
         self.wake()
 
     def feed_data(self, block: bytes) -> bool:
@@ -217,7 +178,7 @@ class ResponseReader:
         return not self.paused
 
     def _unpacked(self, unpacker: Unpacker, block: bytes) -> bytes:
-        if self._outcome.slot:
+        if self._outcome:
             return b""
         try:
             return unpacker.feed(block)
@@ -230,7 +191,7 @@ class ResponseReader:
         """Note that the whole answer has arrived."""
         if self.unpacker is not None and not self.unpacker.whole:
             self.detach()
-            self.set_exception(ProtocolError("the answer ends in the middle of what is packed in it"))
+            self.set_exception(ProtocolError("the answer ends in the middle of its compressed body"))
             return
         self.enter(Phase.EOF)
         if self.framing is Framing.WHOLE:
@@ -272,25 +233,25 @@ class ResponseReader:
     def outcome(self) -> ExchangeOutcome | None:
         """How the exchange ended, ``None`` while it is open."""
         # As SetOnce.value, without the call: a stream asks ten times.
-        outcome: ExchangeOutcome | None = self._outcome.slot.get(0)
+        outcome: ExchangeOutcome | None = self._outcome.get(0)
         return outcome
 
     @property
     def outcome_slot(self) -> Mapping[int, object]:
         """A mapping that is empty until the outcome is decided, and stays the same object: for those who ask often."""
-        return self._outcome.slot
+        return self._outcome
 
     @property
     def failure_outcome(self) -> ExchangeOutcome | None:
         """The outcome, unless the exchange is open or at its natural end."""
-        outcome = self.outcome
+        outcome: ExchangeOutcome | None = self._outcome.get(0)
         return None if outcome is None or outcome.kind == "complete" else outcome
 
     def check(self) -> None:
         """Raise ``ExchangeEnded`` if the outcome is decided and is not the natural end."""
         if self._failure is not None and not self._blocks:
             self.close(ExchangeOutcome("error", self._failure))
-        if self._outcome.slot:
+        if self._outcome:
             outcome = self.failure_outcome
             if outcome is not None:
                 raise ExchangeEnded(outcome)
@@ -311,7 +272,7 @@ class ResponseReader:
         Cancellation: the connection is closed at once, then the cancellation is raised.
         """
         # Whether there is anything to check is asked here, and in read_nowait(), without a call: it is for every token.
-        if self._outcome.slot or self._failure is not None:
+        if self._outcome or self._failure is not None:
             self.check()
         if self.paused and not self._blocks:
             self.resume_reading()
@@ -323,7 +284,7 @@ class ResponseReader:
             raise
         finally:
             self._waiter = None
-        if self._outcome.slot or self._failure is not None:
+        if self._outcome or self._failure is not None:
             self.check()
 
     async def wait_for_head(self) -> None:
@@ -350,7 +311,7 @@ class ResponseReader:
         """Return what ``read()`` would return without waiting, ``None`` if it would have to wait."""
         if not self._blocks and self.phase < _EOF:
             return None
-        if self._outcome.slot or self._failure is not None:
+        if self._outcome or self._failure is not None:
             self.check()
         if not self._blocks:
             return b""
@@ -362,11 +323,9 @@ class ResponseReader:
 
     def read_buffered(self) -> bytes:
         """Return the bytes that wait to be read, without waiting for more."""
-        blocks = self._blocks
-        data = blocks[0] if len(blocks) == 1 else b"".join(blocks)
-        self._blocks = []
+        blocks, self._blocks = self._blocks, []
         self._buffered_bytes = 0
-        return data
+        return blocks[0] if len(blocks) == 1 else b"".join(blocks)
 
     def resume_reading(self) -> None:
         """Let more come in, after a pause."""
@@ -383,7 +342,7 @@ class ResponseReader:
         """Decide the outcome and send the FIN, from any thread or signal handler.
 
         The rest (waking the consumer, giving the transport back) follows in the loop's next round: a signal handler may
-        have interrupted the loop in the middle of its own bookkeeping, which must not be entered again.
+        have interrupted the loop in the middle of its bookkeeping, which must not be entered again.
 
         Everything in here can be repeated, and is, until one call got through all of it: Ctrl-C may come at any line.
 
@@ -393,11 +352,10 @@ class ResponseReader:
         decided = self._outcome.try_set(outcome)
         if self.tidied:
             return False
-        owner = self._owner
+        owner = self.owner
         if self.failure_outcome is None:
             # At its natural end, and what was dealing with that may have been interrupted.
-            if owner is not None:
-                owner.outcome_decided()
+            owner.outcome_decided()
             in_loop(self.loop, self._release_if_not_tidied)
             return False
         # The FIN before everything else: the server works until it has seen it.
@@ -408,17 +366,15 @@ class ResponseReader:
         finally:
             release_in_turn(self)
         # At last, since it takes this from the tokens: through them the next abort finds it.
-        if owner is not None:
-            owner.outcome_decided()
+        owner.outcome_decided()
         self.tidied = True
         return decided
 
     def close(self, outcome: ExchangeOutcome) -> None:
         """Decide the outcome if it is not decided, and release everything now; in the loop's thread, idempotent."""
         self.decide(outcome)
-        link = self._link
-        if link is not None:
-            link.shutdown_for(self)
+        if self._link is not None:
+            self._link.shutdown_for(self)
         self.release()
         self.tidied = True
 
@@ -444,8 +400,8 @@ class ResponseReader:
             Whether this call decided.
         """
         decided = self._outcome.try_set(outcome)
-        if decided and self._owner is not None:
-            self._owner.outcome_decided()
+        if decided:
+            self.owner.outcome_decided()
         return decided
 
     def release(self) -> None:
@@ -465,13 +421,13 @@ class ResponseReader:
             self.tidied = True
 
     def _tell_owner(self) -> None:
-        if self._owner is not None:
-            self._owner.outcome_decided()
-            self._owner.link_released()
+        owner = self.owner
+        owner.outcome_decided()
+        owner.link_released()
 
     def _let_go_of_owner(self) -> None:
         self._tell_owner()
-        self._owner = None
+        self.owner = NO_OWNER
         self.enter(Phase.CLOSED)
 
     def pause_reading(self) -> None:
@@ -486,7 +442,7 @@ class ResponseReader:
 
 
 _NO_HEAD = Head()
-# Names of their own: Python 3.11 looks a member up in its enum by a call, and these are asked for every token.
+# Separate names: Python 3.11 looks a member up in its enum by a call, and these are asked for every token.
 _LINES = Framing.LINES
 _HEAD = Phase.HEAD
 _EOF = Phase.EOF

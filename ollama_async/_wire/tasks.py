@@ -1,4 +1,4 @@
-"""How the library stops a task of its own; it never cancels the tasks of others."""
+"""How the library stops its own task; it never cancels the tasks of others."""
 
 from __future__ import annotations
 

@@ -18,10 +18,12 @@ import httpx
 from ollama_async._cancel import CancelToken, LiveObject
 from ollama_async._errors import RequestError
 from ollama_async._group import CallGroup
+from ollama_async._loops import EmptyContext
 from ollama_async._secret import Secret
 
+from . import dial
 from .connection import Connection, PlainConnection, TlsConnection
-from .dial import Sockets, explain_error, explain_tls_error, open_socket, open_tunnel, start_tls
+from .dial import SocketDial, Sockets, explain_error, explain_tls_error, open_socket, open_tunnel, start_tls
 from .family import as_error_of, package_of
 from .guard import LEADS_ON, limited
 from .http1 import EncodedRequest
@@ -67,13 +69,14 @@ class ClosableTransport(LiveObject):
         proxy: str | httpx.Proxy | None = None,
         keepalive_expiry: float = KEEPALIVE_EXPIRY,
         token: CancelToken | None = None,
+        close_on_cancel: bool = False,
     ) -> None:
         # Passwords may be in both.
         via, certificate = Secret(proxy), Secret(cert)
         del proxy, cert
         self.proxy: HttpProxy | None = None if via.value is None else http_proxy(via.value)
         if via.value is not None and (self.proxy is None or uds is not None):
-            raise RequestError("proxy= takes a proxy of the scheme http, and does not go with uds=")
+            raise RequestError("proxy= needs an http:// proxy, and cannot be combined with uds=")
         self._tls = TlsOptions(verify, certificate, trust_env)
         self._ssl_context: ssl.SSLContext | None = None
         self._uds = uds
@@ -81,13 +84,14 @@ class ClosableTransport(LiveObject):
         if token is not None and not issubclass(type(token), CancelToken):
             raise RequestError(f"token={type(token).__name__}: give a CancelToken")
         self._token = token
+        self._close_on_cancel = close_on_cancel
         self._calls = CallGroup()
         self._pools: dict[asyncio.AbstractEventLoop, ConnectionPool] = {}
 
     def abort(self, reason: object = None) -> None:
         """End all requests of this transport that are under way, from any task, thread or signal handler.
 
-        When it returns, their sockets have been shut down. Whoever waits for an answer, or reads one, gets an
+        When it returns, their sockets have been shut down. A task that waits for an answer, or reads one, gets an
         ``AbortError``. The transport stays usable.
 
         Args:
@@ -134,7 +138,7 @@ class ClosableTransport(LiveObject):
         package = package_of(request, "Request")
         ours = READER not in request.extensions
         # A call of ``AsyncClient`` is under the tokens of this transport already.
-        reader = request.extensions.get(READER) or _Stops(self.tokens).reader
+        reader = request.extensions.get(READER) or self._new_reader()
         timeouts: dict[str, float | None] = request.extensions.get("timeout") or {}
         body = body_of(package, reader, timeouts.get("read"), ours=ours)
         try:
@@ -153,6 +157,9 @@ class ClosableTransport(LiveObject):
         if ours and reader.status in LEADS_ON:
             stream = limited(body, reader.status, httpx.Headers(list(reader.head.headers)).get("content-encoding"))
         return response_of(package, reader, body, stream)
+
+    def _new_reader(self) -> ResponseReader:
+        return _Stops(self.tokens, asyncio.current_task() if self._close_on_cancel else None).reader
 
     async def _exchange(
         self, reader: ResponseReader, body: Body, request: Any, timeouts: dict[str, float | None]
@@ -191,7 +198,7 @@ class ClosableTransport(LiveObject):
     def _pool(self, loop: asyncio.AbstractEventLoop) -> ConnectionPool:
         pool = self._pools.get(loop)
         if pool is None:
-            # Other threads, with loops of their own, change the dict at the same time.
+            # Other threads, with their own loops, change the dict at the same time.
             for old in list(self._pools):
                 if old.is_closed():
                     self._drop_pool(old)
@@ -203,13 +210,17 @@ class ClosableTransport(LiveObject):
     async def _new_connection(
         self, pool: ConnectionPool, reader: ResponseReader, origin: Origin, timeout: float | None
     ) -> Connection:
+        reader.enter(Phase.CONNECTING)
+        await pool.turn(reader)
+        bare = origin.scheme == "http" and self.proxy is None and self._uds is None and timeout is None
+        family = dial.family_of(origin.host) if bare and dial.WATCHES_SOCKETS else None
+        if family is not None:
+            return await self._connect_at(pool, reader, origin, family)
         sockets = Sockets()
         task: asyncio.Task[Connection] | None = None
         try:
-            reader.enter(Phase.CONNECTING)
-            dial = self._dial(pool, origin, sockets, timeout)
             # The task, and all that it makes, gets a copy of the pool's context in place of the caller's.
-            task = pool.context.run(reader.loop.create_task, dial)
+            task = pool.context.run(reader.loop.create_task, self._dial(pool, origin, sockets, timeout))
             dialling = pool.dialling[reader] = Dialling(sockets, task)
             task.add_done_callback(partial(pool.dialled, reader))
             reader.attach(dialling)
@@ -227,6 +238,32 @@ class ClosableTransport(LiveObject):
             pool.dialling.pop(reader, None)
             if task is not None:
                 await join_cancelled(task)
+
+    async def _connect_at(self, pool: ConnectionPool, reader: ResponseReader, to: Origin, family: int) -> Connection:
+        """Connect in the task of the caller: its only other wait is one round of the loop, for the transport."""
+        link: SocketDial | None = None
+        connection: PlainConnection | None = None
+        try:
+            link = pool.dialling[reader] = SocketDial(pool.loop, family, pool.dialling)
+            reader.attach(link)
+            reader.check()
+            await link.connect(reader, (to.host, to.port))
+            plain = connection = PlainConnection(link.sock, to, pool)
+            link.hand_over()
+            await dial.in_context(pool.context, pool.loop.create_connection(lambda: plain, sock=link.sock))
+            pool.add(connection)
+            reader.check()
+            return connection  # noqa: TRY300  (Ctrl-C at this line leaves nothing either)
+        except BaseException as exc:
+            if connection is not None:
+                connection.close()
+            elif link is not None:
+                link.close()
+            if isinstance(exc, OSError):
+                raise httpx.ConnectError(f"cannot connect to {to}: {explain_error(exc)}") from exc
+            raise
+        finally:
+            pool.dialling.pop(reader, None)
 
     async def _dial(self, pool: ConnectionPool, origin: Origin, sockets: Sockets, timeout: float | None) -> Connection:
         via = f" through the proxy {self.proxy.origin}" if self.proxy else ""
@@ -352,7 +389,9 @@ class DirectTransport(ClosableTransport, httpx.AsyncBaseTransport):
         proxy: URL of a proxy of the scheme ``http``, or such an ``httpx.Proxy``. Requests to an ``https`` server go
             through a tunnel (``CONNECT``).
         keepalive_expiry: Seconds for which an idle connection is kept.
-        token: A token that every request is under. Whoever waits for an answer, or reads one, gets an ``AbortError``.
+        token: A token for every request. Tasks that wait for an answer, or read one, get an ``AbortError``.
+        close_on_cancel: Whether an answer is closed when the task that asked for it ends cancelled, even if other code
+            holds the answer: for programs whose clean-up a second cancellation interrupts.
 
     Raises:
         RequestError: The proxy's URL is invalid, or has another scheme; or the token is not a ``CancelToken``.
@@ -366,10 +405,13 @@ class DirectTransport(ClosableTransport, httpx.AsyncBaseTransport):
 
 
 class _Stops:
-    """Ends a request that is not a call of ours with the tokens of its transport; it owns the reader."""
+    """Ends a request that is not a call of ours with the tokens of its transport, and its task; it owns the reader."""
 
-    def __init__(self, tokens: list[CancelToken]) -> None:
+    def __init__(self, tokens: list[CancelToken], task: asyncio.Task[Any] | None) -> None:
         self.reader: ResponseReader = ResponseReader(asyncio.get_running_loop(), self)
+        self._task = task
+        if task is not None:
+            task.add_done_callback(self._task_ended, context=EmptyContext())
         self._watches = [EndByToken(token, self.reader, "aborted") for token in tokens]
         for watch in self._watches:
             watch.arm()
@@ -385,7 +427,15 @@ class _Stops:
             watch.remove()
 
     def link_released(self) -> None:
-        """Nothing is timed here."""
+        """Leave the task, which may make many requests."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.remove_done_callback(self._task_ended)
+
+    def _task_ended(self, task: asyncio.Task[Any]) -> None:
+        # One that ends by itself may have handed the answer on: asyncio.wait_for() of Python 3.11 makes such tasks.
+        if task.cancelled():
+            self.reader.close(ExchangeOutcome("cancelled"))
 
 
 def _begin(connection: Connection, reader: ResponseReader, request: EncodedRequest) -> None:

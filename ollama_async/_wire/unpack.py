@@ -59,7 +59,7 @@ class Unpacker:
 
     @property
     def whole(self) -> bool:
-        """Whether what has come so far is all of it."""
+        """Whether the bytes so far are all of it."""
         return not self._begun or (self._inner is not None and self._inner.eof)
 
     def feed(self, block: bytes) -> bytes:
@@ -82,15 +82,15 @@ class Unpacker:
         while block:
             if inner.eof:
                 if self._encoding != "gzip":
-                    raise ProtocolError("the answer goes on after the end of what is packed in it")
+                    raise ProtocolError("the answer has data after the end of its compressed body")
                 # Of gzip, several files in a row are one.
                 inner = self._inner = zlib.decompressobj(_GZIP)
             try:
                 parts.append(inner.decompress(block, left))
             except zlib.error as exc:
-                raise ProtocolError(f"the answer is not packed as {self._encoding}: {exc}") from exc
+                raise ProtocolError(f"the answer is not valid {self._encoding}: {exc}") from exc
             left -= len(parts[-1])
             if inner.unconsumed_tail or left <= 0:
-                raise ProtocolError(f"a block of the answer unpacks to more than {MAX_UNPACKED:,} bytes")
+                raise ProtocolError(f"a block of the answer decompresses to more than {MAX_UNPACKED:,} bytes")
             block = inner.unused_data
         return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -16,14 +16,18 @@ if TYPE_CHECKING:
 
 
 class EndByToken(Watch):
-    """Ends an exchange with a token."""
+    """Ends an exchange with a token.
 
-    __slots__ = ("_kind", "_reader")
+    Attributes:
+        reader: The reader of the exchange.
+    """
+
+    __slots__ = ("_kind", "reader")
 
     def __init__(self, token: CancelToken, reader: ResponseReader, kind: Kind) -> None:
         super().__init__(token)
-        self._reader = reader
+        self.reader = reader
         self._kind: Kind = kind
 
     def end(self, reason: object) -> None:
-        self._reader.close_threadsafe(ExchangeOutcome(self._kind, reason))
+        self.reader.close_threadsafe(ExchangeOutcome(self._kind, reason))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import AsyncExitStack, aclosing, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ollama_async._cancel import CancelToken
 from ollama_async._errors import RequestError
-from ollama_async.pool import Host, Kind, Pool
+from ollama_async.pool import Caller, Host, Kind, Pool
 
 from ._errors import BatchError, DiskError, HostsGone, InputRefused, OutputRefused
 from ._items import Item, Reader, Shape
@@ -40,7 +40,7 @@ async def batch(
     input: str | os.PathLike[str] | Iterable[Any] | AsyncIterable[Any],  # noqa: A002
     output: str | os.PathLike[str],
     *,
-    pool: Pool | str | Host | Iterable[str | Host],
+    pool: Caller | str | Host | Iterable[str | Host],
     model: str | None = None,
     kind: Kind = "chat",
     id_field: str = "id",
@@ -80,7 +80,7 @@ async def batch(
             further parameters of the call; or a line of an OpenAI batch.
         output: Path of the JSONL file to write, a line for each answer, in the order in which they end. What failed is
             in the file of this name with ``.failed.jsonl`` behind it.
-        pool: A pool, or hosts to make one of.
+        pool: A ``Pool``, another ``Caller``, or hosts to make a pool of.
         model: The model of rows that name none.
         kind: What prompts are for: ``"chat"``, ``"generate"`` or ``"embed"``.
         id_field: The field of a row with its id; without one its id is its line number.
@@ -114,7 +114,7 @@ async def batch(
         What this run has done.
 
     Raises:
-        InputRefused: A row is no call, or two have the same id; nothing was asked.
+        InputRefused: A row is not a call, or two have the same id; nothing was asked.
         OutputRefused: The output is another batch's, or cannot be created.
         DiskError: The disk is full.
         HostsGone: No host was in service for ``wait_hosts`` seconds.
@@ -127,11 +127,11 @@ async def batch(
     defaults = {name: value for name, value in defaults.items() if value is not None}
     shape = Shape(kind, model, id_field, prompt_field, template, system, defaults)
     if embed_size < 1 or retries < 0 or fsync <= 0:
-        raise RequestError("embed_size= is 1 or more, retries= 0 or more, fsync= above 0")
+        raise RequestError("give embed_size= of 1 or more, retries= of 0 or more, and fsync= above 0")
     path = Path(output)
     source = os.fspath(input) if isinstance(input, os.PathLike) else input
     reader = Reader(source, shape, limit)
-    # In a thread, as it takes a second for 100,000 rows; so does the look at what is done.
+    # In a thread: it takes a second for 100,000 rows, and another one to read the finished rows.
     total = await asyncio.to_thread(reader.check, path)
     journal = Journal(path)
     try:
@@ -153,28 +153,34 @@ async def batch(
         }
         journal.check_job(job, force=force)
         skip = await asyncio.to_thread(_Skip, journal, retry_failed=retry_failed)
-        made = pool if isinstance(pool, Pool) else Pool(pool, patience=min(wait_hosts, _PATIENCE))
+        own = Pool(pool, patience=min(wait_hosts, _PATIENCE)) if isinstance(pool, (str, Host, Iterable)) else None
+        caller = own or cast("Caller", pool)
         try:
             run = Run(
-                made,
+                caller,
                 journal,
                 Form(openai=openai, embedding=embedding),
                 retries=retries,
                 wait_hosts=wait_hosts,
                 embed_size=embed_size,
                 token=token,
-                source_waits=reader.waits,
                 call=call,
             )
             run.total = total
             if changed and total is not None:
-                await skip.drop_changed(reader.items())
-            count = sum(host.slots + 1 for host in made.hosts) if concurrency is None else concurrency
-            async with aclosing(reader.items()) as items, aclosing(skip.rest(items, run)) as rest:
-                result = await run.run(rest, count, fsync, on_progress)
+                skip.drop_changed(reader.items())
+            count = sum(host.slots + 1 for host in caller.hosts) if concurrency is None else concurrency
+            async with AsyncExitStack() as stack:
+                items: Iterator[Item] | AsyncIterator[Item]
+                if reader.waits:
+                    coming = await stack.enter_async_context(aclosing(reader.items_as_they_come()))
+                    items = (item async for item in coming if not skip.has(item, run))
+                else:
+                    items = (item for item in stack.enter_context(closing(reader.items())) if not skip.has(item, run))
+                result = await run.run(items, count, fsync, on_progress)
         finally:
-            if made is not pool:
-                await made.aclose()
+            if own is not None:
+                await own.aclose()
         if sort:
             journal.sort()
         if parquet is not None:
@@ -194,23 +200,23 @@ class _Skip:
         self._given_up = {} if retry_failed else {_id(r): r["input_hash"] for r in journal.failed() if _lasts(r)}
         journal.rewrite_failed(lambda r: self._given_up.get(_id(r)) == r["input_hash"] and _id(r) not in self._done)
 
-    async def drop_changed(self, items: AsyncGenerator[Item]) -> None:
+    def drop_changed(self, items: Iterable[Item]) -> None:
         """Take out of the output what is not what the input has under its id."""
-        stale = {item.id async for item in items if self._done.get(item.id, item.input_hash) != item.input_hash}
+        stale = {item.id for item in items if item.id in self._done and self._done[item.id] != item.input_hash}
         if stale:
             self._journal.rewrite(lambda record: _id(record) not in stale)
             for each in stale:
                 del self._done[each]
 
-    async def rest(self, items: AsyncGenerator[Item], run: Run) -> AsyncGenerator[Item]:
-        """Yield the items that are to be asked for."""
-        async for item in items:
-            before = self._done.get(item.id)
-            if before is None and self._given_up.get(item.id) != item.input_hash:
-                yield item
-                continue
-            run.skipped += 1
-            run.changed += before is not None and before != item.input_hash
+    def has(self, item: Item, run: Run) -> bool:
+        """Whether an item is not to be asked for; a run is told which are not."""
+        before = self._done.get(item.id)
+        given_up = self._given_up.get(item.id)
+        if before is None and (given_up is None or given_up != item.input_hash):
+            return False
+        run.skipped += 1
+        run.changed += before is not None and before != item.input_hash
+        return True
 
 
 def _id(record: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ._errors import InputRefused
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Callable, Generator
 
     from ollama_async.pool import Kind
 
@@ -48,7 +48,7 @@ _OPENAI_OPTIONS = {
 _PLACE = re.compile(r"\{(\w+)\}")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Item:
     """One call to make.
 
@@ -57,14 +57,24 @@ class Item:
         index: Its place in the input, from 0.
         kind: Which call.
         parameters: Those of the call.
-        input_hash: What the call is, in 16 digits.
     """
 
     id: str
     index: int
     kind: Kind
     parameters: dict[str, Any]
-    input_hash: str
+    _hash: str = ""
+
+    @property
+    def input_hash(self) -> str:
+        """What the call is, in 16 digits."""
+        # Not for each row: the first look at an input of millions needs none.
+        if not self._hash:
+            self._hash = hashlib.sha256(_canonical([self.kind, self.parameters]).encode()).hexdigest()[:16]
+        return self._hash
+
+
+_canonical = json.JSONEncoder(sort_keys=True, default=repr).encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +107,7 @@ class Shape:
         """
         fields = cast("dict[str, Any]", {"prompt": row} if isinstance(row, str) else row)
         if not isinstance(fields, Mapping):
-            raise InputRefused(f"{where} is no object: give {{'prompt': ...}} or {{'messages': [...]}}")
+            raise InputRefused(f"{where} is not an object: give {{'prompt': ...}} or {{'messages': [...]}}")
         if "custom_id" in fields and "body" in fields:
             kind, parameters = _openai_call(fields, where)
             given: object = fields["custom_id"]
@@ -110,8 +120,8 @@ class Shape:
         if given is None:
             given = str(index + 1)
         if isinstance(given, bool) or not isinstance(given, (str, int)):
-            raise InputRefused(f"{where}: its id is {given!r}; give a text or a whole number")
-        return Item(str(given), index, kind, parameters, _digest(kind, parameters))
+            raise InputRefused(f"{where}: invalid id {given!r}: give a text or a whole number")
+        return Item(str(given), index, kind, parameters)
 
     def _fitting(self, kind: Kind) -> dict[str, Any]:
         defaults = {name: value for name, value in self.defaults.items() if name in _FIELDS[kind]}
@@ -126,7 +136,7 @@ class Shape:
             return self._of_prompt(fields[self.prompt_field], {})
         found = [name for name in ("messages", "prompt", "input") if fields.get(name) is not None]
         if len(found) != 1:
-            raise InputRefused(f"{where} needs one of the fields messages, prompt or input, and has {len(found)}")
+            raise InputRefused(f"{where} needs one of the fields messages, prompt or input, but has {len(found)}")
         if found[0] == "prompt":
             return self._of_prompt(fields["prompt"], fields)
         kind: Kind = "chat" if found[0] == "messages" else "embed"
@@ -162,11 +172,6 @@ def _filled(template: str, fields: Mapping[str, Any], where: str) -> str:
     return _PLACE.sub(value, template)
 
 
-def _digest(kind: str, parameters: Mapping[str, Any]) -> str:
-    text = json.dumps([kind, parameters], sort_keys=True, default=repr, ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 # -- lines of OpenAI's batches --
 
 
@@ -194,7 +199,7 @@ def _openai_call(line: Mapping[str, Any], where: str) -> tuple[Kind, dict[str, A
         if name in rest:
             parameters[name] = rest.pop(name)
     if rest:
-        raise InputRefused(f"{where}: the body has {min(rest)!r}, which Ollama has not")
+        raise InputRefused(f"{where}: the body has {min(rest)!r}, which Ollama does not support")
     if kind == "chat":
         parameters["messages"] = [_openai_message(message, where) for message in parameters.get("messages", ())]
     return kind, {name: value for name, value in parameters.items() if value is not None}
@@ -223,7 +228,7 @@ def _openai_message(message: Any, where: str) -> Any:
         elif url.startswith("data:"):
             images.append(url.partition(",")[2])
         else:
-            raise InputRefused(f"{where}: a message has a part of type {part.get('type')!r} that is no data URL")
+            raise InputRefused(f"{where}: a message has a part of type {part.get('type')!r} that is not a data URL")
     return {**whole, "content": "\n".join(texts)} | ({"images": images} if images else {})
 
 
@@ -268,7 +273,7 @@ class Reader:
             How many items it has; ``None`` if that is not known.
 
         Raises:
-            InputRefused: A row is no call, two have the same id, or it is the output.
+            InputRefused: A row is not a call, two have the same id, or it is the output.
         """
         if self._rows is None:
             return None
@@ -280,26 +285,28 @@ class Reader:
             _only_once(item, seen)
         return len(seen)
 
-    async def items(self) -> AsyncGenerator[Item]:
-        """Yield the calls to make."""
-        seen: set[str] = set()
+    def items(self) -> Generator[Item]:
+        """Yield the calls to make, of an input that does not wait."""
         if self._rows is not None:
-            for item in self._items(self._rows()):
-                yield item
-        elif self.waits:
-            index = 0
-            async for row in cast("AsyncIterable[object]", self._source):
-                if self._limit is not None and index >= self._limit:
-                    return
-                item = self._shape.item(row, index, f"item {index}")
-                _only_once(item, seen)
-                yield item
-                index += 1
-        else:
-            rows = ((row, index, f"item {index}") for index, row in enumerate(cast("Iterable[object]", self._source)))
-            for item in self._items(rows):
-                _only_once(item, seen)
-                yield item
+            yield from self._items(self._rows())
+            return
+        seen: set[str] = set()
+        rows = ((row, index, f"item {index}") for index, row in enumerate(cast("Iterable[object]", self._source)))
+        for item in self._items(rows):
+            _only_once(item, seen)
+            yield item
+
+    async def items_as_they_come(self) -> AsyncGenerator[Item]:
+        """Yield the calls to make, of an input that waits."""
+        seen: set[str] = set()
+        index = 0
+        async for row in cast("AsyncIterable[object]", self._source):
+            if self._limit is not None and index >= self._limit:
+                return
+            item = self._shape.item(row, index, f"item {index}")
+            _only_once(item, seen)
+            yield item
+            index += 1
 
     def _items(self, rows: Iterator[tuple[object, int, str]]) -> Iterator[Item]:
         for row, index, where in itertools.islice(rows, self._limit):
@@ -308,7 +315,7 @@ class Reader:
 
 def _only_once(item: Item, seen: set[str]) -> None:
     if item.id in seen:
-        raise InputRefused(f"two items have the id {item.id!r}: give each its own")
+        raise InputRefused(f"two items have the id {item.id!r}: give each row a different id")
     seen.add(item.id)
 
 

@@ -24,10 +24,14 @@ __all__ = ["Journal", "encode_line", "records"]
 _BINARY: int = getattr(os, "O_BINARY", 0)
 
 
+# Made once: json.dumps() makes one for each line.
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def encode_line(record: Mapping[str, Any]) -> bytes:
     """Return a record as one line."""
     try:
-        return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        return _encode(record).encode() + b"\n"
     except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can write
         return json.dumps(record, separators=(",", ":")).encode() + b"\n"
 
@@ -36,7 +40,7 @@ def records(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
     """Yield the records of a file with their lines.
 
     Raises:
-        OutputRefused: A line is no record.
+        OutputRefused: A line is not a record.
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -45,7 +49,8 @@ def records(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
                 record["status"]
             except (ValueError, TypeError, KeyError, RecursionError):
                 raise OutputRefused(
-                    f"{path}, line {number}, is no record of a batch: mend or remove it, or begin anew with restart"
+                    f"{path}, line {number}, is not a record of a batch: correct it or remove it, or "
+                    "start over with restart"
                 ) from None
             yield record, line
 
@@ -103,7 +108,7 @@ class _Lines:
         except OSError as exc:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, self._size)
-            raise DiskError(f"cannot write {self.path}: {exc.strerror}; the same command goes on from here") from exc
+            raise DiskError(f"cannot write {self.path}: {exc.strerror}; the same command continues from here") from exc
         self._size += written
         self._synced = False
 
@@ -180,8 +185,8 @@ class Journal:
             if before != now:
                 names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
                 raise OutputRefused(
-                    f"{self.path} is of a job with another {', '.join(names)}: "
-                    "name another output, begin anew with restart, or go on with force"
+                    f"{self.path} belongs to a job with another {', '.join(names)}: "
+                    "name another output, start over with restart, or continue with force"
                 )
         if begun is None or force:
             self._replace(self._job_path, [text.encode() + b"\n"])

@@ -55,6 +55,8 @@ def write_parquet(source: Path, target: Path) -> None:
 def _row(record: dict[str, Any]) -> dict[str, Any]:
     response = record["response"]
     if "custom_id" in record or "embeddings" in response or isinstance(response.get("embedding"), str):
-        raise OutputRefused("a Parquet file is made of lines of our own, with a text or one vector as a list each")
+        raise OutputRefused(
+            "cannot make a Parquet file of these lines: each needs the default form, with a text or a vector as a list"
+        )
     row = {name: record[name] for name in ("id", "index", "host", "model")}
     return row | {name: response.get(name) for name in _RESPONSE}

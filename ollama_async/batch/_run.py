@@ -1,11 +1,11 @@
-"""One run of a batch: workers pull items, ask the pool, and write what came before they take the next."""
+"""One run of a batch: workers pull items, ask the pool, and write the answer before they take the next."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from ollama_async._errors import (
     ResponseError,
     StreamTruncated,
 )
-from ollama_async.pool import HostState, Pool, PoolStream
+from ollama_async.pool import Caller, HostState
 
 from ._errors import BatchError, DiskError, HostsGone
 from ._items import Item
@@ -79,7 +79,7 @@ class Run:
 
     def __init__(
         self,
-        pool: Pool,
+        pool: Caller,
         journal: Journal,
         form: Form,
         *,
@@ -87,7 +87,6 @@ class Run:
         wait_hosts: float,
         embed_size: int,
         token: CancelToken | None,
-        source_waits: bool,
         call: dict[str, Any],
     ) -> None:
         self._pool = pool
@@ -96,12 +95,13 @@ class Run:
         self._retries = retries
         self._wait_hosts = wait_hosts
         self._embed_size = embed_size
-        self._source_waits = source_waits
         self._call = call
         self._given = token
         # What ends all calls of this run.
         self._token = CancelToken() if token is None else token.child()
         self._failure: BaseException | None = None
+        self._items: Iterator[Item] | None = None
+        self._items_as_they_come: AsyncIterator[Item] | None = None
         self._reading = asyncio.Lock()
         # Read already, and not to be embedded with those before it.
         self._ahead: Item | None = None
@@ -133,7 +133,7 @@ class Run:
 
     async def run(
         self,
-        items: AsyncIterator[Item],
+        items: Iterator[Item] | AsyncIterator[Item],
         concurrency: int,
         fsync: float,
         on_progress: Callable[[BatchProgress], object] | None,
@@ -145,14 +145,18 @@ class Run:
             BatchError: The disk is full, or the hosts are gone.
         """
         loop = asyncio.get_running_loop()
+        if isinstance(items, Iterator):
+            self._items = items
+        else:
+            self._items_as_they_come = items
         helpers = [loop.create_task(self._sync(fsync))]
         if on_progress is not None:
             helpers.append(loop.create_task(self._tell(on_progress)))
-        workers = [loop.create_task(self._work(items)) for _ in range(concurrency)]
+        workers = [loop.create_task(self._work()) for _ in range(concurrency)]
         try:
             await asyncio.wait(workers)
         except asyncio.CancelledError:
-            # The sockets are closed here; what follows takes no more than the writing of what came.
+            # The sockets are closed here; what follows takes no more than writing the answers.
             self._token.abort("the batch was cancelled")
             await asyncio.wait(workers)
             raise
@@ -210,9 +214,9 @@ class Run:
 
     # -- the work --
 
-    async def _work(self, items: AsyncIterator[Item]) -> None:
+    async def _work(self) -> None:
         try:
-            while not self._token.aborted and (batch := await self._take(items)):
+            while not self._token.aborted and (batch := await self._take()):
                 if batch[0].kind == "embed":
                     await self._embed(batch)
                 else:
@@ -220,67 +224,59 @@ class Run:
         except Exception as exc:
             self._fail(exc)
 
-    async def _take(self, items: AsyncIterator[Item]) -> list[Item]:
+    async def _take(self) -> list[Item]:
         """Return what is asked for next: an item, or some to embed together; nothing at the end."""
+        if self._items is not None:
+            return await self._some()
         async with self._reading:
-            first = self._ahead or await self._next(items)
-            self._ahead = None
-            if first is None:
-                return []
-            batch = [first]
-            while first.kind == "embed" and _size(batch) < self._embed_size:
-                item = await self._next(items)
-                if item is None:
-                    break
-                if not _goes_with(item, first):
-                    self._ahead = item
-                    break
-                batch.append(item)
-            return batch
+            return await self._some()
 
-    async def _next(self, items: AsyncIterator[Item]) -> Item | None:
-        if not self._source_waits:
-            return await anext(items, None)
+    async def _some(self) -> list[Item]:
+        first = self._ahead or await self._next()
+        self._ahead = None
+        if first is None:
+            return []
+        batch = [first]
+        while first.kind == "embed" and _size(batch) < self._embed_size:
+            item = await self._next()
+            if item is None:
+                break
+            if not _goes_with(item, first):
+                self._ahead = item
+                break
+            batch.append(item)
+        return batch
+
+    async def _next(self) -> Item | None:
+        if self._items is not None:
+            return next(self._items, None)
+        assert self._items_as_they_come is not None
         # Whatever the caller's source waits for, an abort does not wait for that.
         try:
             with self._token.scope():
-                return await anext(items, None)
+                return await anext(self._items_as_they_come, None)
         except AbortError:
             return None
 
     async def _answer(self, item: Item) -> None:
         """Ask for an answer until there is one, or an error that lasts."""
-        stream: PoolStream[Any] | None = None
-
-        async def attempt() -> Any:
-            nonlocal stream
-            ask: Callable[..., PoolStream[Any]] = getattr(self._pool, item.kind)
-            made = stream = ask(stream=True, token=self._token, **item.parameters, **self._call)
-            answer = await made.collect()
-            if made.outcome != "done":
-                raise StreamTruncated("the answer ended without a last chunk that says that it is done", answer)
-            return answer
-
-        answer, error, attempts = await self._attempts(attempt)
-        host = None if stream is None else stream.host
+        ask: Callable[..., Any] = getattr(self._pool, item.kind)
+        answer, error, attempts = await self._attempts(lambda: ask(token=self._token, **item.parameters, **self._call))
         if error is None:
             # In the step of the task that the answer came in: nobody has been given its slot yet.
-            self._journal.add_done(self._form.answer(item, answer, host))
+            self._journal.add_done(self._form.answer(item, answer, answer["host"]))
             self._done += 1
             self._tokens += answer.get("eval_count") or 0
         else:
-            self._write_failure(item, error, host, attempts)
+            self._write_failure(item, error, attempts)
 
     async def _embed(self, batch: list[Item]) -> None:
         """Embed some items together; what a server refuses is halved until the guilty one is alone."""
         texts = [text for item in batch for text in _texts(item)]
         parameters = {**batch[0].parameters, "input": texts}
-        host: str | None = None
-
-        async def attempt() -> Any:
-            return await self._pool.embed(token=self._token, **parameters, **self._call)
-
-        answer, error, attempts = await self._attempts(attempt)
+        answer, error, attempts = await self._attempts(
+            lambda: self._pool.embed(token=self._token, **parameters, **self._call)
+        )
         if isinstance(error, BadRequestError) and len(batch) > 1:
             middle = len(batch) // 2
             # This worker takes both: none other may be there any more.
@@ -288,7 +284,7 @@ class Run:
             await self._embed(batch[middle:])
         elif error is not None:
             for item in batch:
-                self._write_failure(item, error, host, attempts)
+                self._write_failure(item, error, attempts)
         else:
             host, place = answer["host"], 0
             self._tokens += answer.get("prompt_eval_count") or 0
@@ -299,7 +295,7 @@ class Run:
                 self._journal.add_done(self._form.answer(item, mine, host))
                 self._done += 1
 
-    async def _attempts(self, attempt: Callable[[], Coroutine[Any, Any, Any]]) -> tuple[Any, Exception | None, int]:
+    async def _attempts(self, attempt: Callable[[], Awaitable[Any]]) -> tuple[Any, Exception | None, int]:
         """Make attempts; return the answer, or the error of the last one, and how many there were."""
         attempts = 0
         while True:
@@ -332,7 +328,8 @@ class Run:
                 continue
             return None, AbortError(self._token.reason), attempts
 
-    def _write_failure(self, item: Item, error: Exception, host: str | None, attempts: int) -> None:
+    def _write_failure(self, item: Item, error: Exception, attempts: int) -> None:
+        host = error.host if isinstance(error, OllamaError) else None
         if isinstance(error, DiskError):
             raise error
         if isinstance(error, AbortError):

@@ -19,7 +19,7 @@ from rich.text import Text
 from ollama_async._call.timeouts import Timeouts
 from ollama_async._cancel import CancelToken
 from ollama_async._client import AsyncClient
-from ollama_async._errors import AbortError, OllamaError, RequestError
+from ollama_async._errors import AbortError, NoHost, OllamaError, RequestError
 from ollama_async.batch import BatchError, BatchProgress, BatchResult, HostsGone, OutputRefused, batch
 from ollama_async.pool import Host
 from ollama_async.testing import FakeOllama
@@ -36,6 +36,8 @@ __all__ = ["add_batch"]
 
 _LINE_SECONDS = 10.0
 _USAGE = 2
+# How long a call waits for a host before the batch looks whether it has been too long.
+_PATIENCE = 5.0
 _EMBEDDED_LOOK = Timeouts(connect=2, total=2)
 
 
@@ -76,7 +78,7 @@ class _Stop:
 
 
 class _Display:
-    """How far the batch is, on stderr: a line that changes on a terminal, else a line every ten seconds."""
+    """How far the batch is, on stderr: a line that changes on a terminal, otherwise a line every ten seconds."""
 
     def __init__(self, *, as_json: bool) -> None:
         self._console = SafeConsole(stderr=True)
@@ -159,12 +161,12 @@ class _Server:
         if answers:
             if self._begun and self._mark.exists():
                 raise OutputRefused(
-                    "the output is the embedded server's: name another one, or begin anew with --restart"
+                    "the output has answers of the embedded fake server: name another one, or start over with --restart"
                 )
             self._mark.unlink(missing_ok=True)
             return Host(session.url, slots)
         if self._begun and not self._mark.exists():
-            raise HostsGone(f"no Ollama server answers at {session.url}: start it, and this goes on where it was")
+            raise HostsGone(f"no Ollama server answers at {session.url}: start it, and run the same command again")
         server = stack.enter_context(FakeOllama(models=[model or "fake"], interval=0.001))
         with contextlib.suppress(OSError):
             self._mark.touch()
@@ -182,11 +184,37 @@ async def _run(
     server: _Server,
     slots: int,
     settings: dict[str, Any],
+    ray: str | None,
 ) -> BatchResult:
     with stop.watching(), contextlib.ExitStack() as stack:
+        if ray is not None:
+            return await _run_on_ray(ray, session.url, token, display, hosts, slots, settings)
         pool = hosts or [await server.find(stack, settings["model"], slots)]
         with display.shown():
             return await batch(pool=pool, token=token, on_progress=display.update, **settings)
+
+
+async def _run_on_ray(
+    address: str,
+    url: str,
+    token: CancelToken,
+    display: _Display,
+    hosts: list[Host],
+    slots: int,
+    settings: dict[str, Any],
+) -> BatchResult:
+    from ollama_async.ray import RayHost, RayPool
+
+    # Without --host there is a server on each machine, at the address that is the user's own.
+    given = [RayHost(host.url, host.slots or slots) for host in hosts] or None
+    options = {"timeout": settings.pop("timeout"), "patience": min(settings["wait_hosts"], _PATIENCE)}
+    try:
+        async with RayPool(given, address=address, url=url, slots=slots, token=token, **options) as pool:
+            with display.shown():
+                return await batch(pool=pool, token=token, on_progress=display.update, **settings)
+    except NoHost as exc:
+        # The batch itself waits for hosts: this is the cluster.
+        raise HostsGone(f"{exc.detail}; start one with 'ray start --head', or name another with --ray") from exc
 
 
 def _summary(result: BatchResult | None, output: Path) -> str:
@@ -203,60 +231,80 @@ def _summary(result: BatchResult | None, output: Path) -> str:
 
 def _batch(
     context: typer.Context,
-    source: Annotated[Path, typer.Argument(metavar="INPUT", help="JSONL or Parquet file, a row for each answer.")],
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="JSONL or Parquet file with a prompt in each row.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="JSONL file to write the answers to.")],
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Model of rows that name none.")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Model to ask, for rows that name none.")] = None,
     host: Annotated[
         list[str] | None,
-        typer.Option("--host", metavar="URL[=SLOTS]", help="A server, and how many calls it runs at once. Repeatable."),
+        typer.Option(
+            "--host",
+            metavar="URL[=SLOTS]",
+            help="A server, and how many calls it runs at once (its OLLAMA_NUM_PARALLEL). Repeatable.",
+        ),
     ] = None,
-    slots: Annotated[int, typer.Option(help="Calls at once for hosts that say nothing else.", min=1)] = 1,
-    embed: Annotated[bool, typer.Option("--embed", help="Turn the prompts into vectors.")] = False,
-    generate: Annotated[bool, typer.Option("--generate", help="Complete the prompts, in place of chats.")] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Ray cluster whose machines call the servers: auto or HOST:PORT."),
+    ] = None,
+    slots: Annotated[int, typer.Option(help="Calls at once at each host without =SLOTS.", min=1)] = 1,
+    embed: Annotated[bool, typer.Option("--embed", help="Turn the prompts into vectors (embeddings).")] = False,
+    generate: Annotated[bool, typer.Option("--generate", help="Complete the prompts, instead of chatting.")] = False,
     id_field: Annotated[str, typer.Option("--id", metavar="FIELD", help="Field with the id of a row.")] = "id",
     prompt_field: Annotated[
-        str | None, typer.Option("--prompt", metavar="FIELD", help="Field with the prompt.")
+        str | None,
+        typer.Option("--prompt", metavar="FIELD", help="Field with the prompt; the other fields are ignored."),
     ] = None,
-    template: Annotated[str | None, typer.Option(metavar="TEXT", help="Prompt, with {FIELD} for fields.")] = None,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")] = None,
+    template: Annotated[
+        str | None, typer.Option(metavar="TEXT", help='Make the prompt from fields: "Translate: {text}".')
+    ] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt of each call.")] = None,
     answer_format: Annotated[
-        str | None, typer.Option("--format", metavar="SCHEMA", help="json, a JSON schema, or a file with one.")
+        str | None,
+        typer.Option(
+            "--format", metavar="SCHEMA", help="What each answer must be: json, a JSON schema, or a file with one."
+        ),
     ] = None,
     options: Annotated[
         list[str] | None,
-        typer.Option("--options", metavar="KEY=VALUE", help="Option of the model: JSON, else text. Repeatable."),
+        typer.Option("--options", metavar="KEY=VALUE", help="Option of the model: JSON, or else text. Repeatable."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Rows to read at most.", min=1)] = None,
-    retries: Annotated[int, typer.Option(help="Further attempts after errors that can pass.", min=0)] = 2,
-    wait_hosts: Annotated[float, typer.Option(help="Seconds to wait while no host is there.", min=0)] = 300.0,
+    limit: Annotated[int | None, typer.Option(help="Read only this many rows, to try it out.", min=1)] = None,
+    retries: Annotated[int, typer.Option(help="Further attempts after an error that can pass.", min=0)] = 2,
+    wait_hosts: Annotated[float, typer.Option(help="Seconds to wait while no server answers.", min=0)] = 300.0,
     timeout_first: Annotated[
-        float, typer.Option("--timeout-first", help="Seconds until an answer begins.", min=0.001)
+        float, typer.Option("--timeout-first", help="Seconds within which an answer must begin.", min=0.001)
     ] = 300.0,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask again what failed for good.")] = False,
-    changed: Annotated[bool, typer.Option("--changed", help="Ask again for rows that have changed.")] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Drop what is in OUTPUT, and begin anew.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Go on although OUTPUT is of another job.")] = False,
-    fsync: Annotated[float, typer.Option(help="Seconds between two syncs of the disk.", min=0.01)] = 1.0,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Also ask again for rows that failed for good.")
+    ] = False,
+    changed: Annotated[bool, typer.Option("--changed", help="Also ask again for rows that have changed.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Delete what is in OUTPUT, and start over.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Continue even if OUTPUT belongs to another job.")] = False,
+    fsync: Annotated[float, typer.Option(help="Seconds between two syncs to the disk.", min=0.01)] = 1.0,
     openai: Annotated[bool, typer.Option("--openai", help="Write lines of an OpenAI batch.")] = False,
     embedding: Annotated[
-        Literal["list", "base64"], typer.Option(help="How vectors are written; base64 is of 32-bit floats.")
+        Literal["list", "base64"], typer.Option(help="How to write vectors; base64 has 32-bit floats.")
     ] = "list",
-    in_order: Annotated[bool, typer.Option("--sorted", help="Put OUTPUT in the order of INPUT at the end.")] = False,
-    parquet: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a Parquet file at the end, too.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Progress and summary as lines of JSON.")] = False,
+    in_order: Annotated[bool, typer.Option("--sorted", help="At the end, put OUTPUT in the order of INPUT.")] = False,
+    parquet: Annotated[Path | None, typer.Option(metavar="FILE", help="At the end, also write a Parquet file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Write progress and summary as lines of JSON.")] = False,
 ) -> None:
-    """Ask for an answer to each row of a file, and write them to another one.
+    """Ask a model for an answer to each row of a file, and write the answers to another file.
 
-    The same command resumes what was interrupted. Ctrl-C stops the answers
-    and keeps what came of them; a second one leaves at once.
+    A row is {"id": ..., "prompt": ...}, or has "messages" (a chat) or "input"
+    (a text to embed); lines of an OpenAI batch work, too. Each answer is a
+    line of OUTPUT. What fails is in OUTPUT.failed.jsonl, with its error.
 
-    Exit status: 0 all answered, 1 some failed, 2 wrong usage or input, 69 no
-    server, 73 OUTPUT is locked, another job's, or cannot be made, 74 the disk
-    is full, 130 Ctrl-C, 143 SIGTERM.
+    Run the same command again to resume. Ctrl-C closes all streams and keeps
+    the partial answers; a second Ctrl-C leaves at once.
+
+    Exit status: 0 all rows are answered, 1 some failed, 2 wrong usage or
+    input, 69 no server, 73 OUTPUT is locked, belongs to another job, or cannot
+    be created, 74 the disk is full, 130 Ctrl-C, 143 SIGTERM.
     """
     session, token = Session(context, model or ""), CancelToken()
     if embed and generate:
-        raise typer.BadParameter("give one of both", param_hint="--embed / --generate")
+        raise typer.BadParameter("give only one of them", param_hint="--embed / --generate")
     kind: Kind = "embed" if embed else "generate" if generate else "chat"
     settings: dict[str, Any] = {
         "input": source,
@@ -288,13 +336,14 @@ def _batch(
     result: BatchResult | None = None
     with session.running():
         try:
-            result = asyncio.run(_run(session, stop, token, display, hosts, server, slots, settings))
+            result = asyncio.run(_run(session, stop, token, display, hosts, server, slots, settings, ray))
             status, error = (ERROR if result.failed else 0), None
         except AbortError as exc:
             result, status, error = exc.partial, stop.status or ERROR, f"stopped by {exc.reason}"
         except BatchError as exc:
             result, status, error = exc.partial, exc.exit_code, str(exc)
-        except RequestError as exc:
+        except (RequestError, ImportError) as exc:
+            # Ray or pyarrow is not installed.
             status, error = _USAGE, str(exc)
         _tell(result, status, error, output, session.screen.note, as_json=as_json)
     if status:

@@ -1,107 +1,84 @@
-"""A chat: the conversation, its commands, and one turn after the other."""
+"""A chat on a terminal: its commands, and one turn after the other."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import difflib
-import json
 import os
 import sys
-import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ollama_async._client import AsyncClient
 from ollama_async._errors import NotFoundError, OllamaError
+from ollama_async._regular import write_file
+from ollama_async.agent import Agent
+from ollama_async.conversation import Chat
 
 from ._markdown import MarkdownScreen
 from ._prompt import converse, read_line, use_readline
 from ._screen import Answer, JsonScreen, Screen
 from ._terminal import ERROR, INTERRUPTED, Session
+from ._tools import AgentStream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import typer
 
     from ollama_async._call.timeouts import Timeouts
     from ollama_async._cancel import CancelToken
-    from ollama_async._client import AsyncClient
+    from ollama_async.until import Condition
 
     from ._screen import AnyStream
 
-__all__ = ["Conversation", "run_chat"]
+__all__ = ["run_chat"]
 
 _CHECK_SECONDS = 10.0
 _COMMANDS = {
     "/help": "show the commands and keys",
-    "/model": "[NAME] show the model and what others there are, or go on with another one",
-    "/system": "[TEXT] show the system prompt, or set it; '-' takes it away",
-    "/save": "FILE save the conversation, as JSON if the name ends with .json, else as Markdown",
-    "/clear": "forget the conversation, but for the system prompt",
+    "/model": "[NAME] show the model and the others that the server has, or continue with another one",
+    "/system": "[TEXT] show the system prompt, or set it; '-' removes it",
+    "/save": "FILE save the conversation, as JSON if the name ends with .json, otherwise as Markdown",
+    "/clear": "forget the conversation, but keep the system prompt",
     "/quit": "leave; so do /bye, /exit and Ctrl-D",
 }
 _ALIASES = {"/bye": "/quit", "/exit": "/quit", "/?": "/help"}
 _KEYS = (
-    "Esc or Ctrl-C stops an answer, and what came stays in the conversation; Ctrl-C twice within a second leaves. "
+    "Esc or Ctrl-C stops an answer and keeps the partial answer; Ctrl-C twice within a second leaves. "
     'Enter sends, Alt-Enter begins a new line, and so does Enter after three quotes (""") until they are closed. '
-    "A slash with a space before it is no command."
+    "To begin a prompt with a slash, put a space before it."
 )
-_STOPPED = {"aborted": "stopped", "timeout": "timed out", "truncated": "not complete"}
+_STOPPED = {"aborted": "stopped", "timeout": "timed out", "truncated": "not complete", "until": "ended early"}
 
 
-@dataclass(frozen=True)
-class _Said:
-    """A message of the conversation; an answer that is not whole is marked by its outcome."""
-
-    role: str
-    content: str
-    outcome: str = "done"
-
-    @property
-    def mark(self) -> str:
-        return "" if self.outcome == "done" else f" ({_STOPPED.get(self.outcome, 'broken off')})"
-
-
-class Conversation:
-    """What has been said so far."""
-
-    def __init__(self, system: str | None) -> None:
-        self.system = system
-        self.said: list[_Said] = []
-
-    def messages(self, *more: _Said) -> list[dict[str, str]]:
-        """Return it as the server wants it."""
-        system = [_Said("system", self.system)] if self.system else []
-        return [{"role": said.role, "content": said.content} for said in (*system, *self.said, *more)]
-
-    def as_json(self, model: str) -> str:
-        """Return it with the model's name and the marks."""
-        messages: list[dict[str, str]] = self.messages()
-        for message, said in zip(reversed(messages), reversed(self.said), strict=False):
-            if said.role == "assistant":
-                message["outcome"] = said.outcome
-        return json.dumps({"model": model, "messages": messages}, ensure_ascii=False, indent=2) + "\n"
-
-    def as_markdown(self, model: str) -> str:
-        """Return it for people to read."""
-        system = [_Said("system", self.system)] if self.system else []
-        parts = [f"# Chat with {model}"]
-        for said in (*system, *self.said):
-            parts += [f"## {said.role}{said.mark}", said.content.strip("\n")]
-        return "\n\n".join(parts) + "\n"
+def _as_markdown(chat: Chat) -> str:
+    """Return a conversation for people to read."""
+    parts = [f"# Chat with {chat.model}"]
+    if chat.system:
+        parts += ["## system", chat.system.strip("\n")]
+    for turn in chat.turns:
+        for message in turn.messages:
+            marked = message["role"] == "assistant" and turn.outcome != "done"
+            mark = f" ({_STOPPED.get(turn.outcome, 'broken off')})" if marked else ""
+            parts += [f"## {message['role']}{mark}", (message.get("content") or "").strip("\n")]
+    return "\n\n".join(parts) + "\n"
 
 
-class _Chat:
-    """A chat with a model."""
+class _Prompt:
+    """What is typed in a chat: prompts, and commands."""
 
-    def __init__(self, session: Session, conversation: Conversation, options: dict[str, Any], limits: Timeouts) -> None:
+    def __init__(
+        self, session: Session, chat: Chat, agent: Callable[[AsyncClient], Agent] | None, until: Condition | None
+    ) -> None:
         self.models: list[str] = []
         self.worst = 0
         self._session = session
-        self._conversation = conversation
-        self._options = options
-        self._limits = limits
+        self._chat = chat
+        # Makes what runs the tools, if there are any.
+        self._agent = agent
+        self._until = until
         self._saved: set[Path] = set()
         self._run: dict[str, Callable[[str], None]] = {
             "/help": self._help,
@@ -133,23 +110,26 @@ class _Chat:
     # -- one turn --
 
     def _turn(self, text: str) -> None:
-        asked = _Said("user", text)
-        messages = self._conversation.messages(asked)
+        before = self._chat.messages
 
         def start(client: AsyncClient, token: CancelToken) -> AnyStream:
-            model, limits = self._session.model, self._limits
-            return client.chat(model, messages, options=self._options, stream=True, token=token, timeout=limits)
+            self._chat.client = client
+            if self._agent is not None:
+                asked = [*before, {"role": "user", "content": text}]
+                return AgentStream(self._agent(client).run(asked, token=token, until=self._until))
+            return self._chat.send(text, stream=True, token=token, until=self._until)
 
         answer = self._session.answer(start)
-        said = answer.stream.text
-        if said:  # a question that got no answer at all is not kept, it may be asked again
-            self._conversation.said += [asked, _Said("assistant", said, answer.outcome)]
+        if isinstance(answer.stream, AgentStream):
+            added = answer.stream.messages[len(before) :]
+            # A question without any answer may be asked again.
+            self._chat.extend(added if len(added) > 1 else ())
         self._note_status(answer)
 
     def _note_status(self, answer: Answer) -> None:
         if answer.outcome == "aborted":
             self.worst = self.worst or INTERRUPTED
-        elif answer.outcome != "done":
+        elif answer.outcome not in ("done", "until"):
             self.worst = ERROR
 
     # -- commands --
@@ -169,27 +149,28 @@ class _Chat:
         except NotFoundError as exc:
             self._complain(f"{self._session.explain(exc, name)}; the model is still {self._session.model}")
             return
-        self._session.model = name
+        self._session.model = self._chat.model = name
         self._say(f"the conversation goes on with {name}")
 
     def _system(self, text: str) -> None:
         if text:
-            self._conversation.system = None if text == "-" else text
-        system = self._conversation.system
+            self._chat.system = None if text == "-" else text
+        system = self._chat.system
         self._say(f"the system prompt is: {system}" if system else "there is no system prompt but the model's own")
 
     def _save(self, name: str) -> None:
         if not name:
             self._complain("name a file: /save chat.md, or /save chat.json")
             return
-        model = self._session.model
         try:
             path = Path(name).expanduser().absolute()
             if path not in self._saved and os.path.lexists(path):
                 self._complain(f"{path} exists already: name another file")
                 return
-            as_json = path.suffix == ".json"
-            _write(path, self._conversation.as_json(model) if as_json else self._conversation.as_markdown(model))
+            if path.suffix == ".json":
+                asyncio.run(self._chat.save(path))
+            else:
+                write_file(path, _as_markdown(self._chat).encode(errors="replace"))
         except (OSError, RuntimeError, ValueError) as exc:  # of the file, its '~user', a NUL in its name
             self._complain(f"cannot save to {name}: {getattr(exc, 'strerror', None) or exc}")
             return
@@ -197,7 +178,7 @@ class _Chat:
         self._say(f"saved to {path}")
 
     def _clear(self, _: str) -> None:
-        self._conversation.said.clear()
+        self._chat.clear()
         self._say("the conversation is forgotten")
 
     def _say(self, text: str) -> None:
@@ -210,18 +191,6 @@ class _Chat:
 
 async def _names(client: AsyncClient, token: CancelToken) -> list[str]:
     return [str(model.get("name")) for model in (await client.list(token=token, timeout=_CHECK_SECONDS)).models]
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all; only the user can read it."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=path.parent)
-    try:
-        with open(descriptor, "w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def _is_interactive(screen: Screen) -> bool:
@@ -238,14 +207,21 @@ def run_chat(
     options: dict[str, Any],
     limits: Timeouts,
     *,
+    until: Condition | None,
     as_json: bool,
+    tools: Sequence[Any] = (),
 ) -> int:
     """Chat until the user leaves or the input ends; return the exit status."""
     screen = JsonScreen() if as_json else Screen()
     drawn = MarkdownScreen() if not as_json and _is_interactive(screen) else None
     screen = drawn or screen
-    session = Session(context, model, "stays in the conversation", screen)
-    chat = _Chat(session, Conversation(system), options, limits)
+    session = Session(context, model, "is kept", screen)
+    chat = Chat(AsyncClient(session.host), model, system=system, options=options, timeout=limits)
+
+    def agent(client: AsyncClient) -> Agent:
+        return Agent(client, chat.model, tools, options=options, timeout=limits)
+
+    prompt = _Prompt(session, chat, agent if tools else None, until)
     with session.running():
         session.ask(lambda client, token: client.show(model, token=token, timeout=_CHECK_SECONDS))
         read: Callable[[], str | None] = read_line
@@ -253,15 +229,15 @@ def run_chat(
             # Only here: it takes a tenth of a second to import.
             from ._editor import Editor
 
-            editor = Editor(_COMMANDS, lambda: chat.models, drawn.told)
+            editor = Editor(_COMMANDS, lambda: prompt.models, drawn.told)
             read, session.keys = editor.read, editor.stops
             with contextlib.suppress(OllamaError):  # they are for completion only
-                chat.models = session.ask(_names)
+                prompt.models = session.ask(_names)
         if sys.stdin.isatty():
             if not drawn:
                 use_readline()
             keys = "Esc or Ctrl-C stops" if drawn else "Ctrl-C stops"
             screen.note(f"{model} at {session.url}: {keys} an answer, /help shows more, /quit or Ctrl-D leaves", "dim")
-        converse(session, read, chat.take, "/quit")
+        converse(session, read, prompt.take, "/quit")
     # Whoever types has seen what failed; a script has not.
-    return 0 if sys.stdin.isatty() else chat.worst
+    return 0 if sys.stdin.isatty() else prompt.worst

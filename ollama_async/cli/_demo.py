@@ -1,4 +1,4 @@
-"""The demo: an answer is streamed and stopped, in three ways, and what came of it is shown."""
+"""The demo: an answer is streamed and stopped, in three ways, and the result is shown."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ async def _stop_one(session: Session, client: AsyncClient, server: FakeOllama | 
         free_at = time.monotonic()
         if server is not None:
             connection = server.requests[-1].connection
-            # On purpose this blocks the event loop: the server sees the client leave all the same.
+            # On purpose this blocks the event loop: the server still sees the client leave.
             connection.wait_left()
         screen.finish(stream.text)
     stopped = _Stopped(way, expected, stream, asked_at, free_at, connection)

@@ -106,7 +106,7 @@ class Editor:
         timer: asyncio.TimerHandle | None = None
 
         def take(keys: list[KeyPress]) -> None:
-            # With something after it, it was a sequence of some terminal that nobody knows, or Alt and a key.
+            # With something after it, it was a sequence of an unknown terminal, or Alt and a key.
             if keys and all(key.key == Keys.Escape for key in keys):
                 token.abort(ESC)
             for key in keys:

@@ -183,7 +183,7 @@ def _codes(codes: str) -> Control:
 
 
 def stripped(line: list[Segment]) -> list[Segment]:
-    """Return a line without spaces at its end that nobody sees: they make rows of their own in a narrower one."""
+    """Return a line without spaces at its end that nobody sees: they make extra rows in a narrower one."""
     line = [part for part in line if not part.control]
     while line and not (line[-1].style and line[-1].style.bgcolor):
         last = line.pop()

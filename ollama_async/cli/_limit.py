@@ -20,7 +20,7 @@ _AGAIN_SECONDS = 0.1
 
 
 class _TooMuch(BaseException):
-    """The work has used up its time. No library takes it for an error of its own, and goes on."""
+    """The work has used up its time. No library takes it for its own error, and goes on."""
 
 
 class Limit:

@@ -74,9 +74,9 @@ class Growing:
     def finished(self) -> str:
         """Take out the blocks that no text to come can change, and return them."""
         rest = self.rest
-        # A line that is not complete can still become something else: "#" is a heading, and "#1" is none.
+        # A line that is not complete can still become something else: "#" is a heading, and "#1" is not.
         end = rest.rfind("\n") + 1
-        # To look again and again at a block that is long would take all the time there is.
+        # Looking again and again at a long block would take all the time.
         if end == self._looked or end - self._looked < end // 50:
             return ""
         tokens = self._bounded(lambda: _PARSER.parse(rest[:end]))
@@ -201,7 +201,7 @@ class MarkdownScreen(Screen):
 
     def __init__(self) -> None:
         super().__init__()
-        self._notes = self.out  # the terminal is all there is, wherever stderr goes
+        self._notes = self.out  # always the terminal, wherever stderr goes
         self._drawing = _Drawing(self.out, "")
 
     @contextlib.contextmanager
@@ -272,7 +272,7 @@ class _Drawing:
             self._footer.stop()
 
     def add(self, thinking: str, text: str, tokens: int) -> None:
-        """Take what has come, and how much that is all in all."""
+        """Take the answer so far, and how much that is."""
         if not (thinking or text):
             return
         self._thoughts += thinking

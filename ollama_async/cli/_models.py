@@ -117,7 +117,7 @@ def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
     SafeConsole(width=width).print(table)
 
 
-# -- what there is --
+# -- the models --
 
 
 def list_models(context: typer.Context, as_json: _Json = False) -> None:
@@ -156,10 +156,10 @@ def ps(context: typer.Context, as_json: _Json = False) -> None:
 def show(
     context: typer.Context,
     model: _Model,
-    verbose: Annotated[bool, typer.Option("--verbose", help="With all metadata and tensors.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show all metadata and tensors.")] = False,
     as_json: _Json = False,
 ) -> None:
-    """Show what the server knows of a model."""
+    """Show what the server knows about a model."""
     run = _Run(context, as_json=as_json, model=model)
     with run.running():
         answer = run.session.ask(lambda client, token: client.show(model, verbose=verbose, token=token))
@@ -210,7 +210,7 @@ def rm(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Names of the models.")],
     as_json: _Json = False,
 ) -> None:
-    """Delete models; one that cannot be deleted does not keep it from the others."""
+    """Delete models. If one cannot be deleted, the others are still deleted."""
     failed = False
     for model in models:
         run = _Run(context, as_json=as_json, model=model)
@@ -233,7 +233,7 @@ def load(
     ] = None,
     as_json: _Json = False,
 ) -> None:
-    """Load a model, so that the next answer does not wait for that."""
+    """Load a model, so that the next answer can begin at once."""
     run = _Run(context, as_json=as_json, model=model, stopped=": the server gives the load up")
     with run.running():
         kept = _number(keep_alive)
@@ -242,7 +242,7 @@ def load(
 
 
 def unload(context: typer.Context, model: _Model, as_json: _Json = False) -> None:
-    """Unload a model, once the answers that it is giving are done."""
+    """Unload a model, once its running answers are done."""
     run = _Run(context, as_json=as_json, model=model)
     with run.running():
         answer = run.session.ask(lambda client, token: client.unload(model, token=token))
@@ -256,10 +256,10 @@ def pull(
     context: typer.Context,
     model: _Model,
     insecure: _Insecure = False,
-    resume: Annotated[bool, typer.Option(help="Go on by itself when the download breaks off.")] = True,
+    resume: Annotated[bool, typer.Option(help="Continue by itself when the download breaks off.")] = True,
     as_json: _Json = False,
 ) -> None:
-    """Have the server download a model. Ctrl-C stops it, and what has come is kept."""
+    """Let the server download a model. Ctrl-C stops it and keeps the part that has arrived."""
     run = _Run(context, as_json=as_json, stopped=": pull it again to go on where it was")
     with run.running():
         _follow(
@@ -269,7 +269,7 @@ def pull(
 
 
 def push(context: typer.Context, model: _Model, insecure: _Insecure = False, as_json: _Json = False) -> None:
-    """Have the server upload a model."""
+    """Let the server upload a model."""
     run = _Run(context, as_json=as_json, model=model, stopped=": push it again to go on where it was")
     with run.running():
         _follow(run, lambda client, token: client.push(model, insecure=insecure, stream=True, token=token))
@@ -288,11 +288,11 @@ def create(
     licence: Annotated[str | None, typer.Option("--license", help="Text of the licence.")] = None,
     parameter: Annotated[
         list[str] | None,
-        typer.Option("--parameter", metavar="KEY=VALUE", help="Default option: JSON, else text. Repeatable."),
+        typer.Option("--parameter", metavar="KEY=VALUE", help="Default option: JSON, or else text. Repeatable."),
     ] = None,
     as_json: _Json = False,
 ) -> None:
-    """Make a model out of another one, or out of files on this machine, which are uploaded."""
+    """Make a model from another one, or from files on this machine, which are uploaded."""
     if (base is None) == (file is None):
         raise typer.BadParameter("give one of --from and --file")
     run = _Run(context, as_json=as_json, model=base or "")

@@ -1,7 +1,7 @@
 """The one way to the terminal: nothing that others wrote can make it do anything.
 
 What a server, a model, a file or an argument says goes through here last, behind whatever lays it out. No other module
-of the command line writes to stdout or stderr, which ``tests/test_output.py`` checks.
+of the command line writes to stdout or stderr, which ``tests/cli/test_output.py`` checks.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def open_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         # A shell can start a program without any of them ("<&-"): then Python has None there.
         stream: Any = getattr(sys, name) or open(os.devnull, mode)  # noqa: SIM115
-        # What the terminal cannot show becomes a question mark, and what is read and is no text U+FFFD.
+        # What the terminal cannot show becomes a question mark, and input that is not text U+FFFD.
         stream.reconfigure(errors="replace")
         setattr(sys, name, _Filter(stream) if mode == "w" and stream.isatty() else stream)
     logging.lastResort = _Log(logging.WARNING)

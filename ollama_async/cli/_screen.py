@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, TypeAlias
 from rich.spinner import Spinner
 from rich.text import Text
 
+from ollama_async._call.objects import JSON_COMPLETE
 from ollama_async._call.stream import Stream
 from ollama_async._errors import AbortError, ConnectionBroken, OllamaError, PhaseTimeout
-from ollama_async._model.types import ChatResponse, GenerateResponse
+from ollama_async._model.types import ChatResponse, GenerateResponse, Message, ToolCall
 
 from ._footer import Footer
 from ._output import SafeConsole, printable, write, write_json
@@ -20,18 +21,38 @@ from ._output import SafeConsole, printable, write, write_json
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+    from ollama_async._call.stream import Stream
+
+    from ._tools import AgentStream
+
 __all__ = ["Answer", "AnyChunk", "AnyStream", "JsonScreen", "Screen", "parts", "plural", "style_of"]
 
 _SPIN_SECONDS = 0.08
+# Of an argument or a result of a tool, this much is shown.
+_LINE = 200
 
 AnyChunk: TypeAlias = ChatResponse | GenerateResponse
-AnyStream: TypeAlias = Stream[ChatResponse] | Stream[GenerateResponse]
+AnyStream: TypeAlias = "Stream[ChatResponse] | Stream[GenerateResponse] | AgentStream"
 
 
 def parts(chunk: AnyChunk) -> tuple[str, str]:
-    """Return what a chunk has of the model's thinking, and of its answer."""
+    """Return what a chunk has of the model's thinking, and of its answer; calls of tools are shown as thinking is."""
     part = chunk.message if isinstance(chunk, ChatResponse) else chunk
+    if isinstance(part, Message) and part.role == "tool":
+        return f"{part.tool_name}: {_short(part.content or '')}\n", ""
+    if isinstance(part, Message) and part.tool_calls and not part.content:
+        return "".join(f"\n{_called(call)}\n" for call in part.tool_calls), ""
     return part.thinking or "", (chunk.response if isinstance(chunk, GenerateResponse) else chunk.message.content) or ""
+
+
+def _called(call: ToolCall) -> str:
+    given = ", ".join(f"{name}={_short(repr(value))}" for name, value in call.function.arguments.items())
+    return f"{call.function.name}({given})"
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _LINE else f"{line[:_LINE]}..."
 
 
 def plural(count: int, noun: str) -> str:
@@ -64,14 +85,16 @@ class Answer:
         """Say how it ended.
 
         Args:
-            kept: Where what came is.
+            kept: Where the answer so far is.
             explained: What the error is, and what to do.
         """
         seconds = f"{self.stream.timing.total:.1f} s"
         so_far = f"after {plural(self.tokens, 'token')} in {seconds}" if self.tokens else f"after {seconds}"
         if self.outcome == "aborted":
-            rest = f"; what came {kept}" if self.stream.text else ", before anything came"
+            rest = f"; the partial answer {kept}" if self.stream.text else ", before the first token"
             return f"stopped by you {so_far}{rest}"
+        if self.outcome == "until" and self.error is None:
+            return f"ended by {self.stream.reason!r} {so_far}"
         if self.outcome == "truncated":
             return f"the answer is not complete: the server ended it {so_far} without its last chunk"
         if isinstance(self.error, PhaseTimeout):
@@ -132,7 +155,8 @@ class Screen:
 
     def end(self, answer: Answer, said: str) -> None:
         """Say how an answer ended, if that needs to be said."""
-        if answer.outcome != "done":
+        whole = answer.outcome == "done" or answer.stream.reason is JSON_COMPLETE
+        if answer.error is not None or not whole:
             self.note(said, style_of(answer))
 
     def note(self, text: str, style: str = "") -> None:
@@ -154,7 +178,7 @@ class Screen:
 def style_of(answer: Answer) -> str:
     if answer.error is not None and not isinstance(answer.error, AbortError):
         return "red"
-    return "dim" if answer.outcome == "done" else "yellow"
+    return "dim" if answer.outcome in ("done", "until") else "yellow"
 
 
 class JsonScreen(Screen):

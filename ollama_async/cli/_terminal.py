@@ -1,6 +1,6 @@
 """The terminal: what Ctrl-C does, and one run of a command on it.
 
-Prompts are read in the main thread while no event loop runs, and each answer has an event loop and a client of its own:
+Prompts are read in the main thread while no event loop runs, and each answer has its own event loop and client:
 so no thread is ever left waiting for input, and Ctrl-C at a prompt is nothing but a ``KeyboardInterrupt``.
 """
 
@@ -29,6 +29,7 @@ from ollama_async._errors import (
     RequestError,
 )
 from ollama_async._host import parse_host
+from ollama_async.agent import LimitReached
 
 from ._output import valid
 from ._screen import Answer, AnyStream, Screen
@@ -178,7 +179,9 @@ class Session:
             return f"the server at {self.url} has no model {model!r}: get it with 'ollama-async pull {model}'"
         if isinstance(exc, AuthenticationError) and exc.signin_url:
             return f"the server at {self.url} wants you to sign in first: {exc.signin_url}"
-        return str(exc) if isinstance(exc, RequestError) else f"the server at {self.url}: {exc}"
+        if isinstance(exc, (RequestError, LimitReached)):
+            return str(exc)
+        return f"the server at {self.url}: {exc}"
 
     def ask(self, work: Callable[[AsyncClient, CancelToken], Awaitable[T]]) -> T:
         """Do something with a client, until Ctrl-C aborts it."""

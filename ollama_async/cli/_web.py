@@ -8,15 +8,17 @@ import ipaddress
 import re
 import socket
 import threading
+import warnings
 import webbrowser
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
 from urllib.parse import urlsplit
 
 import typer
 import uvicorn
 from pydantic import BaseModel, FailFast, Field, ValidationError
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.responses import FileResponse, JSONResponse, Response
@@ -25,13 +27,16 @@ from starlette.staticfiles import StaticFiles
 
 from ollama_async._cancel import CancelToken
 from ollama_async._client import AsyncClient
-from ollama_async._errors import OllamaError
-from ollama_async.asgi import StreamResponse, stop_route
-from ollama_async.registry import AbortRegistry
+from ollama_async._errors import OllamaError, RequestError, TruncationWarning
+from ollama_async._model.types import ToolCall  # noqa: TC001  (pydantic needs it when the program runs)
+from ollama_async.agent import Agent
+from ollama_async.asgi import ID_HEADER, StreamResponse, attach_route, list_route, module_route, stop_route
+from ollama_async.durable import DurableAnswers, Listed, Result
 from ollama_async.testing import FakeOllama, Reply
 
 from ._demo import list_models, look, pick
 from ._output import write
+from ._tools import AgentStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,11 +45,13 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from ollama_async._call.stream import Stream
     from ollama_async._call.timeouts import Timeouts
+    from ollama_async._model.types import ChatResponse
 
     from ._terminal import Session
 
-__all__ = ["PORT", "Chats", "Guard", "Site", "parse_sites", "serve"]
+__all__ = ["PORT", "Chats", "Guard", "Site", "parse_sites", "parse_unattended", "serve"]
 
 PORT = 11480
 """Where the page is, unless something else is there."""
@@ -219,10 +226,23 @@ def _problem(status: int, text: str) -> JSONResponse:
 
 
 class _Said(BaseModel):
-    """One turn of the conversation; no more than text, since the client would read a picture's path from this disk."""
+    """A message of the conversation; it has no picture, since the client would read its path from this disk."""
 
     role: Literal["user", "assistant"]
     content: str
+    tool_calls: list[ToolCall] | None = None
+
+
+class _Result(BaseModel):
+    """What a tool has returned."""
+
+    role: Literal["tool"]
+    content: str
+    tool_name: str
+    tool_call_id: str | None = None
+
+
+_Message = Annotated[_Said | _Result, Field(discriminator="role")]
 
 
 class _Asked(BaseModel):
@@ -230,18 +250,39 @@ class _Asked(BaseModel):
 
     model: str
     # The first one that is wrong is enough to refuse all.
-    messages: Annotated[list[_Said], Field(max_length=_MAX_TURNS), FailFast()]
+    messages: Annotated[list[_Message], Field(max_length=_MAX_TURNS), FailFast()]
+
+
+def _owner(request: Request) -> str:
+    """Say whose answers a request is about: those of one browser, which has made up this name for itself."""
+    return request.headers.get("x-chat-owner", "")
 
 
 class Chats:
-    """The page's routes."""
+    """The page's routes.
 
-    def __init__(self, session: Session, client: AsyncClient, limits: Timeouts, notice: str = "") -> None:
+    Attributes:
+        answers: Those that the page has asked for; whoever uses it closes them.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        client: AsyncClient,
+        limits: Timeouts,
+        notice: str = "",
+        *,
+        unattended: float | None = None,
+        tools: Sequence[Any] = (),
+    ) -> None:
         self._session = session
         self._client = client
         self._limits = limits
         self._notice = notice
-        self._registry = AbortRegistry.from_url("memory://")
+        self._tools = tools
+        # By owner and id, while the answer comes: another tab shows what it is an answer to.
+        self._questions: dict[tuple[str, str], _Asked] = {}
+        self.answers = DurableAnswers.from_url("memory://", unattended=unattended, on_end=self._forget)
 
     def app(self, name: str = "", allowed: Sequence[Site] = ()) -> Starlette:
         """Make the application.
@@ -254,7 +295,11 @@ class Chats:
             Route("/", self._page),
             Route("/api/models", self._models),
             Route("/api/chat", self._chat, methods=["POST"]),
-            stop_route("/api/stop", self._registry),
+            list_route("/api/answers", self.answers, owner=_owner),
+            attach_route("/api/answers", self.answers, owner=_owner),
+            stop_route("/api/answers", self.answers.registry, owner=_owner),
+            Route("/api/questions/{id}", self._question),
+            module_route("/answers.js"),
             Mount("/", StaticFiles(directory=_PAGE)),
         ]
         return Starlette(routes=routes, middleware=[Middleware(Guard, name=name, allowed=allowed)])
@@ -273,13 +318,47 @@ class Chats:
     async def _chat(self, request: Request) -> Response:
         try:
             asked = _Asked.model_validate_json(await request.body())
-            messages = [said.model_dump() for said in asked.messages]
+            stream = self._answer(asked.model, asked.model_dump(exclude_none=True)["messages"])
         except ValidationError as exc:
             return _problem(400, f"this is not a question to a model: {exc.errors()[0]['msg']}")
-        # What is wrong with it otherwise is said when it is awaited, by the response.
-        stream = self._client.chat(asked.model, messages, stream=True, timeout=self._limits)
-        # The reader of this page is the one who runs the server.
-        return StreamResponse(stream, registry=self._registry, explain=lambda exc: getattr(exc, "error", str(exc)))
+        except RequestError as exc:
+            return _problem(400, str(exc))
+        owner, answer_id = _owner(request), request.headers.get(ID_HEADER, "")
+        self._questions.setdefault((owner, answer_id), asked)
+        return StreamResponse(
+            stream,
+            answers=self.answers,
+            owner=owner,
+            on_leave="continue",
+            # The reader of this page is the one who runs the server.
+            explain=lambda exc: getattr(exc, "error", str(exc)),
+            background=BackgroundTask(self._forget_unless_running, owner, answer_id),
+        )
+
+    def _answer(self, model: str, messages: list[dict[str, Any]]) -> Stream[ChatResponse]:
+        # What is wrong with it otherwise is said when it is read, by the response.
+        if not self._tools:
+            return self._client.chat(model, messages, stream=True, timeout=self._limits, on_truncation="warn")
+        agent = Agent(self._client, model, self._tools, timeout=self._limits, on_truncation="warn")
+        # A durable answer asks no more of a stream than this one has.
+        return cast("Stream[ChatResponse]", AgentStream(agent.run(messages)))
+
+    async def _question(self, request: Request) -> Response:
+        asked = self._questions.get((_owner(request), request.path_params["id"]))
+        if asked is None:
+            return _problem(404, "you have no answer with this id that is under way")
+        return JSONResponse(asked.model_dump(exclude_none=True))
+
+    def _forget(self, result: Result) -> None:
+        self._questions.pop((result.owner, result.id), None)
+
+    async def _forget_unless_running(self, owner: str, answer_id: str) -> None:
+        """Forget a question whose answer was not begun; one that only lost its first viewer goes on."""
+        listed: list[Listed] = []
+        with contextlib.suppress(OllamaError):  # no answer can have such an owner
+            listed = await self.answers.list(owner)
+        if not any(each.id == answer_id and each.state == "running" for each in listed):
+            self._questions.pop((owner, answer_id), None)
 
 
 # -- serving --
@@ -318,13 +397,33 @@ def parse_sites(texts: Sequence[str] | None) -> list[Site]:
     return sites
 
 
+# In less, the page that asks for an answer could not even begin to watch it.
+_SHORTEST = 0.1
+# A year.
+_LONGEST = 366 * 86400.0
+
+
+def parse_unattended(text: str) -> float | None:
+    """Read the seconds of ``--unattended``; ``None`` stands for ever."""
+    if text.strip().lower() == "none":
+        return None
+    with contextlib.suppress(ValueError):
+        seconds = float(text)
+        if 0 <= seconds <= _LONGEST:
+            return max(seconds, _SHORTEST)
+    how = "give seconds, 0 to end an answer at once when no tab shows it, or none to let it come to its end"
+    raise typer.BadParameter(f"invalid time {text!r}: {how}", param_hint="--unattended")
+
+
 def serve(
     session: Session,
     address: str,
     port: int | None,
     limits: Timeouts,
     *,
+    unattended: float | None,
     allowed: Sequence[Site] = (),
+    tools: Sequence[Any] = (),
     open_browser: bool,
 ) -> None:
     """Serve the page until Ctrl-C.
@@ -334,19 +433,20 @@ def serve(
         address: What to listen on.
         port: Which; 0 for a free one, ``None`` for the usual one, or a free one if that is taken.
         limits: For each answer.
+        unattended: After how many seconds in which no tab shows it an answer is aborted; ``None`` for never.
         allowed: Proxies in front of the page.
+        tools: Functions that the model may call.
         open_browser: Show the page.
     """
     with _listen(address, port) as listener:
         bound, number = listener.getsockname()[:2]
         ip = ipaddress.ip_address(bound)
+        what = "this page, your models and your tools" if tools else "this page and your models"
         if allowed:
             names = ", ".join(site.name for site in allowed)
-            session.screen.note(
-                f"Everybody whom the proxy lets in at {names} can use this page and your models.", "yellow"
-            )
+            session.screen.note(f"Everyone whom the proxy lets in at {names} can use {what}.", "yellow")
         if not ip.is_loopback:
-            session.screen.note("Everybody who can reach this machine can use this page and your models.", "yellow")
+            session.screen.note(f"Everyone who can reach this machine can use {what}.", "yellow")
         if ip.is_unspecified:  # no browser goes there
             bound = "::1" if ip.version == 6 else "127.0.0.1"
         url = f"http://{bound if ':' not in bound else f'[{bound}]'}:{number}/"
@@ -357,7 +457,10 @@ def serve(
                 # A browser for terminals stays in the call until it is left.
                 threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
-        asyncio.run(_serve(session, listener, address, allowed, limits, started))
+        with warnings.catch_warnings():
+            # The page shows it.
+            warnings.simplefilter("ignore", TruncationWarning)
+            asyncio.run(_serve(session, listener, address, allowed, limits, unattended, tools, started))
 
 
 async def _serve(
@@ -366,6 +469,8 @@ async def _serve(
     name: str,
     allowed: Sequence[Site],
     limits: Timeouts,
+    unattended: float | None,
+    tools: Sequence[Any],
     started: Callable[[], None],
 ) -> None:
     token = CancelToken()
@@ -379,8 +484,9 @@ async def _serve(
             host, notice = server.url, f"This is a demonstration, no model computes anything: {why}."
             write(f"{notice}\n")
         async with AsyncClient(host, token=token) as client:
-            app = Chats(session, client, limits, notice).app(name, allowed)
-            await _Server(app, token, started).serve(sockets=[listener])
+            chats = Chats(session, client, limits, notice, unattended=unattended, tools=tools)
+            async with chats.answers:
+                await _Server(chats.app(name, allowed), token, started).serve(sockets=[listener])
 
 
 def _listen(address: str, port: int | None) -> socket.socket:
@@ -402,7 +508,7 @@ This answer is **always the same**: no Ollama server was found, so a small one i
 
 ## What you can try
 
-- Press **Stop**, or `Esc`: the server is left at once, and what came stays.
+- Press **Stop**, or `Esc`: the connection is closed at once, and the partial answer is kept.
 - Then *Continue*, or *Retry*.
 
 ```python

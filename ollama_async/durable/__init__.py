@@ -11,9 +11,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from ollama_async._call.stream import Stream
 from ollama_async._cancel import LiveObject
 from ollama_async._errors import OllamaError, RequestError
 from ollama_async.registry import AbortRegistry, Name, Stopped
@@ -34,7 +33,7 @@ from ._errors import (
 from ._events import Event, split
 from ._log import Viewer
 from ._memory import Memory
-from ._producer import CLOSED, SUPERSEDED, TOO_LONG, UNATTENDED, AnswerOutcome, OnEnd, Producer, Result, Terms
+from ._producer import CLOSED, SUPERSEDED, TOO_LONG, UNATTENDED, AnswerOutcome, OnEnd, Producer, Result, Source, Terms
 
 __all__ = [
     "CLOSED",
@@ -63,6 +62,8 @@ __all__ = [
 
 # Thirty years.
 _ENDLESS = 1e9
+# With a shorter one, a pause of the garbage collector or of the network is a death.
+_SHORTEST_LEASE = 0.5
 # How long a viewer waits for events that it has seen elsewhere already, and that are still on their way here.
 _CATCH_UP = 2.0
 _MAX_OFFSET = 10**15
@@ -133,7 +134,7 @@ class Answer(LiveObject):
 
 
 class DurableAnswers(LiveObject):
-    """Answers by owner and id, which go on while nobody watches.
+    """Answers by owner and id, which go on without a viewer.
 
     They belong to one event loop. Close them with ``await answers.aclose()`` or ``async with``: that aborts the answers
     which this process produces.
@@ -180,14 +181,15 @@ class DurableAnswers(LiveObject):
             url: ``memory://`` for this process alone; ``redis://``, ``rediss://`` or ``unix://``, as redis-py reads
                 them, for all processes that use the same Redis (6.2 or newer, or Valkey).
             keep: How many seconds an answer is kept after its end.
-            lease: After how many seconds without a sign of life the producer of an answer is taken for dead, in Redis.
-            unattended: After how many seconds in which nobody watches an answer is aborted, with the reason
+            lease: After how many seconds without a sign of life the producer of an answer is taken for dead, in Redis;
+                at least 0.5, and longer than its event loop is ever held up: 5 or more.
+            unattended: After how many seconds without a viewer an answer is aborted, with the reason
                 ``UNATTENDED``; ``None``: never.
             max_bytes: How many bytes the events of an answer may have; beyond that it is aborted, with the reason
                 ``TOO_LONG``.
             on_end: Called with a ``Result`` once for each answer that was begun here, however it ended: the place to
                 save it. It may be a coroutine function; what it raises is logged.
-            explain: Says what viewers are told of an error; by default a fixed text for each kind of error.
+            explain: Returns the text that viewers get for an error; by default a fixed text for each kind of error.
             registry: Where answers are registered, to be stopped. By default one with the same url and namespace, which
                 is closed with the answers.
             namespace: What the names of keys begin with, in Redis.
@@ -199,6 +201,8 @@ class DurableAnswers(LiveObject):
         times = {"keep": keep, "lease": lease, "unattended": unattended, "max_bytes": max_bytes}
         for name, given in times.items():
             _check_number(name, given, may_lack=name == "unattended")
+        if lease < _SHORTEST_LEASE:
+            raise RequestError(f"lease={lease!r}: give {_SHORTEST_LEASE} seconds or more; 5 or more are advisable")
         terms = Terms(keep, unattended, max_bytes, on_end, explain)
         ours = AbortRegistry.from_url(url, namespace=namespace)
         carrier: Carrier = Memory() if url.partition("://")[0] == "memory" else _redis(url, namespace, lease)
@@ -206,7 +210,7 @@ class DurableAnswers(LiveObject):
 
     async def begin(
         self,
-        stream: Stream[Any],
+        stream: Source,
         id: str,  # noqa: A002
         *,
         owner: str = "",
@@ -215,15 +219,15 @@ class DurableAnswers(LiveObject):
         on_end: OnEnd | None = None,
         explain: Callable[[OllamaError], str] | None = None,
     ) -> Answer:
-        """Begin an answer: read a stream in the background, whoever watches.
+        """Begin an answer: read a stream in the background, with or without viewers.
 
-        If a Stop for it has come already, it is aborted at once. While Redis is away it is begun without it, and
+        If a Stop for it has already arrived, it is aborted at once. While Redis is away it is begun without it, and
         carried there once Redis is back.
 
         Args:
             stream: What ``chat(..., stream=True)`` or ``generate(..., stream=True)`` returned, not read yet. It is
                 closed if the answer cannot be begun.
-            id: The answer's, of at most 200 characters; one that nobody can guess, used for this answer only.
+            id: The answer's, of at most 200 characters; one that cannot be guessed, used for this answer only.
             owner: Whose answer it is: part of its address.
             keep: As in ``from_url()``, for this answer.
             unattended: As in ``from_url()``, for this answer.
@@ -275,7 +279,7 @@ class DurableAnswers(LiveObject):
             after: The number of the event to go on after, ``0`` for all of it.
 
         Raises:
-            UnknownAnswer: The owner has none with this id, or it is not kept any more.
+            UnknownAnswer: The owner has none with this id, or it is no longer kept.
             BadOffset: The answer has no event with the number ``after``.
             AnswersUnavailable: Redis is away, and the answer is not in this process; try again later.
             AnswerGap: What is in Redis is not the log of an answer.
@@ -342,12 +346,12 @@ class DurableAnswers(LiveObject):
             producer.abort(CLOSED)
 
     async def aclose(self, *, drain: float = 5.0) -> None:
-        """Close: abort all answers of this process, call ``on_end`` for each, and let go of Redis; idempotent.
+        """Close: abort all answers of this process, call ``on_end`` for each, and leave Redis; idempotent.
 
         Args:
             drain: How many seconds their ends have to get into Redis.
 
-        Cancellation: the answers are aborted in any case; what would have been waited for goes on.
+        Cancellation: the answers are aborted in any case; ``on_end`` and the last writes go on.
         """
         self.close()
         producers = [producer.task for producer in self._running]
@@ -365,7 +369,7 @@ class DurableAnswers(LiveObject):
 
     def _check_open(self) -> None:
         if self._closed:
-            raise AnswersClosed("the durable answers are closed")
+            raise AnswersClosed("the durable answers are closed: create new ones")
 
     async def __aenter__(self) -> Self:
         return self

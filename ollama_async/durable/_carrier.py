@@ -45,14 +45,18 @@ class Carrier(Protocol):
         ...
 
     def ring(self, producer: Producer) -> None:
-        """Take note of news in a producer's log; never waits."""
+        """Take note of news in a producer's log; never waits.
+
+        It is called for the end, and for other events unless the producer's ``rung`` is set, or its ``size`` has come
+        to its ``ring_at``.
+        """
         ...
 
     async def find(self, name: Name) -> Log:
         """Return the log of an answer, with all events that are there.
 
         Raises:
-            UnknownAnswer: There is none.
+            UnknownAnswer: There is no such answer.
             AnswersUnavailable: It cannot be known.
             AnswerGap: What is there is not the log of an answer.
         """

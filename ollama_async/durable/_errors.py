@@ -27,7 +27,7 @@ class AnswerInUse(OllamaError):
 
 
 class UnknownAnswer(OllamaError, LookupError):
-    """The owner has no answer with this id: there never was one, or it is not kept any more."""
+    """The owner has no answer with this id: there never was one, or it is no longer kept."""
 
     code: ClassVar[str] = "unknown"
 

@@ -5,13 +5,18 @@ chunk is kept as that text alone, a JSON string: a tenth of the whole. Every oth
 ``{"open":{...}}``, ``{"chunk":{...}}``, ``{"end":{...}}``. Whoever holds the last whole chunk can make a whole one of
 the text again, by putting it where the whole one has its text; no JSON is parsed or written for it.
 
+An end has the whole answer, of which the chunks have nearly all. So it is kept with ``true`` in place of each text that
+its chunks make together, and whoever shows it puts that there.
+
 A fragment has no line breaks, so several are kept as lines.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import secrets
+from itertools import groupby
 from json.encoder import encode_basestring
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -21,8 +26,23 @@ from ollama_async._model.types import ChatResponse, GenerateResponse
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["Encoder", "Event", "Expander", "ends", "is_whole_chunk", "merged", "named", "split", "taken_apart"]
+__all__ = [
+    "Encoder",
+    "Event",
+    "Expander",
+    "ends",
+    "is_text",
+    "is_whole_chunk",
+    "kept_end",
+    "merged",
+    "named",
+    "shown_end",
+    "split",
+    "taken_apart",
+]
 
+# A third of what json.loads() takes, and this runs for every token in each process that watches.
+_JSON_TEXT = re.compile(r'"[^"\\\x00-\x1f]*+(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*+)*+"')
 _OPEN, _CHUNK, _END = b'{"open":', b'{"chunk":', b'{"end":'
 _TEXT = b'"'[0]
 # The address of another server; it is nobody's business who watches.
@@ -31,7 +51,10 @@ _NOT_KEPT = {"remote_host"}
 _CHAT = {"model", "created_at", "message", "done"}
 _GENERATE = {"model", "created_at", "response", "done"}
 _MESSAGE = {"role", "content"}
-_THINKING = {"thinking"}
+_THINKING_GENERATE = {*_GENERATE, "thinking"}
+_THINKING_MESSAGE = {*_MESSAGE, "thinking"}
+# Where an answer has its texts.
+_TEXTS = ("content", "response", "thinking")
 
 
 class Event(NamedTuple):
@@ -62,6 +85,11 @@ def named(name: str, data: object) -> bytes:
     return f'{{"{name}":{json.dumps(data, ensure_ascii=False, separators=(",", ":"))}}}'.encode()
 
 
+def is_text(fragment: bytes) -> bool:
+    """Return whether it is a chunk that is kept as its text alone."""
+    return fragment[0] == _TEXT
+
+
 def ends(fragment: bytes) -> bool:
     """Return whether it is the last event of an answer."""
     return fragment.startswith(_END)
@@ -88,9 +116,10 @@ def taken_apart(lines: bytes) -> list[bytes]:
     """
     fragments = lines.split(b"\n")
     for fragment in fragments:
-        value: Any = json.loads(fragment.decode())
-        if isinstance(value, str) and fragment[0] == _TEXT:
+        text = fragment.decode()
+        if _JSON_TEXT.fullmatch(text):
             continue
+        value: Any = json.loads(text)
         if not (fragment.startswith((_CHUNK, _OPEN, _END)) and fragment.endswith(b"}}") and len(value) == 1):
             raise ValueError("not an event")
         if is_whole_chunk(fragment):
@@ -119,15 +148,15 @@ def _shape(chunk: Any) -> tuple[object, str]:
     if isinstance(chunk, ChatResponse):
         holder: Any = chunk.message
         fields: set[str] = holder.model_fields_set
-        if chunk.done or chunk.model_fields_set != _CHAT or fields - _THINKING != _MESSAGE:
+        if chunk.done or chunk.model_fields_set != _CHAT or (fields != _MESSAGE and fields != _THINKING_MESSAGE):
             return None, ""
         role, text = holder.role, holder.content
     else:
         holder, fields = chunk, chunk.model_fields_set
-        if chunk.done or fields - _THINKING != _GENERATE:
+        if chunk.done or (fields != _GENERATE and fields != _THINKING_GENERATE):
             return None, ""
         role, text = "", holder.response
-    thinking = holder.thinking if "thinking" in fields else None
+    thinking = holder.thinking
     if thinking:
         return (chunk.model, role, "thinking", text), thinking
     return (None, "") if text is None else ((chunk.model, role, "text", thinking), text)
@@ -148,7 +177,7 @@ class Expander:
         Raises:
             ValueError: It is a text without a place to put it.
         """
-        if fragment[0] == _TEXT:
+        if is_text(fragment):
             before, behind = self._around
             if not before:
                 raise ValueError("a text without a chunk that says what it is")
@@ -160,16 +189,72 @@ class Expander:
 
     def _learn(self, whole: bytes) -> None:
         chunk: dict[str, Any] = json.loads(split(whole)[1])
-        holder: Any = chunk.get("message", chunk)
-        if not isinstance(holder, dict):
-            raise ValueError("a chunk whose message is not an object")  # noqa: TRY004  (what was read is wrong)
-        holder = cast("dict[str, Any]", holder)
-        place = "thinking" if holder.get("thinking") else "content" if holder is not chunk else "response"
+        holder, place = _text_of(chunk)
         mark = secrets.token_hex(16)
         holder[place] = mark
         text = json.dumps(chunk, ensure_ascii=False, separators=(",", ":"))
         before, _, behind = text.partition(f'"{mark}"')
         self._around = before.encode(), behind.encode()
+
+
+def _text_of(chunk: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Return what has the text of a whole chunk or an answer, and under which name those behind a chunk have theirs."""
+    holder: Any = chunk.get("message", chunk)
+    if not isinstance(holder, dict):
+        raise ValueError("a message that is not an object")  # noqa: TRY004  (what was read is wrong)
+    holder = cast("dict[str, Any]", holder)
+    return holder, "thinking" if holder.get("thinking") else "content" if holder is not chunk else "response"
+
+
+def kept_end(data: dict[str, Any], fragments: Iterable[bytes]) -> bytes:
+    """Make the fragment of an end, without the texts that the answer's chunks have."""
+    texts = _texts(fragments)
+    response = data["response"]
+    if response is not None:
+        holder = response.get("message", response)
+        known = {key: True for key in _TEXTS if holder.get(key) and holder[key] == texts.get(key)}
+        response = {**response, "message": {**holder, **known}} if "message" in response else {**response, **known}
+    text = True if data["text"] and data["text"] == _shown_text(texts) else data["text"]
+    return named("end", {**data, "text": text, "response": response})
+
+
+def shown_end(kept: bytes, fragments: Iterable[bytes]) -> bytes:
+    """Make the data of an end, as it is shown, of its fragment.
+
+    Raises:
+        ValueError: It is not a fragment that ``kept_end()`` has made.
+    """
+    data: dict[str, Any] = json.loads(split(kept)[1])
+    response: Any = data.get("response")
+    holder = _text_of(cast("dict[str, Any]", response))[0] if isinstance(response, dict) else dict[str, Any]()
+    missing = [key for key in _TEXTS if holder.get(key) is True]
+    if missing or data.get("text") is True:
+        texts = _texts(fragments)
+        for key in missing:
+            holder[key] = texts.get(key, "")
+        if data.get("text") is True:
+            data["text"] = _shown_text(texts)
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _shown_text(texts: dict[str, str]) -> str:
+    return texts.get("content") or texts.get("response") or ""
+
+
+def _texts(fragments: Iterable[bytes]) -> dict[str, str]:
+    """Return the texts that the chunks among some events make together."""
+    found: dict[str, list[str]] = {}
+    place = ""
+    for of_text, run in groupby(fragments, is_text):
+        if of_text:
+            found.setdefault(place, []).extend(json.loads(b"[%b]" % b",".join(run)))
+            continue
+        for fragment in filter(is_whole_chunk, run):
+            holder, place = _text_of(json.loads(split(fragment)[1]))
+            for key in _TEXTS:
+                if isinstance(holder.get(key), str):
+                    found.setdefault(key, []).append(holder[key])
+    return {key: "".join(parts) for key, parts in found.items()}
 
 
 def merged(fragments: Sequence[bytes]) -> ChatResponse | GenerateResponse | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ollama_async._cancel import LiveObject
 
 from ._errors import AnswerGap
-from ._events import Event, Expander, ends, is_whole_chunk, split
+from ._events import Event, Expander, ends, is_text, is_whole_chunk, shown_end
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
@@ -45,6 +45,7 @@ class Log:
         # Which of the fragments are chunks that are kept whole.
         self._wholes: list[int] = []
         self._waiting: set[asyncio.Future[None]] = set()
+        self._shown_end: bytes | None = None
 
     def __len__(self) -> int:
         return len(self.fragments)
@@ -56,11 +57,11 @@ class Log:
 
     def append(self, fragment: bytes) -> None:
         """Add the next event."""
-        if is_whole_chunk(fragment):
-            self._wholes.append(len(self.fragments))
+        if not is_text(fragment):
+            if is_whole_chunk(fragment):
+                self._wholes.append(len(self.fragments))
+            self.ended = ends(fragment)
         self.fragments.append(fragment)
-        if ends(fragment):
-            self.ended = True
         if self._waiting:
             self._wake()
 
@@ -82,6 +83,17 @@ class Log:
         if not self.closed:
             self.epilogue = epilogue
             self._wake()
+
+    def shown_end(self) -> bytes:
+        """Return the data of the end, with all of the answer's text; it is made once for all viewers.
+
+        Raises:
+            ValueError: It cannot be made.
+        """
+        if self._shown_end is None:
+            kept = self.fragments[-1] if self.epilogue is None else self.epilogue
+            self._shown_end = shown_end(kept, self.fragments)
+        return self._shown_end
 
     def expander(self, after: int) -> Expander:
         """Return what makes events of the fragments behind an event."""
@@ -127,9 +139,9 @@ class Log:
 
 
 class Viewer(LiveObject):
-    """Somebody who watches an answer: ``async for event in viewer``.
+    """A viewer of an answer: ``async for event in viewer``.
 
-    It ends with the event ``end``. Detaching concerns nobody else: neither the answer nor its other viewers.
+    It ends with the event ``end``. Detaching affects neither the answer nor its other viewers.
     """
 
     def __init__(self, log: Log, after: int) -> None:
@@ -154,7 +166,7 @@ class Viewer(LiveObject):
         return self._log.ended and self.after == len(self._log)
 
     async def read(self) -> list[Event]:
-        """Return all events that are there, at least one; none when there will be none any more.
+        """Return all events that have arrived, at least one; none when no further event will come.
 
         Raises:
             AnswerGap: Events are missing from the log, or something else wrote into it.
@@ -180,7 +192,10 @@ class Viewer(LiveObject):
         log, events = self._log, list[Event]()
         for fragment in log.fragments[self._at : self._at + _AT_ONCE]:
             try:
-                event = self._expander.event(self._at + 1, fragment)
+                if ends(fragment):
+                    event = Event(self._at + 1, "end", log.shown_end())
+                else:
+                    event = self._expander.event(self._at + 1, fragment)
             except ValueError as exc:
                 if events:
                     break
@@ -190,7 +205,7 @@ class Viewer(LiveObject):
             self._over = event.name == "end"
         if not events and log.epilogue is not None:
             self._over = True
-            events.append(Event(None, *split(log.epilogue)))
+            events.append(Event(None, "end", log.shown_end()))
         return events
 
     def detach(self) -> None:

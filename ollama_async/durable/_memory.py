@@ -47,10 +47,11 @@ class Memory:
     async def claim(self, producer: Producer) -> bool:
         """Take the name."""
         if producer.name in self._kept:
-            raise AnswerInUse("there is an answer with this id already: take another id, or attach to it")
+            raise AnswerInUse("an answer with this id exists already: use another id, or attach to it")
         kept = self._kept[producer.name] = _Kept(producer)
         producer.log.on_attended = kept.attended
         kept.attended()
+        producer.rung = True
         return True
 
     def ring(self, producer: Producer) -> None:
@@ -65,7 +66,7 @@ class Memory:
         """Return the log."""
         kept = self._kept.get(name)
         if kept is None:
-            raise UnknownAnswer("there is no answer with this id, or it is not kept any more")
+            raise UnknownAnswer("there is no answer with this id, or it is no longer kept")
         return kept.producer.log
 
     async def names(self, owner: str) -> list[Listed]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from inspect import isawaitable
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, Protocol, TypeAlias, cast
 
 from ollama_async._call.stream import Stream, Timing
 from ollama_async._cancel import LiveObject
@@ -18,13 +19,13 @@ from ollama_async._model.types import ChatResponse, GenerateResponse
 from ollama_async.registry import AbortRegistry, Name
 
 from ._carrier import Carrier
-from ._events import Encoder, merged, named
+from ._events import Encoder, kept_end, merged, named
 from ._log import Log
-from ._told import NOT_SENT, Told, summary, tell
+from ._told import NOT_SENT, Summed, Told, summary, tell
 
 OnEnd: TypeAlias = Callable[["Result"], Awaitable[object] | object]
 
-__all__ = ["CLOSED", "SUPERSEDED", "TOO_LONG", "UNATTENDED", "AnswerOutcome", "Producer", "Result"]
+__all__ = ["CLOSED", "SUPERSEDED", "TOO_LONG", "UNATTENDED", "AnswerOutcome", "Producer", "Result", "Source"]
 
 _log = logging.getLogger("ollama_async.durable")
 
@@ -36,7 +37,7 @@ UNATTENDED = "nobody watched"
 """The reason of an answer that was aborted because nobody had watched it for ``unattended`` seconds."""
 TOO_LONG = "the answer is too long to be kept"
 """The reason of an answer that was aborted because its events had reached ``max_bytes``."""
-CLOSED = "the server is about to end"
+CLOSED = "the server is shutting down"
 """The reason of an answer that was aborted because the durable answers of its process were closed."""
 SUPERSEDED = "another answer has its place"
 """The reason of an answer that was aborted because somebody else's log stands under its id: it was declared lost, or
@@ -68,6 +69,20 @@ class Result:
     timing: Timing
 
 
+class Source(Summed, Protocol):
+    """What a producer reads: a ``Stream``, or what looks like one and delivers all that it has."""
+
+    def __aiter__(self) -> AsyncIterator[Any]: ...
+
+    def abort(self, reason: object = None) -> bool:
+        """End it, from any thread."""
+        ...
+
+    async def aclose(self) -> None:
+        """End it."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Terms:
     """Under which conditions answers are produced."""
@@ -92,12 +107,12 @@ class Producer(LiveObject):
         nonce: What tells it from another one under the same name.
         claimed: Done once it is known that the name is free; ``False`` if Redis could not be asked.
         size: How many bytes its chunks have.
+        rung: Whether the carrier knows that there is news; it forgets that when it takes them.
+        ring_at: The size at which the carrier wants to know of it nevertheless.
         failure: What the model's stream ended with, if it was an error.
     """
 
-    def __init__(
-        self, name: Name, stream: Stream[Any], registry: AbortRegistry, carrier: Carrier, terms: Terms
-    ) -> None:
+    def __init__(self, name: Name, stream: Source, registry: AbortRegistry, carrier: Carrier, terms: Terms) -> None:
         loop = asyncio.get_running_loop()
         self.name = name
         self.keep: float = terms.keep
@@ -115,6 +130,8 @@ class Producer(LiveObject):
         self._terms = terms
         self._encoder = Encoder()
         self.size: int = 0
+        self.rung: bool = False
+        self.ring_at: float = math.inf
         self._superseded = False
         self.task: asyncio.Task[None] = loop.create_task(self._run(), name=f"ollama_async answer {name.id[:40]}")
 
@@ -157,8 +174,16 @@ class Producer(LiveObject):
         """Read the stream to its end, however it comes; return what it was, unless it is the natural one."""
         error: BaseException | None = None
         try:
+            encode, append, max_bytes = self._encoder.chunk, self.log.append, self._terms.max_bytes
             async for chunk in self._stream:
-                self._put(self._encoder.chunk(chunk))
+                # This runs for every token.
+                fragment = encode(chunk)
+                append(fragment)
+                self.size += len(fragment)
+                if not self.rung or self.size >= self.ring_at:
+                    self._carrier.ring(self)
+                if self.size > max_bytes:
+                    self._stream.abort(TOO_LONG)
         except AbortError:
             pass
         except (Exception, asyncio.CancelledError) as exc:
@@ -168,29 +193,23 @@ class Producer(LiveObject):
         self._end(error)
         return error
 
-    def _put(self, fragment: bytes) -> None:
-        self.size += len(fragment)
-        self.log.append(fragment)
-        self._carrier.ring(self)
-        if self.size > self._terms.max_bytes:
-            self._stream.abort(TOO_LONG)
-
     def _end(self, error: BaseException | None) -> None:
         if isinstance(error, OllamaError):
             self.failure = error
-        ending = self._ending(error)
         if self._superseded:
-            self.log.close_with(ending)
+            self.log.close_with(self._ending(error))
             return
         rest = self._rest()
         if rest is not None:
             self.log.append(rest)
-        self.log.append(ending)
+        self.log.append(self._ending(error))
         self._carrier.ring(self)
 
     def _rest(self) -> bytes | None:
         """Return as a chunk what had arrived when the stream was ended, and was not delivered as chunks any more."""
-        if self._stream.outcome == "done":
+        # Another source keeps nothing back.
+        keeps_back = isinstance(self._stream, Stream)
+        if self._stream.outcome == "done" or not keeps_back:
             return None
         whole, kept = self._stream.response, merged(self.log.fragments)
         if whole is None:
@@ -214,7 +233,7 @@ class Producer(LiveObject):
             data |= {"outcome": "superseded", "reason": SUPERSEDED}
         elif told is not None and data["error"] is not None and not isinstance(error, OllamaError):
             data["outcome"] = "error"
-        return named("end", data)
+        return kept_end(data, self.log.fragments)
 
     async def _tell_end(self, error: BaseException | None) -> None:
         on_end = self._terms.on_end

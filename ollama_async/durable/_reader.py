@@ -10,19 +10,21 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import secrets
 from contextlib import suppress
 from copy import copy
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import ResponseError
 
 from ollama_async.registry import Name
+from ollama_async.registry._redis import end_tasks
 
 from ._carrier import Listed
 from ._errors import AnswerGap, AnswerGone, AnswersClosed, AnswersUnavailable, UnknownAnswer
-from ._events import ends, merged, named, split, taken_apart
+from ._events import ends, kept_end, merged, split, taken_apart
 from ._log import Log
 from ._server import FIELD, LOST, PATIENCE, Connecting, entry_id, first_number, refusal
 
@@ -43,6 +45,8 @@ _LONGEST_BLOCK = 5.0
 _REST = 0.005
 _LONGEST_PAUSE = 3.0
 _CONNECTIONS = 4
+# Seconds after which these are closed, if nobody attaches or asks for a list.
+_IDLE = 1.0
 _MOST_LISTED = 1000
 _KEEP_WAKE = 600
 _NOT_A_LOG = "what Redis has under this id is not the log of an answer, or not all of it"
@@ -92,7 +96,12 @@ class Reader:
         self._server = server
         self._keys = keys
         self._lease = lease
-        self._commands = server.client(connections=_CONNECTIONS, silence=PATIENCE)
+        self._commands = self._new_commands()
+        # What has been replaced by that: its connections are closed, or are about to be.
+        self._retired: Any = None
+        self._asking = 0
+        # When somebody last needed a connection for commands; 0 if there are none.
+        self._used_at = 0.0
         self._connecting = Connecting()
         self._connected = False
         self._blocking = server.client(connections=1, silence=_LONGEST_BLOCK + 5, connecting=self._connecting)
@@ -101,8 +110,13 @@ class Reader:
         self._wake_key = keys.wake(secrets.token_hex(8))
         self._wake_offset = "0"
         self._wake = asyncio.Event()
-        self._task: asyncio.Task[NoReturn] | None = None
+        self._task: asyncio.Task[None] | None = None
+        # The tasks look at this as well, see end_tasks().
+        self._closing = False
         self._jobs: set[asyncio.Task[None]] = set()
+        # Whoever waits for a turn is not told that Redis is away, as one who waits for a connection is. One connection
+        # is left for what is short.
+        self._turns = asyncio.Semaphore(_CONNECTIONS - 1)
         self._checked = False
         self._look_at = 0.0
 
@@ -130,12 +144,16 @@ class Reader:
 
     async def names(self, owner: str) -> list[Listed]:
         """Return the answers of an owner."""
+        self._asking += 1
         try:
             await self._check()
             found = await self._commands.zrevrange(self._keys.of(owner), 0, _MOST_LISTED - 1)
             return await self._listed(owner, [each.decode() for each in found])
         except LOST as exc:
             error = self._unavailable(exc)
+        finally:
+            self._asking -= 1
+            self._used_at = asyncio.get_running_loop().time()
         raise error
 
     async def _listed(self, owner: str, ids: list[str]) -> list[Listed]:
@@ -163,25 +181,42 @@ class Reader:
     async def aclose(self) -> None:
         """End the tasks and the connections."""
         task, self._task = self._task, None
+        self._closing = True
+        self._wake.set()
         tasks: set[asyncio.Task[Any]] = {*self._jobs} if task is None else {*self._jobs, task}
-        for each in tasks:
-            each.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
-        for mirror in list(self._mirrors.values()):
-            mirror.log.fail(AnswersClosed("the durable answers are closed"))
-        self._mirrors.clear()
-        if task is not None:
-            with suppress(*LOST):
-                await self._commands.delete(self._wake_key)
-        for client in (self._blocking, self._commands):
-            await client.connection_pool.disconnect()
+        try:
+            pools = [self._blocking.connection_pool, self._commands.connection_pool, self._retired]
+            await end_tasks(tasks, *filter(None, pools))
+            for mirror in list(self._mirrors.values()):
+                mirror.log.fail(AnswersClosed("the durable answers are closed"))
+            self._mirrors.clear()
+            if task is not None:
+                with suppress(*LOST):
+                    await self._commands.delete(self._wake_key)
+        finally:
+            await self._commands.connection_pool.disconnect()
 
     def _start(self, job: Any) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(job)
         self._jobs.add(task)
         task.add_done_callback(self._jobs.discard)
         return task
+
+    def _new_commands(self) -> Any:
+        return self._server.client(connections=_CONNECTIONS, silence=PATIENCE)
+
+    def _retire_commands(self) -> None:
+        """Have the connections closed that nobody has needed for a while."""
+        if self._until_idle() <= 0:
+            self._used_at = 0.0
+            # Not those of a client that somebody may take meanwhile.
+            self._retired, self._commands = self._commands.connection_pool, self._new_commands()
+            self._start(self._retired.disconnect())
+
+    def _until_idle(self) -> float:
+        if self._jobs or self._asking or not self._used_at:
+            return math.inf
+        return self._used_at + _IDLE - asyncio.get_running_loop().time()
 
     async def _check(self) -> None:
         if not self._checked:
@@ -200,19 +235,26 @@ class Reader:
     async def _note_presence(self, mirror: _Mirror) -> None:
         with suppress(*LOST):
             await self._commands.set(mirror.seen, "1", px=_ms(mirror.unattended), get=True)
+        self._used_at = asyncio.get_running_loop().time()
 
     # -- what is there --
 
     async def _fill(self, mirror: _Mirror) -> None:
-        try:
-            await self._check()
-            await self._read_all(mirror)
-        except LOST as exc:
-            mirror.log.fail(self._unavailable(exc))
+        came_at = asyncio.get_running_loop().time()
+        async with self._turns:
+            try:
+                if self._server.lost_at > came_at:
+                    # Those before have waited for it long enough.
+                    raise TimeoutError
+                await self._check()
+                await self._read_all(mirror)
+            except LOST as exc:
+                mirror.log.fail(self._unavailable(exc))
         if mirror.log.failure is not None and self._mirrors.get(mirror.name) is mirror:
             # Whoever comes next asks Redis again.
             del self._mirrors[mirror.name]
         mirror.filling = None
+        self._used_at = asyncio.get_running_loop().time()
 
     async def _read_all(self, mirror: _Mirror) -> None:
         start = "-"
@@ -231,7 +273,7 @@ class Reader:
             await self._note_presence(mirror)
         mirror.heard_at = asyncio.get_running_loop().time()
         mirror.full = True
-        if self._task is None:
+        if self._task is None and not self._closing:
             self._task = asyncio.get_running_loop().create_task(self._run(), name="ollama_async answers, reader")
         self._wake.set()
         # After it is full: a reader that was woken before would go to sleep without it.
@@ -241,7 +283,7 @@ class Reader:
     def _missing(self) -> OllamaError:
         if asyncio.get_running_loop().time() - self._server.lost_at < self._lease:
             return AnswersUnavailable("Redis was away a moment ago, and may not have all answers back; try again later")
-        return UnknownAnswer("there is no answer with this id, or it is not kept any more")
+        return UnknownAnswer("there is no answer with this id, or it is no longer kept")
 
     def _unavailable(self, error: BaseException) -> OllamaError:
         refused = refusal(error)
@@ -255,13 +297,15 @@ class Reader:
 
     # -- what comes --
 
-    async def _run(self) -> NoReturn:
+    async def _run(self) -> None:
         failures = 0
-        while True:
+        while not self._closing:
             try:
                 await self._follow()
                 failures = 0
             except Exception as exc:
+                if self._closing:
+                    return
                 failures += 1
                 if failures == 1:
                     _log.warning("Redis is away (%s): viewers of other processes' answers wait", type(exc).__name__)
@@ -289,6 +333,7 @@ class Reader:
         if not self._connected:
             await self._connecting.connect(self._server, self._blocking)
             self._connected = True
+        self._retire_commands()
         await self._look(list(followed.values()))
         streams = {self._wake_key: self._wake_offset, **{key: entry_id(each.last) for key, each in followed.items()}}
         reply = await self._blocking.xread(streams, block=_ms(self._until_look()))
@@ -304,7 +349,8 @@ class Reader:
     # -- leases --
 
     def _until_look(self) -> float:
-        return min(_LONGEST_BLOCK, max(0.001, self._look_at - asyncio.get_running_loop().time()))
+        until = min(self._look_at - asyncio.get_running_loop().time(), self._until_idle())
+        return min(_LONGEST_BLOCK, max(0.001, until))
 
     async def _look(self, followed: list[_Mirror]) -> None:
         """Look after producers that are silent, and have it known that somebody watches."""
@@ -366,18 +412,16 @@ def _lost(log: Log) -> bytes:
     data = None if response is None else response.model_dump(mode="json", exclude_none=True)
     text = "" if data is None else data["message"].get("content", "") if "message" in data else data["response"]
     chunks = len(log) - 1
-    return named(
-        "end",
-        {
-            "outcome": "lost",
-            "reason": None,
-            "error": "the process that made the answer has died",
-            "error_type": "AnswerLost",
-            "text": text,
-            "timing": {"first_chunk": None, "total": None, "chunks": chunks, "chunks_per_second": None},
-            "response": data,
-        },
-    )
+    end = {
+        "outcome": "lost",
+        "reason": None,
+        "error": "the process that made the answer has died",
+        "error_type": "AnswerLost",
+        "text": text,
+        "timing": {"first_chunk": None, "total": None, "chunks": chunks, "chunks_per_second": None},
+        "response": data,
+    }
+    return kept_end(end, log.fragments)
 
 
 def _ms(seconds: float | None) -> int:

@@ -5,8 +5,9 @@ The events of an answer are read by whoever watches it, so what its ``end`` says
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ollama_async._errors import (
     CONNECTION_ERROR_MESSAGE,
@@ -39,7 +40,8 @@ from ._errors import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ollama_async._call.stream import Stream
+    from ollama_async._call.stream import Timing
+    from ollama_async._model.types import ContextUsage
 
 __all__ = ["ABOUT_THE_REQUEST", "MAX_TEXT", "NOT_SENT", "STATUSES", "Told", "summary", "tell", "told_reason"]
 
@@ -60,21 +62,21 @@ class Told(NamedTuple):
 _KINDS: dict[type[BaseException], tuple[int, str]] = {
     ConnectError: (502, CONNECTION_ERROR_MESSAGE),
     ConnectionBroken: (502, "the connection to the model's server was lost before the answer was complete"),
-    ProtocolError: (502, "the model's server sent something that cannot be read"),
+    ProtocolError: (502, "the model's server sent an answer that cannot be read"),
     StreamTruncated: (502, "the model's server ended the answer before it was complete"),
-    HostError: (502, "the model's server cannot be reached under its address"),
-    RequestError: (400, "the request cannot be sent to the model's server as it is"),
-    StreamClosed: (503, "the answer was closed; this server may be about to end"),
-    RegistryClosed: (503, "this server is about to end"),
-    AnswerInUse: (409, "you have an answer with this id already"),
+    HostError: (502, "the model's server cannot be reached at its address"),
+    RequestError: (400, "the request is not valid"),
+    StreamClosed: (503, "the answer was closed; this server may be shutting down"),
+    RegistryClosed: (503, "this server is shutting down"),
+    AnswerInUse: (409, "you already have an answer with this id"),
     AnswerGap: (500, "parts of the answer are missing"),
-    AnswerGone: (404, "the answer is not kept any more"),
-    UnknownAnswer: (404, "you have no answer with this id, or it is not kept any more"),
+    AnswerGone: (404, "the answer is no longer kept"),
+    UnknownAnswer: (404, "you have no answer with this id, or it is no longer kept"),
     BadOffset: (400, "the answer has no such event"),
-    AnswersClosed: (503, "this server is about to end"),
+    AnswersClosed: (503, "this server is shutting down"),
     RedisTooOld: (501, "the server that keeps the answers is too old"),
     RedisFull: (507, "the server that keeps the answers has no room for one more"),
-    RedisRefuses: (500, "the server that keeps the answers refuses"),
+    RedisRefuses: (500, "the server that keeps the answers refuses access"),
     AnswersUnavailable: (503, "the server that keeps the answers does not answer; try again later"),
     RegistryUnavailable: (503, "the registry of streams does not answer"),
     OllamaError: (502, "the answer failed"),
@@ -127,9 +129,29 @@ def told_reason(reason: object) -> str | None:
     return str(reason) if isinstance(reason, (int, float)) else type(reason).__name__
 
 
-def summary(stream: Stream[Any], error: Told | None) -> dict[str, Any]:
+class Summed(Protocol):
+    """What an ``end`` tells of a stream."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def response(self) -> Any: ...
+
+    @property
+    def outcome(self) -> str | None: ...
+
+    @property
+    def reason(self) -> object: ...
+
+    @property
+    def timing(self) -> Timing: ...
+
+
+def summary(stream: Summed, error: Told | None) -> dict[str, Any]:
     """Return the data of the event ``end``."""
     timing, merged, outcome = stream.timing, stream.response, stream.outcome
+    usage: ContextUsage | None = None if merged is None else merged.context_usage
     return {
         "outcome": outcome,
         "reason": None if outcome == "error" else told_reason(stream.reason),
@@ -142,5 +164,6 @@ def summary(stream: Stream[Any], error: Told | None) -> dict[str, Any]:
             "chunks": timing.chunks,
             "chunks_per_second": timing.chunks_per_second,
         },
+        "context_usage": None if usage is None else {**dataclasses.asdict(usage), "share": usage.share},
         "response": None if merged is None else merged.model_dump(mode="json", exclude_none=True, exclude=NOT_SENT),
     }

@@ -16,14 +16,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from bisect import bisect_right
 from copy import copy
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import ResponseError
+
+from ollama_async.registry._redis import end_tasks
 
 from ._errors import AnswerInUse, RedisRefuses
 from ._producer import UNATTENDED
@@ -44,7 +47,20 @@ _WINDOW = 0.04
 _MANY_BYTES = 4096
 _MAX_ENTRY = 65536
 _LONGEST_PAUSE = 3.0
-_IN_USE = "there is an answer with this id already: take another id, or attach to it"
+# One call for all answers, which says only of which ones Redis did not take the entry: redis-py needs five times as
+# long for as many commands and replies. All entries are one argument, each behind its first number and its length,
+# since redis-py needs as long for an argument as a token takes.
+_APPEND = """
+local refused, at = {}, 1
+for place, key in ipairs(KEYS) do
+    local _, head, number, size = string.find(ARGV[1], '^(%d+) (%d+) ', at)
+    at = head + size + 1
+    local id = redis.pcall('XADD', key, 'NOMKSTREAM', number .. '-0', 'e', string.sub(ARGV[1], head + 1, at - 1))
+    if type(id) ~= 'string' then refused[#refused + 1] = place end
+end
+return refused
+"""
+_IN_USE = "an answer with this id exists already: use another id, or attach to it"
 
 
 class State(IntEnum):
@@ -96,13 +112,15 @@ class _Writing:
         """Settle the bounds of the next entry, unless one is on its way."""
         if self.held < len(self.starts):
             return
-        first = last = self.bounded + 1
-        size = len(self.fragments[first - 1])
-        while last < len(self.fragments) and size < _MAX_ENTRY:
-            size += len(self.fragments[last])
-            last += 1
+        first, last = self.bounded + 1, len(self.fragments)
+        if self.producer.size - self.cut_at > _MAX_ENTRY:
+            last, size = first, len(self.fragments[first - 1])
+            while last < len(self.fragments) and size < _MAX_ENTRY:
+                size += len(self.fragments[last])
+                last += 1
         self.starts.append(first)
         self.bounded, self.cut_at = last, self.producer.size
+        self.producer.ring_at = self.cut_at + _MANY_BYTES
 
     def holds(self, tail: Any) -> bool:
         """Take over what Redis has as the last entry; return whether it is one of this answer."""
@@ -133,7 +151,9 @@ class Writer:
         self._connecting = Connecting()
         self._client = server.client(connections=1, silence=max(PATIENCE, lease / 3), connecting=self._connecting)
         self._backoff = ExponentialWithJitterBackoff(cap=min(_LONGEST_PAUSE, lease / 6), base=0.05)
-        self._task: asyncio.Task[NoReturn] | None = None
+        self._task: asyncio.Task[None] | None = None
+        # The task looks at this as well, see end_tasks().
+        self._closing = False
         self._wake = asyncio.Event()
         self._writings: dict[Name, _Writing] = {}
         self._claims: list[_Writing] = []
@@ -142,6 +162,8 @@ class Writer:
         self._urgent: set[_Writing] = set()
         self._flush_at = 0.0
         self._connected = False
+        # Whether Redis lets us run a script, as far as is known.
+        self._scripts = True
         # Not at the first attempt: those who begin wait for that one.
         self._away = False
         self._refuses: RedisRefuses | None = None
@@ -167,20 +189,22 @@ class Writer:
         return writing.claimed.result() if writing.claimed.done() else False
 
     def ring(self, producer: Producer) -> None:
-        """Take note of news; this runs for every token."""
+        """Take note of news."""
         writing = self._writings.get(producer.name)
         if writing is None or writing.producer is not producer:
             return
         ended = producer.log.ended
         if ended and writing.state is State.RUNNING:
             writing.state = State.ENDING
-        if ended or len(writing.fragments) == 2 or producer.size - writing.cut_at > _MANY_BYTES:
+        if ended or len(writing.fragments) == 2 or producer.size >= producer.ring_at:
+            producer.ring_at = math.inf
             self._urgent.add(writing)
             self._wake.set()
         else:
             if not self._news:
                 self._wake.set()
             self._news.add(writing)
+        producer.rung = True
 
     def _attended(self, writing: _Writing) -> None:
         writing.watched = True
@@ -205,20 +229,20 @@ class Writer:
     async def aclose(self) -> None:
         """End the task and its connection."""
         task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.wait({task})
-        await self._client.aclose()
-        await self._client.connection_pool.disconnect()
+        self._closing = True
+        self._wake.set()
+        await end_tasks(set() if task is None else {task}, self._client.connection_pool)
 
     # -- the task --
 
-    async def _run(self) -> NoReturn:
+    async def _run(self) -> None:
         failures = 0
-        while True:
+        while not self._closing:
             try:
                 await self._serve()
             except Exception as exc:
+                if self._closing:
+                    return
                 # Whatever it is: a writer that had given up would leave logs without their ends.
                 failures = 1 if self._connected else failures + 1
                 self._lost(exc)
@@ -240,21 +264,20 @@ class Writer:
             else:
                 self._refuse_claim(writing, self._refuses)
 
-    async def _serve(self) -> NoReturn:
-        """Be connected, until that ends by an error."""
+    async def _serve(self) -> None:
+        """Be connected, until that ends by an error, or by closing."""
         await self._connecting.connect(self._server, self._client)
-        self._refuses = None
-        for writing in list(self._writings.values()):
-            if writing not in self._claims:
-                await self._repair(writing)
+        self._refuses, self._scripts = None, True
+        await self._repair([writing for writing in self._writings.values() if writing not in self._claims])
         if self._away:
             _log.info("Redis is back")
         self._connected, self._away = True, False
-        while True:
+        while not self._closing:
             self._wake.clear()
+            # First what others would take for death.
+            await self._renew()
             await self._take_claims()
             await self._flush()
-            await self._renew()
             await self._pause()
 
     async def _pause(self) -> None:
@@ -284,16 +307,18 @@ class Writer:
             replies = await pipeline.execute(raise_on_error=False)
         except ResponseError as exc:
             replies = [exc] * (2 * len(claims))
+        refused = dict[_Writing, Exception]()
         for writing, reply in zip(claims, replies[::2], strict=True):
-            error: Exception | None = reply if isinstance(reply, Exception) else None
-            if error is None or (refusal(error) is None and await self._is_mine(writing)):
-                error = await self._claimed(writing)
-            # Only now: if the connection is lost before, it is told so.
-            self._claims.remove(writing)
-            if error is None:
-                self._settle_claim(writing, True)
+            if isinstance(reply, Exception) and (refusal(reply) is not None or not await self._is_mine(writing)):
+                refused[writing] = refusal(reply) or AnswerInUse(_IN_USE)
+        refused |= await self._claimed([writing for writing in claims if writing not in refused])
+        # Only now: if the connection is lost before, they are told so.
+        self._claims = [writing for writing in self._claims if writing not in claims]
+        for writing in claims:
+            if writing in refused:
+                self._refuse_claim(writing, refused[writing])
             else:
-                self._refuse_claim(writing, refusal(error) or AnswerInUse(_IN_USE))
+                self._settle_claim(writing, True)
 
     def _open(self, pipeline: Any, writing: _Writing) -> None:
         first, data = writing.entry(0)
@@ -307,16 +332,19 @@ class Writer:
             return False
         return bool(found) and found[0][1].get(FIELD) == writing.entry(0)[1]
 
-    async def _claimed(self, writing: _Writing) -> RedisRefuses | None:
-        """Go on with an answer whose log has begun; return what Redis refuses besides."""
-        refused = await self._sign(writing)
-        if refused is not None:
-            await self._client.pipeline(transaction=False).delete(writing.log).execute(raise_on_error=False)
-            return refused
-        writing.held = 1
-        writing.state = State.ENDING if writing.producer.log.ended else State.RUNNING
-        self._urgent.add(writing)
-        return None
+    async def _claimed(self, writings: list[_Writing]) -> dict[_Writing, RedisRefuses]:
+        """Go on with answers whose logs have begun; return those of which Redis refuses what they need besides."""
+        refused = await self._sign(writings)
+        if refused:
+            pipeline = self._client.pipeline(transaction=False)
+            pipeline.delete(*(writing.log for writing in refused))
+            await pipeline.execute(raise_on_error=False)
+        for writing in writings:
+            if writing not in refused:
+                writing.held = 1
+                writing.state = State.ENDING if writing.producer.log.ended else State.RUNNING
+                self._urgent.add(writing)
+        return refused
 
     def _settle_claim(self, writing: _Writing, known: bool) -> None:
         if not writing.claimed.done():
@@ -345,6 +373,8 @@ class Writer:
         due = {writing for writing in due if writing.not_before <= now}
         self._urgent -= due
         self._news -= due
+        for writing in due:
+            writing.producer.rung = False
         for writing in [each for each in due if each.state is State.UNCLAIMED]:
             await self._rebuild(writing)
             due.discard(writing)
@@ -352,13 +382,11 @@ class Writer:
         if not sent:
             await self._finish(due)
             return
-        pipeline = self._client.pipeline(transaction=False)
         for writing in sent:
             writing.cut()
-            first, data = writing.entry(writing.held)
-            pipeline.xadd(writing.log, {FIELD: data}, id=entry_id(first), nomkstream=True)
-        replies = await pipeline.execute(raise_on_error=False)
-        for writing, reply in zip(sent, replies, strict=True):
+        replies = await self._append(sent)
+        for writing in sent:
+            reply = replies.get(writing, b"")
             if isinstance(reply, Exception):
                 await self._refused(writing, reply)
             elif reply is None:
@@ -372,10 +400,32 @@ class Writer:
                     self.ring(writing.producer)
         await self._finish(due)
 
+    async def _append(self, writings: list[_Writing]) -> dict[_Writing, Any]:
+        """Append the next entry of each; return what Redis says of those that the script could not append."""
+        entries = {writing: writing.entry(writing.held) for writing in writings}
+        missing = writings
+        if self._scripts:
+            keys = [writing.log for writing in writings]
+            parts = b"".join([b"%d %d %b" % (first, len(data), data) for first, data in entries.values()])
+            try:
+                places: list[int] = await self._client.eval(_APPEND, len(keys), *keys, parts)
+                missing = [writings[place - 1] for place in places]
+            except ResponseError:
+                # It need not be allowed.
+                self._scripts = False
+        if not missing:
+            return {}
+        # A script does not tell of each error what it is.
+        pipeline = self._client.pipeline(transaction=False)
+        for writing in missing:
+            first, data = entries[writing]
+            pipeline.xadd(writing.log, {FIELD: data}, id=entry_id(first), nomkstream=True)
+        return dict(zip(missing, await pipeline.execute(raise_on_error=False), strict=True))
+
     async def _refused(self, writing: _Writing, error: Exception) -> None:
         if refusal(error) is None:
             before = writing.held
-            await self._reconcile(writing)
+            await self._reconcile([writing])
             if writing.state >= State.LOGGED or writing.held != before:
                 return
         elif not writing.refused:
@@ -398,19 +448,26 @@ class Writer:
 
     # -- to be alive --
 
-    async def _sign(self, writing: _Writing) -> RedisRefuses | None:
-        """Have it known that there is a producer; return what Redis refuses."""
-        producer = writing.producer
+    async def _sign(self, writings: list[_Writing]) -> dict[_Writing, RedisRefuses]:
+        """Have it known that there is a producer; return of which answers Redis refuses that."""
         pipeline = self._client.pipeline(transaction=False)
-        pipeline.set(writing.run, producer.nonce, px=_ms(self._lease))
-        self._list(pipeline, writing)
-        pipeline.zremrangebyscore(writing.index, "-inf", time.time() - producer.keep - 2 * self._lease - 60)
-        if producer.unattended is not None:
-            # Absence counts from when Redis was there to take note of presence.
-            pipeline.set(writing.seen, "1", px=_ms(producer.unattended), nx=True)
-        replies = await pipeline.execute(raise_on_error=False)
-        writing.renew_at = asyncio.get_running_loop().time() + self._interval(producer)
-        return next(filter(None, (refusal(reply) for reply in replies if isinstance(reply, Exception))), None)
+        # Whose command it is.
+        whose: list[_Writing] = []
+        for writing in writings:
+            producer = writing.producer
+            pipeline.set(writing.run, producer.nonce, px=_ms(self._lease))
+            self._list(pipeline, writing)
+            pipeline.zremrangebyscore(writing.index, "-inf", time.time() - producer.keep - 2 * self._lease - 60)
+            if producer.unattended is not None:
+                # Absence counts from when Redis was there to take note of presence.
+                pipeline.set(writing.seen, "1", px=_ms(producer.unattended), nx=True)
+            whose += [writing] * (len(pipeline) - len(whose))
+        replies: list[Any] = await pipeline.execute(raise_on_error=False)
+        now = asyncio.get_running_loop().time()
+        for writing in writings:
+            writing.renew_at = now + self._interval(writing.producer)
+        errors = [(writing, refusal(reply)) for writing, reply in zip(whose, replies, strict=True) if _is_error(reply)]
+        return {writing: error for writing, error in errors if error is not None}
 
     def _interval(self, producer: Producer) -> float:
         return min(self._lease, producer.unattended or self._lease) / 3
@@ -443,7 +500,7 @@ class Writer:
             if length == 0:
                 await self._rebuild(writing)
             elif length != writing.held:
-                await self._reconcile(writing)
+                await self._reconcile([writing])
             elif seen == 0 and writing.producer.unattended is not None:
                 await self._unattended(writing)
 
@@ -457,21 +514,29 @@ class Writer:
 
     # -- after a loss --
 
-    async def _repair(self, writing: _Writing) -> None:
-        if writing.state is State.UNCLAIMED:
-            await self._rebuild(writing)
-            return
-        await self._reconcile(writing)
-        if writing.state < State.LOGGED:
-            await self._sign(writing)
-            self._urgent.add(writing)
+    async def _repair(self, writings: list[_Writing]) -> None:
+        claimed = [writing for writing in writings if writing.state is not State.UNCLAIMED]
+        # Those first whose leases run.
+        await self._reconcile(claimed)
+        alive = [writing for writing in claimed if writing.state < State.LOGGED]
+        await self._sign(alive)
+        self._urgent.update(alive)
+        for writing in writings:
+            if writing.state is State.UNCLAIMED:
+                await self._rebuild(writing)
 
-    async def _reconcile(self, writing: _Writing) -> None:
-        """Find out what Redis has of an answer."""
+    async def _reconcile(self, writings: list[_Writing]) -> None:
+        """Find out what Redis has of answers."""
         pipeline = self._client.pipeline(transaction=False)
-        pipeline.xrevrange(writing.log, count=1)
-        pipeline.xlen(writing.log)
-        tail, length = await pipeline.execute(raise_on_error=False)
+        for writing in writings:
+            pipeline.xrevrange(writing.log, count=1)
+            pipeline.xlen(writing.log)
+        replies: list[Any] = await pipeline.execute(raise_on_error=False)
+        for writing, tail, length in zip(writings, replies[::2], replies[1::2], strict=True):
+            await self._continue(writing, tail, length)
+
+    async def _continue(self, writing: _Writing, tail: Any, length: Any) -> None:
+        """Go on with an answer behind what Redis has of it."""
         if isinstance(tail, Exception):
             # It is the key of something else, unless it is kept from us.
             if refusal(tail) is None:
@@ -503,7 +568,7 @@ class Writer:
             if not await self._is_mine(writing):
                 self._supersede(writing)
                 return
-        if await self._claimed(writing) is not None:
+        if await self._claimed([writing]):
             writing.stands_back(asyncio.get_running_loop().time())
             self._urgent.add(writing)
 
@@ -520,6 +585,10 @@ class Writer:
         self._news.discard(writing)
         if not writing.kept.done():
             writing.kept.set_result(None)
+
+
+def _is_error(reply: Any) -> bool:
+    return isinstance(reply, Exception)
 
 
 def _ms(seconds: float) -> int:

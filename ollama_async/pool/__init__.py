@@ -7,8 +7,8 @@ from ollama_async._errors import NoHost
 
 from ._calls import Kind
 from ._hosts import Host, HostState
-from ._map import MapResult, PoolMap
+from ._map import Caller, Mapper, MapResult, PoolMap
 from ._pool import Pool
 from ._stream import PoolStream
 
-__all__ = ["Host", "HostState", "Kind", "MapResult", "NoHost", "Pool", "PoolMap", "PoolStream"]
+__all__ = ["Caller", "Host", "HostState", "Kind", "MapResult", "Mapper", "NoHost", "Pool", "PoolMap", "PoolStream"]

@@ -1,4 +1,4 @@
-"""The calls of a pool: each waits for a slot and is made at one host after the other until one answers."""
+"""The slots of the hosts: the calls that wait for one, and what is found out about the hosts meanwhile."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import asyncio
 import copy
 import logging
 import time
-import weakref
-from collections.abc import Callable, Coroutine, Hashable
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, TypeVar, cast
 
-from ollama_async._call.stream import Stream
-from ollama_async._call.timeouts import Timeouts
-from ollama_async._cancel import CancelToken, Registration
-from ollama_async._client import AsyncClient
+from ollama_async._call.asked import full_name
+from ollama_async._call.failures import fresh
+from ollama_async._call.observe import CallEnd, Observed
+from ollama_async._call.timeouts import Timeouts, look_timeouts
+from ollama_async._cancel import CancelToken
 from ollama_async._errors import (
     ConnectError,
     ConnectionBroken,
@@ -25,12 +26,17 @@ from ollama_async._errors import (
     RequestError,
     ResponseError,
     StreamClosed,
+    shown,
 )
-from ollama_async._loops import in_loop, resolve
+from ollama_async._loops import in_loop, resolve, running_loop
 
-from ._hosts import Outage, Queue, Server, Waiter, full_name
+from ._hosts import Outage, Queue, Server, Waiter
 
-__all__ = ["TIMEOUTS", "Call", "Calls", "Kind", "Lease"]
+if TYPE_CHECKING:
+    from ollama_async._call.answer import Answer
+    from ollama_async._call.exchange import Exchange
+
+__all__ = ["TIMEOUTS", "Ask", "Calls", "Kind", "Lease", "check_kind", "is_count", "with_host"]
 
 _log = logging.getLogger("ollama_async.pool")
 
@@ -38,7 +44,6 @@ T = TypeVar("T")
 Kind = Literal["chat", "generate", "embed"]
 
 TIMEOUTS = Timeouts(connect=5.0, first_chunk=300.0)
-_LOOK_SECONDS = 5.0
 _FIRST_LOOK_SECONDS = 1.0
 _LOOK_AGAIN_SECONDS = 60.0
 _LOADED_AGAIN_SECONDS = 5.0
@@ -48,82 +53,110 @@ _QUEUED_NS = 250_000_000
 # A model that was loaded already takes less than this.
 _LOADED_NS = 100_000_000
 
+# The statuses of proxies whose server is away.
 _FAILED_OVER = {502, 503, 504}
 
 
 @dataclass(slots=True)
-class Call:
-    """One call, and what has become of it at the hosts that were tried."""
+class Ask:
+    """What a call of a pool is, how it waits, and what has become of it at the hosts so far.
+
+    Attributes:
+        kind: The method of a client that it is made by.
+        model: The first argument of that.
+        arguments: The other ones.
+        options: Its options, without those that are the pool's.
+        token: The caller's token, if one was given.
+        tokens: Those of the pool.
+        timeouts: Its limits.
+        sticky: The name of its conversation.
+        key: Who calls.
+        priority: Calls with a higher one go first.
+        flaw: What is wrong with it, which is raised when it begins.
+        deadline: When it must be over, by the loop's clock; waiting and earlier attempts are part of its time.
+        tried: What the hosts said that have failed.
+    """
 
     kind: Kind
     model: str
     arguments: tuple[Any, ...]
     options: dict[str, Any]
-    # What was given with the call; its own, for what ends nothing but this call; and all that it is under.
-    given: CancelToken | None
-    own: CancelToken
-    token: CancelToken
+    token: CancelToken | None
+    tokens: list[CancelToken]
     timeouts: Timeouts
-    sticky: Hashable | None
-    key: Hashable | None
-    priority: float
-    tried: dict[Server, OllamaError]
+    sticky: Hashable | None = None
+    key: Hashable | None = None
+    priority: float = 0
+    flaw: RequestError | None = None
     deadline: float | None = None
-
-    def limits(self) -> Timeouts:
-        """Return the limits of the next attempt: waiting and earlier attempts are part of the whole time."""
-        if self.deadline is None:
-            return self.timeouts
-        return replace(self.timeouts, total=max(self.deadline - time.monotonic(), 1e-6))
+    tried: dict[Server, OllamaError] = field(default_factory=dict["Server", OllamaError])
 
 
 class Lease:
-    """A slot that a call has; given back once, by whoever comes first."""
+    """A slot that a call has; given back once.
 
-    __slots__ = ("_calls", "_given_back", "_loop", "call", "registration", "server", "stream")
+    A stream keeps it as long as its exchange is open, whose end it is told of as one that observes it.
+    """
 
-    def __init__(self, calls: Calls, server: Server, call: Call) -> None:
+    __slots__ = ("_answer", "_calls", "_observed", "_to_its_end", "ask", "headers", "server")
+
+    def __init__(self, calls: Calls, server: Server, ask: Ask) -> None:
         self._calls = calls
-        self._loop = asyncio.get_running_loop()
-        self._given_back: dict[int, object] = {}
+        # None until it holds for an exchange: another attempt at the same host takes its observer with it.
+        self._answer: Answer[Any] | None = None
+        self._to_its_end = False
+        self._observed: Observed | None = None
+        self.headers: Mapping[str, str] = {}
         self.server: Server = server
-        self.call: Call = call
-        self.stream: Callable[[], Stream[Any] | None] | None = None
-        self.registration: Registration | None = None
+        self.ask: Ask = ask
 
     def release(self) -> None:
-        """Give the slot back, from any thread; idempotent."""
-        mine = object()
-        if self._given_back.setdefault(0, mine) is not mine:
+        """Give the slot back; idempotent."""
+        self._calls.give_back(self)
+
+    def hold_for(self, exchange: Exchange, answer: Answer[Any], *, to_its_end: bool) -> None:
+        """Keep the slot until the exchange ends; after the last chunk ``to_its_end`` leaves that to the caller."""
+        if self._answer is not None:
             return
-        if self.registration is not None:
-            self.registration.remove()
-        if asyncio._get_running_loop() is self._loop or self._loop.is_closed():  # noqa: SLF001
-            self._calls.give_back(self)
-        else:
-            in_loop(self._loop, self._calls.give_back, self)
-
-    def hold_for(self, stream: Stream[Any]) -> None:
-        """Keep the slot for a stream, as long as it is open: also where nobody reads it when it is aborted."""
-        self.stream = weakref.ref(stream)
-        self.registration = self.call.token.on_abort(lambda _: self.release())
-
-    def release_if_over(self) -> None:
-        """Give the slot back if its stream has ended: by a timeout, say, while nobody reads it."""
-        stream = None if self.stream is None else self.stream()
-        if self.stream is not None and (stream is None or stream.outcome is not None):
+        self._answer, self._to_its_end = answer, to_its_end
+        self._observed = exchange.observed
+        exchange.observed = Observed(self, _nothing if self._observed is None else self._observed.partial)
+        # Ended by another thread, which may have looked for whom to tell before this one was there.
+        if exchange.reader.failure_outcome is not None:
             self.release()
+
+    def retrying(self, error: BaseException, delay: float) -> None:
+        """Hear that an attempt at the same host has failed, and another one follows."""
+        if self._observed is not None:
+            self._observed.retrying(error, delay)
+
+    def ended(self, end: CallEnd) -> None:
+        """Hear that the exchange is over."""
+        if isinstance(end.error, PhaseTimeout) and end.error.phase == "first_chunk":
+            self._calls.note_failure(self.server, self.ask, end.error)
+        if end.outcome != "done" or not self._to_its_end:
+            self.release()
+        if end.outcome == "done" and self._answer is not None:
+            # The chunk that is being delivered, which is the last.
+            self._calls.note_answer(self, self._answer.chunks[self._answer.index - 1])
+        if self._observed is not None:
+            self._observed.ended(end)
+
+
+def _nothing() -> None:
+    """Return no partial answer: it is not read."""
 
 
 class Calls:
     """The calls of a pool that wait and run, and what they do with its hosts."""
 
-    def __init__(self, clients: dict[str, AsyncClient], servers: list[Server], timeouts: Timeouts, patience: float):
-        self.clients = clients
+    def __init__(self, servers: list[Server], timeouts: Timeouts, patience: float) -> None:
         self.servers = servers
         self.queue: Queue = Queue(servers)
-        self.closing: CancelToken = CancelToken()
-        self._timeouts = timeouts
+        self.closed: bool = False
+        self.timeouts = timeouts
+        # What is to be done before the first call, if anything is.
+        self.connect: Callable[[CancelToken], Awaitable[None]] | None = None
         self._patience = patience
         self._leases: set[Lease] = set()
         # Looks at hosts, and probes.
@@ -135,94 +168,111 @@ class Calls:
 
     async def aclose(self) -> None:
         """End what waits, and looks and probes; all sockets are closed before it waits for anything."""
-        self.closing.abort("the pool is closed")
+        self.closed = True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        for waiter in self.queue.all():
+            waiter.wake()
         loop = asyncio.get_running_loop()
         tasks = [task for task in self._tasks if task.get_loop() is loop]
         for task in tasks:
             task.cancel()
-        closes = [loop.create_task(client.aclose()) for client in self.clients.values()]
+        closes = [loop.create_task(server.client.aclose()) for server in self.servers]
         await asyncio.gather(*closes, *tasks, return_exceptions=True)
 
-    async def begin(
-        self, call: Call, attempt: Callable[[AsyncClient, Call], Coroutine[Any, Any, T]]
-    ) -> tuple[Lease, T]:
-        """Wait for a slot and make an attempt there, at one host after the other until one gives a first byte."""
-        if call.timeouts.total is not None:
-            call.deadline = time.monotonic() + call.timeouts.total
-        while True:
-            lease = await self._acquire(call)
-            server = lease.server
-            try:
-                return lease, await attempt(self.clients[server.url], call)
-            except OllamaError as exc:
-                lease.release()
-                if not self.note_failure(server, call, exc):
-                    raise
-                call.tried[server] = exc
-                if len(call.tried) == len(self.servers):
-                    raise self._refusal(call) from exc
-            except BaseException:
-                lease.release()
-                raise
+    async def acquire(self, ask: Ask, token: CancelToken) -> Lease:
+        """Wait for a slot.
 
-    async def _acquire(self, call: Call) -> Lease:
-        if self.closing.aborted:
-            raise StreamClosed("the pool is closed")
-        call.token.raise_if_aborted()
-        loop = self._enter()
-        waiter = Waiter(full_name(call.model), frozenset(call.tried), call.sticky)
-        self.queue.add(waiter, call.key, call.priority)
+        Args:
+            ask: What waits.
+            token: All that ends the wait.
+
+        Raises:
+            OllamaError: No host is left for the call, or it was ended.
+        """
+        self._check_open(token)
+        if self.connect is not None:
+            await self.connect(token)
+            self._check_open(token)
+        loop = self._enter(ask)
+        waiter = Waiter(full_name(ask.model), frozenset(ask.tried), ask.sticky)
+        self.queue.add(waiter, ask.key, ask.priority)
         try:
             self._dispatch()
             if waiter.server is None and not waiter.gone:
-                await self._wait(loop, waiter, call)
-            if self.closing.aborted:
-                raise StreamClosed("the pool is closed")
-            call.token.raise_if_aborted()
+                await self._turn(loop, waiter, ask, token)
             if waiter.server is None:
-                assert call.timeouts.total is not None or waiter.gone
-                if waiter.gone or not self._in_service(call):
-                    raise self._refusal(call)
-                raise PhaseTimeout("total", call.timeouts.total or 0.0)
+                if waiter.gone or not self._in_service(ask):
+                    raise self.refusal(ask)
+                raise PhaseTimeout("total", ask.timeouts.total or 0.0)
         except BaseException:
             self.queue.remove(waiter)
             if waiter.server is not None:
                 waiter.server.running -= 1
                 self._dispatch()
             raise
-        lease = Lease(self, waiter.server, call)
+        lease = Lease(self, waiter.server, ask)
         self._leases.add(lease)
         return lease
 
-    async def _wait(self, loop: asyncio.AbstractEventLoop, waiter: Waiter, call: Call) -> None:
+    async def _turn(self, loop: asyncio.AbstractEventLoop, waiter: Waiter, ask: Ask, token: CancelToken) -> None:
+        """Wait for a host, for the end of the call's time, or for what ends it."""
         woken: asyncio.Future[None] = loop.create_future()
-        waiter.wake = lambda: resolve(woken)
-        ends = [token.on_abort(lambda _: in_loop(loop, resolve, woken)) for token in (call.token, self.closing)]
-        timer = None
-        if call.deadline is not None:
-            timer = loop.call_later(max(0.0, call.deadline - time.monotonic()), resolve, woken)
+        waiter.wake = partial(resolve, woken)
+        timer = None if ask.deadline is None else loop.call_at(ask.deadline, resolve, woken)
+        end = token.on_abort(lambda _: in_loop(loop, resolve, woken))
         try:
             await woken
         finally:
-            for registration in ends:
-                registration.remove()
+            end.remove()
             if timer is not None:
                 timer.cancel()
+        self._check_open(token)
 
     def give_back(self, lease: Lease) -> None:
-        """Take a slot back, in the loop that it was given in."""
-        self._leases.discard(lease)
-        lease.server.running -= 1
-        if asyncio._get_running_loop() is not None:  # noqa: SLF001
-            self._dispatch()
+        """Take a slot back, in the loop that it was given in; idempotent."""
+        if lease in self._leases:
+            self._leases.discard(lease)
+            lease.server.running -= 1
+            if running_loop() is not None:
+                self._dispatch()
 
-    def note_failure(self, server: Server, call: Call, exc: OllamaError) -> bool:
+    async def at_hosts(self, ask: Ask, attempt: Callable[[Server, dict[str, Any]], Awaitable[T]]) -> T:
+        """Make a call whose answer comes as a whole, at one host after the other until one answers.
+
+        Args:
+            ask: The call.
+            attempt: Makes it at a host, with the options that it is given.
+        """
+        token = CancelToken.any(*filter(None, (ask.token, *ask.tokens)))
+        while True:
+            lease = await self.acquire(ask, token)
+            options: dict[str, Any] = {**ask.options, "token": token}
+            if ask.deadline is not None:
+                left = max(ask.deadline - asyncio.get_running_loop().time(), 1e-6)
+                options["timeout"] = replace(ask.timeouts, total=left)
+            try:
+                return with_host(await attempt(lease.server, options), lease.server.url)
+            except OllamaError as exc:
+                if not self.goes_on(lease, exc):
+                    raise
+            finally:
+                lease.release()
+
+    def goes_on(self, lease: Lease, exc: OllamaError) -> bool:
+        """Note that a call has failed at a host; return whether it is made at another one."""
+        lease.release()
+        exc.host = lease.server.url
+        if not self.note_failure(lease.server, lease.ask, exc):
+            return False
+        lease.ask.tried[lease.server] = fresh(exc, exc.partial)
+        return True
+
+    def note_failure(self, server: Server, ask: Ask, exc: OllamaError) -> bool:
         """Note what a failed call says of its host; return whether another host may do better."""
-        why = f"{type(exc).__name__}: {getattr(exc, 'detail', '') or exc}"
-        model = full_name(call.model)
+        why = _said(exc)
+        model = full_name(ask.model)
         if isinstance(exc, NotFoundError):
             # One that is alone is asked each time: nothing else finds out that it has got the model.
             if len(self.servers) == 1:
@@ -230,82 +280,88 @@ class Calls:
             server.lacking(model)
             return True
         if isinstance(exc, ConnectError) or (isinstance(exc, PhaseTimeout) and exc.phase == "connect"):
-            server.put_out(None, call.kind, why)
+            server.put_out(None, ask.kind, why)
             return True
         # Also what fails at once: the host would seem to be the least busy one, and draw all calls to it.
         broken = isinstance(exc, ConnectionBroken) or (isinstance(exc, PhaseTimeout) and exc.phase == "first_chunk")
         if broken or (isinstance(exc, ResponseError) and exc.status_code in _FAILED_OVER):
-            server.put_out(model, call.kind, why)
+            server.put_out(model, ask.kind, why)
             return True
         return False
 
-    def note_answer(self, lease: Lease, answer: Any) -> None:
-        """Learn from an answer that is complete."""
+    def note_answer(self, lease: Lease, last: Any) -> None:
+        """Learn from the last chunk of an answer."""
         server = lease.server
-        server.loaded.add(full_name(lease.call.model))
-        if (getattr(answer, "load_duration", None) or 0) > _LOADED_NS:
+        server.loaded.add(full_name(lease.ask.model))
+        load, total = last.load_duration or 0, last.total_duration or 0
+        if load > _LOADED_NS:
             # Another model may have made room for it.
             server.loaded_at = float("-inf")
-        spent = sum(
-            getattr(answer, name, None) or 0 for name in ("load_duration", "prompt_eval_duration", "eval_duration")
-        )
-        total = getattr(answer, "total_duration", None) or 0
-        if total - spent > max(_QUEUED_NS, total // 10) and server.running > 1 and not server.warned:
+        queued = total - load - (last.prompt_eval_duration or 0) - (last.eval_duration or 0)
+        others = server.running - (lease in self._leases)
+        if queued > max(_QUEUED_NS, total // 10) and others and not server.warned:
             server.warned = True
             _log.warning(
                 "%s let a call wait for %.1f s while %d calls of this pool ran there: slots=%d seems too high, or "
                 "others use it, too",
                 server.url,
-                (total - spent) / 1e9,
-                server.running,
+                queued / 1e9,
+                others,
                 server.slots,
             )
 
-    def _in_service(self, call: Call) -> bool:
-        model = full_name(call.model)
+    def _in_service(self, ask: Ask) -> bool:
+        model = full_name(ask.model)
         return any(server.has(model) and server.outage(model) is None for server in self.servers)
 
-    def _refusal(self, call: Call) -> OllamaError:
+    def refusal(self, ask: Ask) -> OllamaError:
         """Return the error of a call that no host is left for."""
-        model = full_name(call.model)
-        if len(self.servers) == 1 and call.tried:
-            return copy.copy(call.tried[self.servers[0]])
-        said: dict[str, str] = {}
-        for server in self.servers:
-            outage, error = server.outage(model), call.tried.get(server)
-            if error is not None:
-                said[server.url] = f"{type(error).__name__}: {getattr(error, 'detail', '') or error}"
-            elif outage is not None:
-                said[server.url] = outage.why
-            else:
-                said[server.url] = f"has no model {call.model!r}"
+        model = full_name(ask.model)
+        if len(self.servers) == 1 and ask.tried:
+            error_there = ask.tried[self.servers[0]]
+            return fresh(error_there, error_there.partial)
         if not any(server.has(model) for server in self.servers):
             where = ", ".join(server.url for server in self.servers)
-            return NotFoundError(f"model {call.model!r} not found at any host: {where}", 404)
+            return NotFoundError(f"model {ask.model!r} not found at any host: {where}", 404)
+        said: dict[str, str] = {}
+        for server in self.servers:
+            error, outage = ask.tried.get(server), server.outage(model)
+            why = f"has no model {ask.model!r}" if outage is None else outage.why
+            said[server.url] = why if error is None else _said(error)
         return NoHost(said)
 
     # -- looks and probes --
 
-    def _enter(self) -> asyncio.AbstractEventLoop:
-        """Return the running loop; forget what belonged to one that has ended."""
+    def _check_open(self, token: CancelToken) -> None:
+        if self.closed:
+            raise StreamClosed("the pool is closed")
+        token.raise_if_aborted()
+
+    def _enter(self, ask: Ask) -> asyncio.AbstractEventLoop:
+        """Begin a call, and return the running loop; forget what belonged to one that has ended."""
+        if ask.flaw is not None:
+            raise copy.copy(ask.flaw)
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
             if self._loop is not None and not self._loop.is_closed() and (self._leases or self.queue.waiting):
                 raise RequestError("the pool is in use in another event loop: make a pool for each")
             self._loop, self._timer = loop, None
             self._tasks.clear()
+            self._leases.clear()
             for server in self.servers:
-                server.looking = False
+                server.looking, server.running = False, 0
+        if len(ask.tried) == len(self.servers):
+            raise self.refusal(ask)
+        if ask.deadline is None and ask.timeouts.total is not None:
+            ask.deadline = loop.time() + ask.timeouts.total
         return loop
 
     def _dispatch(self) -> None:
         """Give free slots to the calls whose turn it is, and see to the hosts that are not known or out of service."""
-        if not self.queue.waiting or self.closing.aborted:
+        if not self.queue.waiting or self.closed:
             return
         if len(self.servers) > 1:
             self._look_where_needed()
-        for lease in tuple(self._leases) if not any(server.free for server in self.servers) else ():
-            lease.release_if_over()
         for server, model, outage in self.queue.due_probes():
             outage.probing = True
             server.running += model is not None
@@ -324,15 +380,23 @@ class Calls:
 
     def _tick(self) -> None:
         """While calls wait, look again: probes become due, patience ends, streams end that nobody reads."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if self.queue.waiting and self._loop is not None:
-            now = time.monotonic()
-            dues = [outage.until for server in self.servers for outage in server.outages.values()]
-            next_due = min((due - now for due in dues if due > now), default=_LONGEST_TICK)
-            delay = min(_LONGEST_TICK, max(next_due, 0.001), max(self._patience / 4, 0.001))
-            self._timer = self._loop.call_later(delay, self._dispatch)
+        out = any(server.outages for server in self.servers)
+        # Asked twice for each call: mostly nothing is out of service, and one timer does for many calls.
+        if self._loop is None or not self.queue.waiting or (self._timer is not None and not out):
+            return
+        now = time.monotonic()
+        dues = [outage.until for server in self.servers for outage in server.outages.values()]
+        next_due = min((due - now for due in dues if due > now), default=_LONGEST_TICK)
+        delay = min(_LONGEST_TICK, max(next_due, 0.001), max(self._patience / 4, 0.001))
+        # One that is due before is as good.
+        if self._timer is None or self._timer.when() > self._loop.time() + delay:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._loop.call_later(delay, self._look_again)
+
+    def _look_again(self) -> None:
+        self._timer = None
+        self._dispatch()
 
     def _look_where_needed(self) -> None:
         now = time.monotonic()
@@ -358,19 +422,19 @@ class Calls:
         task.add_done_callback(self._tasks.discard)
 
     async def _look(self, server: Server, *, models: bool) -> None:
-        client, limits = self.clients[server.url], replace(TIMEOUTS, total=_LOOK_SECONDS)
+        client, limits = server.client, look_timeouts()
         try:
             server.loaded_at = time.monotonic()
             if models:
                 server.looked_at = time.monotonic()
                 listed = await client.list(timeout=limits)
-                server.listed(full_name(str(each.get("model") or each.get("name"))) for each in listed.models)
+                server.listed(map(_name, listed.models))
             loaded = await client.ps(timeout=limits)
             # What is being loaded is not listed yet.
-            coming = {full_name(lease.call.model) for lease in self._leases if lease.server is server}
-            server.loaded = coming | {full_name(str(each.get("model") or each.get("name"))) for each in loaded.models}
+            coming = {full_name(lease.ask.model) for lease in self._leases if lease.server is server}
+            server.loaded = coming | {*map(_name, loaded.models)}
         except (ConnectError, ConnectionBroken, PhaseTimeout) as exc:
-            server.put_out(None, "version", f"{type(exc).__name__}: {getattr(exc, 'detail', '') or exc}")
+            server.put_out(None, "version", _said(exc))
             server.looked_at = float("-inf")
         except OllamaError:
             # It does not tell. It is asked for any model, and says so if it has not got one.
@@ -380,10 +444,10 @@ class Calls:
         self._dispatch()
 
     async def _probe(self, server: Server, model: str | None, outage: Outage) -> None:
-        client, limits = self.clients[server.url], self._timeouts
+        client, limits = server.client, self.timeouts
         try:
             if model is None:
-                await client.version(timeout=replace(limits, total=_LOOK_SECONDS))
+                await client.version(timeout=look_timeouts())
             elif outage.kind == "embed":
                 await client.embed(model, "a", timeout=limits)
             else:
@@ -394,10 +458,41 @@ class Calls:
                 server.lacking(model)
             server.outages.pop(model, None)
         except OllamaError as exc:
-            outage.add(f"{type(exc).__name__}: {getattr(exc, 'detail', '') or exc}")
+            outage.add(_said(exc))
         else:
             server.outages.pop(model, None)
         finally:
             outage.probing = False
             server.running -= model is not None
         self._dispatch()
+
+
+def _said(error: OllamaError) -> str:
+    """Say what went wrong at a host, in one line."""
+    return f"{type(error).__name__}: {getattr(error, 'detail', '') or error}"
+
+
+def _name(listed: Any) -> str:
+    return full_name(str(listed.get("model") or listed.get("name")))
+
+
+def check_kind(name: str, value: object, kind: type) -> None:
+    """Refuse a parameter that was given and is not of its kind."""
+    if value is not None and not isinstance(value, kind):
+        raise RequestError(f"{name}={shown(value)}: give a {kind.__name__}")
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether it is a whole number from 1 on; True is an int for Python, not for a user."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def with_host(answer: T, url: str) -> T:
+    """Say in an answer which host it is from."""
+    extra = cast("Any", answer).model_extra
+    if extra is None:
+        cast("Any", answer).host = url
+    else:
+        # As the line above does, which takes pydantic as long as a token.
+        extra["host"] = url
+    return answer

@@ -9,10 +9,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+from ollama_async._call.asked import full_name
 from ollama_async._secret import showable
 
-__all__ = ["Host", "HostState", "Outage", "Queue", "Server", "Waiter", "full_name"]
+__all__ = ["Host", "HostState", "Outage", "Queue", "Server", "Waiter"]
 
 FIRST_OUTAGE = 1.0
 LONGEST_OUTAGE = 60.0
@@ -67,18 +69,14 @@ class HostState:
     why: str | None
 
 
-def full_name(model: str) -> str:
-    """Return the name of a model as the server lists it."""
-    return model if ":" in model.rpartition("/")[2] else f"{model}:latest"
-
-
 class Outage:
     """Why and until when a host is not asked, for one model or for all."""
 
-    __slots__ = ("_failures", "kind", "probing", "until", "why")
+    __slots__ = ("_failures", "began", "kind", "probing", "until", "why")
 
     def __init__(self, kind: str) -> None:
         self.kind: str = kind
+        self.began: float = time.monotonic()
         self.probing: bool = False
         self.until: float = 0.0
         self.why: str = ""
@@ -94,11 +92,12 @@ class Outage:
 
 
 class Server:
-    """A host of a pool, and what is known of it."""
+    """A host of a pool, its client, and what is known of it."""
 
-    def __init__(self, url: str, slots: int, models: Collection[str] | None) -> None:
+    def __init__(self, url: str, slots: int, models: Collection[str] | None, client: Any = None) -> None:
         self.url = url
         self.slots = slots
+        self.client = client
         self.running = 0
         self.given: frozenset[str] | None = None if models is None else frozenset(map(full_name, models))
         # None while it is not known, and for good where the server does not tell: it is then asked for any model.
@@ -190,8 +189,6 @@ class _Group:
     def __init__(self) -> None:
         self.heap: list[tuple[tuple[float, float, int], Waiter]] = []
         self.waiting: int = 0
-        # Since when none of its hosts is in service.
-        self.out_since: float | None = None
 
     def head(self) -> Waiter | None:
         """Return the call whose turn it is."""
@@ -231,6 +228,10 @@ class Queue:
     def waiting(self) -> int:
         """How many calls wait."""
         return sum(group.waiting for group in self._groups.values())
+
+    def all(self) -> list[Waiter]:
+        """Return the calls that wait."""
+        return [waiter for group in self._groups.values() for waiter in group]
 
     def waiting_for(self, server: Server) -> int:
         """How many calls wait that a host may be given."""
@@ -296,6 +297,8 @@ class Queue:
             if server not in waiter.tried and server.has(model) and server.outage(model) is None
         ]
         free = [server for server in able if server.free]
+        if len(self.servers) == 1:
+            return free[0] if free else None
         last = None if waiter.sticky is None else self._sticky.get(waiter.sticky)
         if last in free:
             return last
@@ -322,12 +325,10 @@ class Queue:
         now = time.monotonic()
         for (model, tried), group in self._groups.items():
             left = [server for server in self.servers if server not in tried and server.has(model)]
-            if any(server.outage(model) is None for server in left):
-                group.out_since = None
-                continue
-            group.out_since = now if group.out_since is None else group.out_since
-            since = group.out_since
-            found += [each for each in group if not left or now - max(since, each.began) >= patience]
+            began = [outage.began for server in left if (outage := server.outage(model)) is not None]
+            if len(began) == len(left):
+                since = max(began, default=now)
+                found += [each for each in group if not left or now - max(since, each.began) >= patience]
         return found
 
     def lacking(self) -> bool:

@@ -4,27 +4,49 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol, Self, cast
 
 from ollama_async._cancel import CancelToken
-from ollama_async._errors import RequestError
+from ollama_async._errors import OllamaError, RequestError, shown
 from ollama_async._loops import in_loop
-
-from ._calls import Kind
-from ._stream import PoolStream
-
-__all__ = ["MapResult", "PoolMap", "as_call"]
-
 from ollama_async._secret import showable
+
+from ._calls import Kind, check_kind, is_count
+from ._hosts import HostState
+
+__all__ = ["Caller", "MapResult", "Mapper", "PoolMap"]
 
 
 class Caller(Protocol):
-    """What makes the calls: a ``Pool``, which is made on this module."""
+    """What ``Pool.map`` and ``batch`` need of a pool: whatever has these can stand in for one.
 
-    async def embed(self, **parameters: Any) -> Any:
-        """Embed texts."""
+    ``chat``, ``generate`` and ``embed`` return an awaitable of the whole answer, with the URL of its host in
+    ``answer["host"]``. They wait for a slot, take ``token=`` beside the parameters of ``AsyncClient``, and may be
+    called more often than there are slots. An ``OllamaError`` that they raise has the partial answer in ``partial``,
+    and in ``host`` where the call was sent to; ``None`` there says that it was not sent.
+    """
+
+    @property
+    def hosts(self) -> tuple[HostState, ...]:
+        """What is known of each host now."""
+        ...
+
+    @property
+    def chat(self) -> Callable[..., Any]:
+        """Have a model answer a chat."""
+        ...
+
+    @property
+    def generate(self) -> Callable[..., Any]:
+        """Have a model complete a prompt."""
+        ...
+
+    @property
+    def embed(self) -> Callable[..., Any]:
+        """Turn texts into vectors."""
+        ...
 
 
 @showable
@@ -127,20 +149,14 @@ class PoolMap:
 
     async def _ask(self, index: int, item: Any) -> MapResult:
         began = time.monotonic()
-        stream: PoolStream[Any] | None = None
         response: Any = None
         error: Exception | None = None
         try:
             kind, given = as_call(item, self._kind)
-            parameters: dict[str, Any] = {**self._defaults, **given, "token": self.token}
-            if kind == "embed":
-                response = await self._pool.embed(**parameters)
-            else:
-                stream = cast("PoolStream[Any]", getattr(self._pool, kind)(stream=True, **parameters))
-                response = await stream.whole()
+            response = await getattr(self._pool, kind)(**{**self._defaults, **given, "token": self.token})
+            host = response["host"]
         except Exception as exc:
-            error = exc
-        host = stream.host if stream is not None else response and response["host"]
+            error, host = exc, exc.host if isinstance(exc, OllamaError) else None
         return MapResult(index, item, response, error, host, time.monotonic() - began)
 
     async def next_result(self) -> MapResult:
@@ -189,10 +205,7 @@ class _MapIterator:
     def __aiter__(self) -> Self:
         return self
 
-    def __anext__(self) -> Coroutine[Any, Any, MapResult]:
-        return self._step()
-
-    async def _step(self) -> MapResult:
+    async def __anext__(self) -> MapResult:
         try:
             return await self._map.next_result()
         except BaseException:
@@ -203,6 +216,54 @@ class _MapIterator:
         results = getattr(self, "_map", None)
         if results is not None:
             results.stop()
+
+
+class Mapper:
+    """Gives a ``Caller`` its ``map``."""
+
+    def map(
+        self: Caller,
+        items: Iterable[Any] | AsyncIterable[Any],
+        *,
+        model: str | None = None,
+        kind: Kind | None = None,
+        ordered: bool = False,
+        concurrency: int | None = None,
+        token: CancelToken | None = None,
+        **options: Any,
+    ) -> PoolMap:
+        """Make a call for each item: ``async for result in pool.map(items, model="llama3.2")``.
+
+        Items are read as slots become free. A call that fails is a result, with its error. Leaving the loop aborts the
+        calls that run, and no more are made.
+
+        Args:
+            items: Each a prompt, or a dict of a call's parameters: with ``messages`` it is a chat, with ``prompt`` a
+                completion, with ``input`` an embedding. Any iterable, also an asynchronous one.
+            model: The model of items that name none.
+            kind: What prompts are for: ``"chat"`` (the default), ``"generate"`` or ``"embed"``.
+            ordered: Whether results come in the order of the items: each then waits for those before it.
+            concurrency: How many calls are made at once; by default one more for each host than it has slots.
+            token: Aborts all: results of what runs come with their partial answers, then the loop raises
+                ``AbortError``.
+            **options: Options of every call.
+
+        Returns:
+            An asynchronous iterable of ``MapResult``.
+
+        Raises:
+            RequestError: A parameter is not valid.
+        """
+        count = sum(host.slots + 1 for host in self.hosts) if concurrency is None else concurrency
+        if not is_count(count):
+            raise RequestError(f"concurrency={shown(count)}: give how many calls are made at once, 1 or more")
+        if isinstance(items, (str, bytes)) or not isinstance(items, (Iterable, AsyncIterable)):
+            raise RequestError(f"items={type(items).__name__}: give a list of prompts or dicts, or another iterable")
+        if kind not in (None, *_KIND_OF.values()):
+            raise RequestError(f"kind={shown(kind)}: give 'chat', 'generate' or 'embed'")
+        check_kind("token", token, CancelToken)
+        defaults = options | ({} if model is None else {"model": model})
+        return PoolMap(self, items, kind, defaults, ordered=ordered, concurrency=count, token=token)
 
 
 _KIND_OF: dict[str, Kind] = {"messages": "chat", "prompt": "generate", "input": "embed"}
@@ -222,7 +283,10 @@ def as_call(item: Any, kind: Kind | None) -> tuple[Kind, dict[str, Any]]:
         found: list[Kind] = [of for name, of in _KIND_OF.items() if name in parameters]
         if len(found) == 1:
             return found[0], parameters
-    raise RequestError("an item is a prompt, or a dict with messages, prompt or input")
+    kind_of_item = type(cast("object", item)).__name__
+    raise RequestError(
+        f"an item of the type {kind_of_item}: give a prompt, or a dict with one of messages, prompt, input"
+    )
 
 
 async def enumerate_items(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[tuple[int, Any]]:

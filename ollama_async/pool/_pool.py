@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Callable, Coroutine, Hashable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, Unpack, overload
+from typing import Any, Literal, Self, TypedDict, Unpack, cast, overload
 
 import httpx
 
 from ollama_async._call.timeouts import Timeouts
 from ollama_async._cancel import CancelToken, LiveObject
-from ollama_async._client import AsyncClient, Messages, _ChatOptions, _GenerateOptions
-from ollama_async._errors import RequestError
+from ollama_async._client import AsyncClient, Format, Messages, _ChatOptions, _GenerateOptions
+from ollama_async._errors import RequestError, shown
+from ollama_async._host import parse_host
+from ollama_async._model.input import checked_stream, model_name
 from ollama_async._model.types import ChatResponse, EmbedResponse, GenerateResponse
 from ollama_async._secret import showable
+from ollama_async._session import hide
 
-from ._calls import TIMEOUTS, Call, Calls, Kind
+from ._calls import TIMEOUTS, Ask, Calls, Kind, check_kind, is_count
 from ._hosts import Host, HostState, Server
-from ._map import PoolMap
-from ._stream import PoolStream, with_host
+from ._map import Mapper
+from ._stream import PoolStream
 
 __all__ = ["Pool"]
 
 
+class _Place(TypedDict, total=False):
+    sticky: Hashable | None
+    key: Hashable | None
+    priority: float
+
+
+class _PoolChatOptions(_Place, _ChatOptions, total=False): ...
+
+
+class _PoolGenerateOptions(_Place, _GenerateOptions, total=False): ...
+
+
 @showable
-class Pool(LiveObject):
+class Pool(Mapper, LiveObject):
     """Many servers, or the slots of one, behind the methods of one client.
 
     A call waits in the pool, without a connection, until a host has a free slot for it. The host is chosen by what only
@@ -48,7 +63,7 @@ class Pool(LiveObject):
 
     Raises:
         RequestError: There is no host, or a parameter is of the wrong kind.
-        HostError: A host is no usable address.
+        HostError: A host is not a usable address.
     """
 
     def __init__(
@@ -62,23 +77,21 @@ class Pool(LiveObject):
         patience: float = 30.0,
         **client_options: Any,
     ) -> None:
-        given = [hosts] if isinstance(hosts, (str, Host)) else list(hosts)
         self._timeouts = Timeouts.of(timeout)
+        check_kind("token", token, CancelToken)
+        if not _is_number(patience) or patience < 0:
+            raise RequestError(f"patience={shown(patience)}: give a number of seconds, 0 or more")
         self._token = token
-        self._clients: dict[str, AsyncClient] = {}
+        # What a host gets that does not say it, and the options of its client.
+        self._slots, self._models, self._client_options = slots, models, client_options
         servers: list[Server] = []
-        for each in given:
-            host = each if isinstance(each, Host) else Host(each)
-            count = slots if host.slots is None else host.slots
-            if not isinstance(count, int) or isinstance(count, bool) or count < 1:  # type: ignore[redundant-expr]
-                raise RequestError(f"slots={count!r}: give how many calls a host runs at once, 1 or more")
-            if host.url in self._clients:
-                raise RequestError(f"the host {host.url!r} is there twice: give it once, with all of its slots")
-            self._clients[host.url] = AsyncClient(host.url, timeout=self._timeouts, **client_options)
-            servers.append(Server(host.url, count, host.models if host.models is not None else models))
-        if not servers:
-            raise RequestError("a pool needs at least one host")
-        self._calls = Calls(self._clients, servers, self._timeouts, patience)
+        places: set[Hashable] = set()
+        for host in self._given(hosts):
+            servers.append(self._server(host))
+            if (place := self._place(host)) in places:
+                raise RequestError(f"hosts: {_address(host)} is there twice; give it once, with all of its slots")
+            places.add(place)
+        self._calls = Calls(servers, self._timeouts, patience)
         # What all calls are under; replaced by abort(), so that later ones are not.
         self._all = CancelToken()
 
@@ -92,10 +105,8 @@ class Pool(LiveObject):
         *,
         stream: Literal[True],
         until: Callable[[ChatResponse], object] | None = None,
-        sticky: Hashable | None = None,
-        key: Hashable | None = None,
-        priority: float = 0,
-        **options: Unpack[_ChatOptions],
+        format: Format = None,
+        **options: Unpack[_PoolChatOptions],
     ) -> PoolStream[ChatResponse]: ...
 
     @overload
@@ -105,10 +116,8 @@ class Pool(LiveObject):
         messages: Messages = None,
         *,
         stream: Literal[False] = False,
-        sticky: Hashable | None = None,
-        key: Hashable | None = None,
-        priority: float = 0,
-        **options: Unpack[_ChatOptions],
+        format: Format = None,
+        **options: Unpack[_PoolChatOptions],
     ) -> Coroutine[Any, Any, ChatResponse]: ...
 
     def chat(
@@ -117,9 +126,6 @@ class Pool(LiveObject):
         messages: Messages = None,
         *,
         stream: bool = False,
-        sticky: Hashable | None = None,
-        key: Hashable | None = None,
-        priority: float = 0,
         **options: Any,
     ) -> Coroutine[Any, Any, ChatResponse] | PoolStream[ChatResponse]:
         """Have a model answer a chat, at the host that is best for it.
@@ -128,11 +134,10 @@ class Pool(LiveObject):
             model: As in ``AsyncClient.chat``.
             messages: As in ``AsyncClient.chat``.
             stream: Whether to return the answer as a stream.
-            sticky: Name of the conversation, which goes to the host that had it last while that has a free slot: it
-                still has the beginning of the prompt in its cache.
-            key: Who calls: callers with different keys take turns.
-            priority: Calls with a higher one go first.
-            **options: All others of ``AsyncClient.chat``.
+            **options: All others of ``AsyncClient.chat``, and of the pool: ``sticky=``, the name of the conversation,
+                which goes to the host that had it last while that has a free slot (the beginning of the prompt is still
+                in its cache); ``key=``, who calls: callers with different keys take turns; ``priority=``, a number:
+                calls with a higher one go first.
 
         Returns:
             The answer, with its host in ``answer["host"]``; with ``stream=True`` a stream of its chunks.
@@ -145,9 +150,7 @@ class Pool(LiveObject):
 
         Server: ``POST /api/chat``
         """
-        call = self._call("chat", model, (messages,), options, sticky=sticky, key=key, priority=priority)
-        made: PoolStream[ChatResponse] = PoolStream(self._calls, call)
-        return made if stream else made.whole()
+        return self._answer("chat", model, (messages,), options, stream=stream)
 
     @overload
     def generate(
@@ -158,10 +161,8 @@ class Pool(LiveObject):
         *,
         stream: Literal[True],
         until: Callable[[GenerateResponse], object] | None = None,
-        sticky: Hashable | None = None,
-        key: Hashable | None = None,
-        priority: float = 0,
-        **options: Unpack[_GenerateOptions],
+        format: Format = None,
+        **options: Unpack[_PoolGenerateOptions],
     ) -> PoolStream[GenerateResponse]: ...
 
     @overload
@@ -172,10 +173,8 @@ class Pool(LiveObject):
         suffix: str | None = None,
         *,
         stream: Literal[False] = False,
-        sticky: Hashable | None = None,
-        key: Hashable | None = None,
-        priority: float = 0,
-        **options: Unpack[_GenerateOptions],
+        format: Format = None,
+        **options: Unpack[_PoolGenerateOptions],
     ) -> Coroutine[Any, Any, GenerateResponse]: ...
 
     def generate(
@@ -185,9 +184,6 @@ class Pool(LiveObject):
         suffix: str | None = None,
         *,
         stream: bool = False,
-        sticky: Hashable | None = None,
-        key: Hashable | None = None,
-        priority: float = 0,
         **options: Any,
     ) -> Coroutine[Any, Any, GenerateResponse] | PoolStream[GenerateResponse]:
         """Have a model complete a prompt, at the host that is best for it.
@@ -197,10 +193,7 @@ class Pool(LiveObject):
             prompt: As in ``AsyncClient.generate``.
             suffix: As in ``AsyncClient.generate``.
             stream: Whether to return the answer as a stream.
-            sticky: As in ``chat``.
-            key: As in ``chat``.
-            priority: As in ``chat``.
-            **options: All others of ``AsyncClient.generate``.
+            **options: All others of ``AsyncClient.generate``; ``sticky=``, ``key=`` and ``priority=`` as in ``chat``.
 
         Returns:
             The answer, with its host in ``answer["host"]``; with ``stream=True`` a stream of its chunks.
@@ -213,17 +206,12 @@ class Pool(LiveObject):
 
         Server: ``POST /api/generate``
         """
-        call = self._call("generate", model, (prompt, suffix), options, sticky=sticky, key=key, priority=priority)
-        made: PoolStream[GenerateResponse] = PoolStream(self._calls, call)
-        return made if stream else made.whole()
+        return self._answer("generate", model, (prompt, suffix), options, stream=stream)
 
     async def embed(
         self,
         model: str = "",
         input: str | Sequence[str] = "",  # noqa: A002  (the name in Ollama's API)
-        *,
-        key: Hashable | None = None,
-        priority: float = 0,
         **options: Any,
     ) -> EmbedResponse:
         """Turn texts into vectors, at the host that is best for it.
@@ -231,9 +219,7 @@ class Pool(LiveObject):
         Args:
             model: As in ``AsyncClient.embed``.
             input: As in ``AsyncClient.embed``.
-            key: As in ``chat``.
-            priority: As in ``chat``.
-            **options: All others of ``AsyncClient.embed``.
+            **options: All others of ``AsyncClient.embed``; ``key=`` and ``priority=`` as in ``chat``.
 
         Returns:
             The answer, with its host in ``answer["host"]``.
@@ -246,49 +232,8 @@ class Pool(LiveObject):
 
         Server: ``POST /api/embed``
         """
-        call = self._call("embed", model, (input,), options, key=key, priority=priority)
-        lease, answer = await self._calls.begin(call, _embed)
-        lease.release()
-        return with_host(answer, lease.server.url)
-
-    def map(
-        self,
-        items: Iterable[Any] | AsyncIterable[Any],
-        *,
-        model: str | None = None,
-        kind: Kind | None = None,
-        ordered: bool = False,
-        concurrency: int | None = None,
-        token: CancelToken | None = None,
-        **options: Any,
-    ) -> PoolMap:
-        """Make a call for each item: ``async for result in pool.map(items, model="llama3.2")``.
-
-        Items are read as slots become free. A call that fails is a result, with its error. Leaving the loop aborts the
-        calls that run, and no more are made.
-
-        Args:
-            items: Each a prompt, or a dict of a call's parameters: with ``messages`` it is a chat, with ``prompt`` a
-                completion, with ``input`` an embedding. Any iterable, also an asynchronous one.
-            model: The model of items that name none.
-            kind: What prompts are for: ``"chat"`` (the default), ``"generate"`` or ``"embed"``.
-            ordered: Whether results come in the order of the items: each then waits for those before it.
-            concurrency: How many calls are made at once; by default one more for each host than it has slots.
-            token: Aborts all: results of what runs come with their partial answers, then the loop raises
-                ``AbortError``.
-            **options: Options of every call.
-
-        Returns:
-            An asynchronous iterable of ``MapResult``.
-
-        Raises:
-            RequestError: ``concurrency`` is below 1.
-        """
-        count = sum(server.slots + 1 for server in self._calls.servers) if concurrency is None else concurrency
-        if count < 1:
-            raise RequestError(f"concurrency={count!r}: give how many calls are made at once, 1 or more")
-        defaults = options | ({} if model is None else {"model": model})
-        return PoolMap(self, items, kind, defaults, ordered=ordered, concurrency=count, token=token)
+        answer: EmbedResponse = await self._whole(self._ask("embed", model, (input,), options))
+        return answer
 
     # -- hosts --
 
@@ -305,10 +250,12 @@ class Pool(LiveObject):
         Raises:
             RequestError: The pool has no such host.
         """
-        try:
-            return self._clients[url]
-        except KeyError:
-            raise RequestError(f"the pool has no host {url!r}; it has: {', '.join(self._clients)}") from None
+        found = [server.client for server in self._calls.servers if server.url == url]
+        if len(found) != 1:
+            which = ", ".join(server.url for server in self._calls.servers)
+            raise RequestError(f"the pool has {'several hosts' if found else 'no host'} {url!r}; it has: {which}")
+        client: AsyncClient = found[0]
+        return client
 
     # -- ending --
 
@@ -322,7 +269,7 @@ class Pool(LiveObject):
         calls.abort(reason)
 
     async def aclose(self) -> None:
-        """Close the pool and everything that is open on it; idempotent. Whoever waits or reads gets ``StreamClosed``.
+        """Close the pool and everything that is open on it; idempotent. Waiting calls and readers get ``StreamClosed``.
 
         Cancellation: safe; once it has begun, all sockets of the pool are closed.
         """
@@ -346,35 +293,106 @@ class Pool(LiveObject):
 
     # -- inside --
 
-    def _call(
-        self,
-        kind: Kind,
-        model: str,
-        arguments: tuple[Any, ...],
-        options: dict[str, Any],
-        *,
-        sticky: Hashable | None = None,
-        key: Hashable | None = None,
-        priority: float = 0,
-    ) -> Call:
-        timeouts = Timeouts.of(options.pop("timeout")) if "timeout" in options else self._timeouts
-        given, own = options.pop("token", None), CancelToken()
-        tokens = [each for each in (given, self._token) if each is not None]
-        return Call(
-            kind=kind,
-            model=model,
-            arguments=arguments,
-            options=options,
-            given=given,
-            own=own,
-            token=CancelToken.any(own, self._all, *tokens),
-            timeouts=timeouts,
-            sticky=sticky,
-            key=key,
-            priority=priority,
-            tried={},
+    def _tokens(self) -> list[CancelToken]:
+        """Return what aborts a call that begins now, besides its own token: for work that is more than calls."""
+        return [token for token in (self._all, self._token) if token is not None]
+
+    def _answer(
+        self, kind: Kind, model: str, arguments: tuple[Any, ...], options: dict[str, Any], *, stream: bool
+    ) -> Coroutine[Any, Any, Any] | PoolStream[Any]:
+        ask = self._ask(kind, model, arguments, options, stream=stream)
+        return PoolStream(self._calls, ask) if stream else self._whole(ask)
+
+    def _whole(self, ask: Ask) -> Coroutine[Any, Any, Any]:
+        """Return what gives a whole answer."""
+        if ask.kind != "embed":
+            # It streams inside: else the limit of the first chunk would be one of the answer.
+            made: PoolStream[Any] = PoolStream(self._calls, ask)
+            return made.whole()
+        return self._calls.at_hosts(
+            ask, lambda server, options: server.client.embed(ask.model, *ask.arguments, **options)
         )
 
+    def _ask(
+        self, kind: Kind, model: str, arguments: tuple[Any, ...], options: dict[str, Any], *, stream: bool = False
+    ) -> Ask:
+        """Return what a call is; what is wrong with it is raised when it is awaited, as a client does."""
+        if "headers" in options:
+            hide(options)
+        token: Any = options.pop("token", None)
+        place = {name: options.pop(name) for name in ("sticky", "key", "priority") if name in options}
+        ask = Ask(kind, model, arguments, options, token, self._tokens(), self._timeouts, **place)
+        try:
+            model_name(model)
+            checked_stream(stream)
+            _check_place(ask)
+            check_kind("token", token, CancelToken)
+            if "timeout" in options:
+                ask.timeouts = Timeouts.of(options["timeout"])
+        except RequestError as exc:
+            ask.flaw, ask.model, ask.token = exc.with_traceback(None), "", None
+        return ask
 
-async def _embed(client: AsyncClient, call: Call) -> EmbedResponse:
-    return await client.embed(call.model, *call.arguments, token=call.token, timeout=call.limits(), **call.options)
+    # -- what RayPool does in its own way --
+
+    def _given(self, hosts: Any) -> list[Any]:
+        """Return the hosts that were given."""
+        given = as_list([hosts] if isinstance(hosts, (str, Host)) else hosts)
+        if given is None:
+            raise RequestError(f"hosts={type(hosts).__name__}: give a URL, a Host, or a list of these")
+        if not given:
+            raise RequestError("hosts=[]: give at least one URL or Host")
+        for each in given:
+            if not isinstance(each, (str, Host)):
+                raise RequestError(
+                    f"hosts has a {type(each).__name__} in it: give URLs, or Host(url, slots=..., models=...)"
+                )
+        return [Host(each) if isinstance(each, str) else each for each in given]
+
+    def _place(self, host: Any) -> Hashable:
+        """Return what no two hosts may have in common."""
+        return _address(host)
+
+    def _client(self, host: Any) -> AsyncClient:
+        """Return a client of a host."""
+        return AsyncClient(host.url, timeout=self._timeouts, **self._client_options)
+
+    def _server(self, host: Any) -> Server:
+        count: object = self._slots if host.slots is None else host.slots
+        where = _address(host)
+        if not is_count(count):
+            raise RequestError(f"slots={shown(count)} of {where}: give how many calls it runs at once, 1 or more")
+        names = self._models if host.models is None else host.models
+        listed = None if names is None else as_list(names)
+        if names is not None and (listed is None or not all(isinstance(name, str) for name in listed)):
+            raise RequestError(f"models={shown(names)} of {where}: give a list of names, or None to ask the host")
+        return Server(host.url, count, listed, self._client(host))
+
+
+def _address(host: Any) -> str:
+    """Return the address of a host, without a password."""
+    if not isinstance(host.url, str):
+        raise RequestError(f"url={shown(host.url)} of a host: give a str such as 'http://127.0.0.1:11434'")
+    return parse_host(host.url).url
+
+
+def as_list(given: Any) -> list[Any] | None:
+    """Return what was given as a list; ``None`` if it is a text, say, where a list is meant."""
+    listable = isinstance(given, Iterable) and not isinstance(given, (str, bytes, Mapping))
+    return list(cast("Iterable[Any]", given)) if listable else None
+
+
+def _check_place(ask: Ask) -> None:
+    """Refuse what does not say a call's place in the queue."""
+    for name, value in (("sticky", ask.sticky), ("key", ask.key)):
+        try:
+            hash(value)
+        except TypeError:
+            raise RequestError(f"{name}={shown(value)}: give something that can be hashed, such as a str") from None
+    if not _is_number(ask.priority):
+        raise RequestError(f"priority={shown(ask.priority)}: give a number; calls with a higher one go first")
+
+
+def _is_number(value: object) -> bool:
+    # NaN is the one that is not what it is.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value

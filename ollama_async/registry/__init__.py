@@ -77,7 +77,9 @@ class AbortRegistry(LiveObject):
         if scheme == "memory":
             return registry
         if scheme not in {"redis", "rediss", "unix"}:
-            raise RequestError("the registry's url begins with memory://, redis://, rediss:// or unix://")
+            raise RequestError(
+                "invalid url for the registry: it must begin with memory://, redis://, rediss:// or unix://"
+            )
         _check_url(url)
         if not namespace or len(namespace) > _MAX_NAMESPACE:
             raise RequestError(f"namespace={namespace!r}: give a text of 1 to {_MAX_NAMESPACE} characters")
@@ -92,17 +94,17 @@ class AbortRegistry(LiveObject):
 
     @asynccontextmanager
     async def token(self, id: str, *, owner: str = "") -> AsyncGenerator[CancelToken]:  # noqa: A002
-        """Register a stream for as long as the block lasts, and give the token that a Stop for it aborts.
+        """Register a stream for the duration of the block, and return the token that a Stop for it aborts.
 
-        If a Stop for it has come already, the token is aborted when the block begins. While Redis is away the block
-        begins all the same: Stops that are given in this process work, others when Redis is back.
+        If a Stop for it has already arrived, the token is aborted when the block begins. While Redis is away the block
+        still begins: Stops that are given in this process work, others when Redis is back.
 
         Args:
-            id: The stream's, of at most 200 characters; one that nobody can guess, used for this stream only.
+            id: The stream's, of at most 200 characters; one that cannot be guessed, used for this stream only.
             owner: Who may stop it.
 
         Raises:
-            RequestError: The id or the owner is none.
+            RequestError: The id or the owner is not valid.
             RegistryClosed: The registry is closed.
 
         Cancellation: safe; the registration is taken back at once.
@@ -129,15 +131,15 @@ class AbortRegistry(LiveObject):
             owner: Who started the stream.
 
         Returns:
-            ``"stopped"``: there is such a stream, and it was told. ``"kept"``: there is none (any more, or yet); one
+            ``"stopped"``: the stream exists, and was told to stop. ``"kept"``: there is none (any more, or yet); one
             that begins while the Stop holds is aborted. ``"queued"``: there is none in this process, and Redis is away;
             the Stop is given to Redis when that is back.
 
         Raises:
-            RequestError: The id, the owner or the reason is none.
+            RequestError: The id, the owner or the reason is not valid.
             RegistryClosed: The registry is closed.
 
-        Cancellation: safe; the Stop holds all the same.
+        Cancellation: safe; the Stop still holds.
         """
         name, reason = Name.of(owner, id), checked_reason(reason)
         self._check_open()
@@ -154,7 +156,7 @@ class AbortRegistry(LiveObject):
         """Return owner and id of all streams that are registered now, sorted; over Redis those of all processes.
 
         Args:
-            owner: Whose; ``None`` for everybody's.
+            owner: Whose; ``None`` for all owners.
 
         Raises:
             RegistryUnavailable: Redis is away.
@@ -180,7 +182,7 @@ class AbortRegistry(LiveObject):
             raise RegistryClosed("the registry is closed")
 
     async def aclose(self) -> None:
-        """Let go of Redis; idempotent. Streams that are registered go on, and nobody can stop them here any more.
+        """Close the connections to Redis; idempotent. Registered streams go on, but no Stop reaches them here any more.
 
         Cancellation: safe, it is closed in any case.
         """

@@ -31,15 +31,15 @@ class Name(NamedTuple):
         """Check what was given.
 
         Raises:
-            RequestError: The id or the owner is no text, too long, or, for the id, empty.
+            RequestError: The id or the owner is not a text or too long, or the id is empty.
         """
         if not isinstance(id, str) or not 0 < len(id) <= MAX_NAME:
-            raise RequestError(f"a stream's id is a text of 1 to {MAX_NAME} characters, not {_shown(id)}")
+            raise RequestError(f"a stream's id must be a text of 1 to {MAX_NAME} characters, not {_shown(id)}")
         if not isinstance(owner, str) or len(owner) > MAX_NAME:
-            raise RequestError(f"a stream's owner is a text of at most {MAX_NAME} characters, not {_shown(owner)}")
+            raise RequestError(f"a stream's owner must be a text of at most {MAX_NAME} characters, not {_shown(owner)}")
         for text in (id, owner):
             if any("\ud800" <= letter <= "\udfff" for letter in text):
-                raise RequestError(f"a stream's id and owner are valid Unicode, not {_shown(text)}")
+                raise RequestError(f"a stream's id and owner must be valid Unicode, not {_shown(text)}")
         return cls(owner, id)
 
 
@@ -54,11 +54,11 @@ def checked_reason(reason: object) -> str | None:
     """Return the reason if it is one that can be passed on to another process.
 
     Raises:
-        RequestError: It is no text, or too long.
+        RequestError: It is not a text, or too long.
     """
     if reason is None or (isinstance(reason, str) and len(reason) <= _MAX_REASON):
         return reason
-    raise RequestError(f"the reason of a Stop is a text of at most {_MAX_REASON} characters, not {_shown(reason)}")
+    raise RequestError(f"the reason of a Stop must be a text of at most {_MAX_REASON} characters, not {_shown(reason)}")
 
 
 class Book:

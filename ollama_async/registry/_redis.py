@@ -27,6 +27,7 @@ from urllib.parse import quote, unquote
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from ollama_async._errors import RequestError
@@ -37,7 +38,7 @@ from ._local import Book, Name, Stop, checked_reason
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Link"]
+__all__ = ["Link", "end_tasks"]
 
 _log = logging.getLogger("ollama_async.registry")
 
@@ -47,7 +48,7 @@ _PATIENCE = 2.0
 _SILENCE = 10.0
 _CONNECT = 5.0
 _LONGEST_PAUSE = 3.0
-# How long the task may take to end before its connections are taken from it.
+# How long a task may take to end before its connections are taken from it.
 _LOST_CANCELLATION = 0.2
 # Channels or keys in one command.
 _AT_ONCE = 500
@@ -110,7 +111,7 @@ class Link:
     def __init__(self, url: str, book: Book, namespace: str) -> None:
         self._book = book
         self._prefix = quote(namespace, safe="")
-        # Two connections at most, used by the one task: that of the pub/sub, and one for commands.
+        # Two connections at most, used by the one task: that of the channels, and one for commands.
         untyped: Any = Redis
         self._redis: Any = untyped.from_url(
             url,
@@ -126,7 +127,7 @@ class Link:
         self._backoff = ExponentialWithJitterBackoff(cap=_LONGEST_PAUSE, base=0.05)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
-        # The task looks at this as well: redis-py can swallow a cancellation that meets a connection in the making.
+        # The task looks at this as well, see end_tasks().
         self._closing = False
         self._wake = asyncio.Event()
         # Not known before the first attempt: callers wait for that one.
@@ -194,12 +195,8 @@ class Link:
         task, self._task = self._task, None
         if task is None:
             await self._redis.aclose()
-            return
-        task.cancel()
-        _, pending = await asyncio.wait({task}, timeout=_LOST_CANCELLATION)
-        if pending:
-            await self._redis.connection_pool.disconnect()
-            await asyncio.wait({task})
+        else:
+            await end_tasks({task}, self._redis.connection_pool)
 
     @property
     def _away(self) -> bool:
@@ -215,7 +212,7 @@ class Link:
             self._loop = loop
             self._task = loop.create_task(self._run(), name="ollama_async registry")
         elif self._loop is not loop:
-            raise RequestError("the registry belongs to another event loop; make one for each")
+            raise RequestError("the registry belongs to another event loop: make one for each loop")
 
     def _note(self, name: Name) -> None:
         # While Redis is away nothing is collected: the book has it all, and it is looked at when Redis is back.
@@ -273,27 +270,29 @@ class Link:
 
     async def _serve(self) -> NoReturn:
         """Be connected, until that ends by an error."""
-        pubsub = self._redis.pubsub()
+        channels = _Channels(self._redis.connection_pool)
         reader: asyncio.Task[NoReturn] | None = None
         try:
-            # A channel of its own, so that there is always one: without any, nothing can be read.
-            await pubsub.subscribe(f"{self._prefix}:link")
-            reader = asyncio.create_task(self._read(pubsub))
+            # Its own channel, so that there is always one: without any, the connection takes other commands.
+            await channels.open(f"{self._prefix}:link")
+            reader = asyncio.create_task(self._read(channels))
             self._start_over()
             while True:
                 self._wake.clear()
-                await self._subscribe(pubsub)
+                await self._subscribe(channels)
                 await self._look()
                 await self._send_stops()
                 await self._until_woken(reader)
         finally:
+            # This ends the reader even if its cancellation is lost.
+            await channels.disconnect()
             if reader is not None:
                 reader.cancel()
                 # Not awaited itself: a cancellation of this task, at this moment, could not be told from the reader's.
                 await asyncio.wait({reader})
                 if not reader.cancelled():
                     reader.exception()
-            await pubsub.aclose()
+            await channels.give_back()
 
     def _start_over(self) -> None:
         """Take up a new connection, which knows of nothing."""
@@ -314,26 +313,27 @@ class Link:
         if reader.done():
             reader.result()
 
-    async def _read(self, pubsub: Any) -> NoReturn:
+    async def _read(self, channels: _Channels) -> NoReturn:
         silent = False
         while True:
-            message = await pubsub.get_message(timeout=_SILENCE)
+            message = await channels.read(_SILENCE)
             if message is None:
                 if silent:
                     raise TimeoutError(f"Redis was silent for {2 * _SILENCE:g} s")
                 silent = True
-                await pubsub.ping()
+                await channels.send("PING")
                 continue
             silent = False
-            name = self._name(message["channel"])
-            if name is not None and message["type"] == "message":
-                self._book.abort(name, _reason(message["data"]))
-            elif name is not None and message["type"] == "subscribe":
+            kind, channel, *rest = message
+            name = self._name(channel)
+            if name is not None and kind == b"message":
+                self._book.abort(name, _reason(*rest))
+            elif name is not None and kind == b"subscribe":
                 # Only now: a Stop that came before the subscription is in the key.
                 self._unread.add(name)
                 self._wake.set()
 
-    async def _subscribe(self, pubsub: Any) -> None:
+    async def _subscribe(self, channels: _Channels) -> None:
         changed, self._changed = self._changed, set()
         wanted = {name for name in changed if name in self._book}
         # Registered anew before it was unsubscribed: a message may have come while nobody was there for it.
@@ -341,9 +341,9 @@ class Link:
         new, gone = wanted - self._asked, (changed - wanted) & self._asked
         self._asked = (self._asked | new) - gone
         for names in _portions(gone):
-            await pubsub.unsubscribe(*map(self._channel, names))
+            await channels.send("UNSUBSCRIBE", *map(self._channel, names))
         for names in _portions(new):
-            await pubsub.subscribe(*map(self._channel, names))
+            await channels.send("SUBSCRIBE", *map(self._channel, names))
 
     async def _look(self) -> None:
         unread, self._unread = self._unread, set()
@@ -375,7 +375,7 @@ class Link:
                 future.set_result(result)
 
     def _shown(self, error: BaseException) -> str:
-        """Return what an error says, without secrets: a server that does not know AUTH shows what came with it."""
+        """Return what an error says, without secrets: a server that does not know AUTH shows its arguments."""
         text = str(error).partition(", with args")[0] or type(error).__name__
         return type(error).__name__ if any(secret in text for secret in self._secrets) else text
 
@@ -391,6 +391,67 @@ class Link:
             if (prefix, kind) == (self._prefix, "stop"):
                 return Name(unquote(owner, errors="strict"), unquote(stream_id, errors="strict"))
         return None
+
+
+class _Channels:
+    """The connection over which channels are listened to, from one task, and subscribed, from another.
+
+    Not redis-py's ``PubSub``: after a loss that one connects anew by itself, and subscribes all again, in each of its
+    methods. Of two that do so at the same moment one leaves a socket behind that nobody closes.
+    """
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+        self._connection: Any = None
+
+    async def open(self, channel: str) -> None:
+        """Connect, and subscribe a first channel."""
+        self._connection = await self._pool.get_connection()
+        await self.send("SUBSCRIBE", channel)
+
+    async def send(self, *command: str) -> None:
+        """Send a command; its answer is read as a message."""
+        if not self._connection.is_connected:
+            # It would connect anew.
+            raise RedisConnectionError("the connection to Redis was lost")
+        await self._connection.send_command(*command, check_health=False)
+
+    async def read(self, timeout: float) -> list[Any] | None:
+        """Return the next message: its kind, the channel, its data; ``None`` if none comes in time."""
+        reply: Any = await self._connection.read_response(timeout=timeout, disconnect_on_error=False, push_request=True)
+        # The answer to a PING has a different form in RESP3.
+        message: list[Any] | None = reply if type(reply) in (list, type(None)) else [b"pong", b""]
+        return message
+
+    async def disconnect(self) -> None:
+        """Close the connection; reading and sending fail from now on."""
+        if self._connection is not None:
+            await self._connection.disconnect(nowait=True)
+
+    async def give_back(self) -> None:
+        """Let the pool have the connection, for whoever needs one."""
+        if self._connection is not None:
+            await self._pool.release(self._connection)
+
+
+async def end_tasks(tasks: set[asyncio.Task[Any]], *pools: Any) -> None:
+    """Cancel tasks that talk to Redis, see them end, and close what they talked over.
+
+    A cancellation can be lost: redis-py sends each command within ``asyncio.wait_for()``, and up to Python 3.11 that
+    returns as if nothing had happened if the command has just been sent. A task of ours is cancelled once only. So its
+    owner tells it by a state that it looks at before each wait, and the end of its connection wakes it.
+    """
+    for task in tasks:
+        task.cancel()
+    try:
+        if tasks:
+            _, lost = await asyncio.wait(tasks, timeout=_LOST_CANCELLATION)
+            if lost:
+                await asyncio.gather(*(pool.disconnect() for pool in pools))
+                await asyncio.wait(lost)
+    finally:
+        for pool in pools:
+            await pool.disconnect()
 
 
 def _portions(names: Iterable[Name], size: int = _AT_ONCE) -> Iterable[list[Name]]:

@@ -10,6 +10,7 @@ Example:
 
 from ._fake import FakeOllama
 from ._left import LeakCheckWarning, nothing_left_behind
+from ._recording import RecordingError
 from ._records import ConnectionRecord, RequestRecord
 from ._script import Block, Cut, Endless, Gate, NoEnd, Pause, Raw, Reply, Reset, Stall, Step, Trickle
 from ._teardown import WAYS, TeardownCheck, TeardownFailure, TeardownReport, check_teardown
@@ -26,6 +27,7 @@ __all__ = [
     "NoEnd",
     "Pause",
     "Raw",
+    "RecordingError",
     "Reply",
     "RequestRecord",
     "Reset",

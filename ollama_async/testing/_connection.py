@@ -10,23 +10,27 @@ import ssl
 import struct
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import httptools
 
 from ._records import ConnectionRecord, Journal, RequestRecord
-from ._script import Block, Cut, Endless, Gate, NoEnd, Pause, Raw, Reply, Reset, Stall, Step, Trickle, encode
+from ._script import Block, Cut, Endless, Gate, Live, NoEnd, Pause, Raw, Reply, Reset, Stall, Step, Trickle, encode
 
 # What may wait in user space for a client that does not read: small, so that `bytes_sent` tells how far the kernel got.
 _WRITE_BUFFER = 32 * 1024
 _BAD_REQUEST = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\n400 Bad Request"
 )
+
+
+# Plays a reply to its end; returns whether the connection can serve another request.
+Play: TypeAlias = Callable[[Reply], Awaitable[bool]]
 
 
 @dataclass(eq=False)
@@ -37,7 +41,7 @@ class Host:
     tls: ssl.SSLContext | None
     silent: bool
     scripted: Callable[[str], Reply | None]
-    answer: Callable[[RequestRecord], Reply]
+    answer: Callable[[RequestRecord, Play], Awaitable[bool]]
     failed: Callable[[Exception], None]
     live: set["Connection"] = field(default_factory=set["Connection"])
 
@@ -54,7 +58,7 @@ class _Tls:
         self._shaken = False
 
     def receive(self, data: bytes) -> tuple[bytes, bool]:
-        """Take what came from the socket; return what was in it and whether the client has said goodbye."""
+        """Take bytes from the socket; return what was in it and whether the client has said goodbye."""
         self._incoming.write(data)
         plain: list[bytes] = []
         with suppress(ssl.SSLWantReadError):
@@ -284,11 +288,16 @@ class Connection(asyncio.Protocol):
             self._player = asyncio.get_running_loop().create_task(self._play(self._playing))
 
     async def _play(self, exchange: Exchange) -> None:
-        try:
-            reply = exchange.reply or self._host.answer(exchange.request)
+        async def play(reply: Reply) -> bool:
             if reply.whole is not None and not _asks_for_stream(exchange.request):
                 reply = reply.unstreamed()
-            keep = await _Player(self, exchange, reply).play()
+            return await _Player(self, exchange, reply).play()
+
+        try:
+            if exchange.reply is not None:
+                keep = await play(exchange.reply)
+            else:
+                keep = await self._host.answer(exchange.request, play)
         except Over:
             return
         except Exception as exc:  # a defect of a script or a handler: stop() tells the test
@@ -370,6 +379,9 @@ class _Player:
                 await self._trickle(step)
             case Endless():
                 await self._endless(step)
+            case Live(steps=steps):
+                async for each in steps:
+                    await self._step(each)
             case NoEnd():
                 self._never_ends = True
             case Cut():

@@ -1,4 +1,4 @@
-"""`FakeOllama`: a real HTTP/1.1 server on a thread and an event loop of its own."""
+"""`FakeOllama`: a real HTTP/1.1 server on its own thread and event loop."""
 
 import asyncio
 import os
@@ -8,10 +8,11 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
-from ._connection import Connection, Host
+from ._connection import Connection, Host, Play
 from ._ollama import Ollama
+from ._recording import Recording
 from ._records import ConnectionRecord, Journal, RequestRecord
 from ._script import Reply
 
@@ -19,6 +20,10 @@ _BACKLOG = 1024
 _STOP_TIMEOUT = 10.0
 # Python on Windows has none, not even the name.
 _AF_UNIX: int | None = getattr(socket, "AF_UNIX", None)
+
+
+if TYPE_CHECKING:
+    from ._record import Recorder
 
 
 class FakeOllama:
@@ -63,8 +68,58 @@ class FakeOllama:
         self._repeated: dict[str, Reply] = {}
         self._failure: Exception | None = None
         self._ollama, self._paths = Ollama(models, interval), frozenset(paths)
-        self._host = Host(self._journal, ssl, silent, self._scripted, self._ollama.answer, self._failed)
+        self._host = Host(self._journal, ssl, silent, self._scripted, self._answer, self._failed)
         self._thread: threading.Thread | None = None
+        # What answers the requests that no script answers, before the built-in behaviour does.
+        self._recorder: Recorder | None = None
+        self._recording: Recording | None = None
+
+    @classmethod
+    def record(cls, upstream: str | None, file: str | os.PathLike[str], **options: Any) -> Self:
+        """Make a server that passes requests on to a real one, and keeps what happens in a file.
+
+        Scripts go before the real server, and are not recorded. A client that leaves ends its request there at once.
+
+        Args:
+            upstream: address of the real server, in the form of `OLLAMA_HOST`; None for what that says.
+            file: is made by `start()`. Each exchange is in it as soon as it is over; keys never are.
+            **options: those of the class.
+
+        Returns:
+            The server, not started yet.
+
+        Raises:
+            HostError: the address is invalid.
+        """
+        # Imported here: it needs httpx, and each run of pytest imports this module.
+        from ._record import Recorder
+
+        server = cls(**options)
+        server._recorder = Recorder(upstream, file)
+        return server
+
+    @classmethod
+    def replay(cls, file: str | os.PathLike[str], *, speed: float = 1.0, **options: Any) -> Self:
+        """Make a server that answers as a recording says; the built-in behaviour answers what is not in it.
+
+        A request gets the answer of the first exchange with its method, path and body that has not been played yet; if
+        none has its body, that of the first one with its method and path. When all have been played, they start again.
+
+        Args:
+            file: the recording, as `record()` has made it, or written by hand.
+            speed: how many times as fast as it was recorded; `math.inf` plays without pauses.
+            **options: those of the class.
+
+        Returns:
+            The server, not started yet.
+
+        Raises:
+            RecordingError: the file is not a recording; the text names the line.
+            RequestError: the speed is not a positive number.
+        """
+        server = cls(**options)
+        server._recording = Recording(file, speed)
+        return server
 
     def start(self) -> Self:
         """Listen; does nothing when the server is running.
@@ -73,10 +128,13 @@ class FakeOllama:
             The server.
 
         Raises:
-            OSError: the address cannot be used.
+            OSError: the address cannot be used, or the file of a recording cannot be made.
+            RecordingError: the file of a recording exists.
         """
         if self._thread is None:
             # Whatever can fail does so here, and clients can connect as soon as this returns: the kernel queues them.
+            if self._recorder is not None:
+                self._recorder.begin()
             listener = self._listen()
             try:
                 # Always asyncio's own loop, whatever policy the code under test has installed.
@@ -179,7 +237,7 @@ class FakeOllama:
             All of them that there are.
 
         Raises:
-            TimeoutError: there were fewer; the text lists what came.
+            TimeoutError: there were fewer; the text lists them.
         """
 
         def select() -> list[RequestRecord]:
@@ -198,7 +256,7 @@ class FakeOllama:
             All of them that there are.
 
         Raises:
-            TimeoutError: there were fewer; the text lists what came.
+            TimeoutError: there were fewer; the text lists them.
         """
         return self._journal.wait(lambda: self._journal.connections, count, "connections", timeout)
 
@@ -261,6 +319,14 @@ class FakeOllama:
             for connection in tuple(self._host.live):
                 connection.abort()
             await asyncio.sleep(0)
+        if self._recorder is not None:
+            self._recorder.close()
+
+    async def _answer(self, request: RequestRecord, play: Play) -> bool:
+        if self._recorder is not None:
+            return await self._recorder.relay(request, play)
+        reply = None if self._recording is None else self._recording.answer(request)
+        return await play(reply or self._ollama.answer(request))
 
     def _scripted(self, path: str) -> Reply | None:
         with self._journal.changed:
@@ -271,7 +337,7 @@ class FakeOllama:
         self._failure = self._failure or failure
 
     def _on_loop_error(self, _: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
-        """Keep a defect for `stop()`; a client that vanishes in the middle of a system call is none."""
+        """Keep a defect for `stop()`; a client that vanishes in the middle of a system call does not count."""
         failure = context.get("exception")
         if isinstance(failure, Exception) and not isinstance(failure, OSError):
             self._failed(failure)

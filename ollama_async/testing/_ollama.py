@@ -26,6 +26,7 @@ from ._script import (
 _TOKENS = 40
 _DIMENSIONS = 32
 _SIZE = 1_234_567_890
+_CONTEXT = 4096
 _DETAILS: Frame = {
     "parent_model": "",
     "format": "gguf",
@@ -72,7 +73,8 @@ class Ollama:
 
     def __init__(self, models: Sequence[str], interval: float) -> None:
         self._models = dict.fromkeys(map(_full, models))
-        self._loaded: dict[str, None] = {}
+        # With their tokens of context, and when they expire.
+        self._loaded: dict[str, tuple[int, str]] = {}
         self._blobs: set[str] = set()
         self._interval = interval
         running: Handler = lambda _: _text(200, "Ollama is running")  # noqa: E731
@@ -130,9 +132,14 @@ class Ollama:
         return Reply.json({"models": [_card(name) | {"modified_at": stamp(0)} for name in self._models]})
 
     def _ps(self, _: RequestRecord) -> Reply:
-        expires = (datetime.now(UTC) + timedelta(minutes=5)).strftime("%Y-%m-%dT%H:%M:%S.%f000Z")
-        running = {"expires_at": expires, "size_vram": _SIZE, "context_length": 4096}
-        return Reply.json({"models": [_card(name) | running for name in self._loaded]})
+        return Reply.json(
+            {
+                "models": [
+                    _card(name) | {"expires_at": expires, "size_vram": _SIZE, "context_length": context}
+                    for name, (context, expires) in self._loaded.items()
+                ]
+            }
+        )
 
     def _show(self, request: RequestRecord) -> Reply:
         name = self._known(_body(request))
@@ -186,7 +193,12 @@ class Ollama:
         def frame(n: int, text: str) -> Frame:
             return chat_frame(n, name, content=text)
 
-        return self._run(body, frame, idle=not body.get("messages"))
+        messages: list[Frame] = body.get("messages") or []
+        # As in a template that leaves the last message of the assistant open.
+        read = "".join(f"{message.get('role')}: {message.get('content') or ''}\n" for message in messages)
+        open_ended = bool(messages) and messages[-1].get("role") == "assistant"
+        read = read.removesuffix("\n") if open_ended else f"{read}assistant: "
+        return self._run(body, frame, read, begun=open_ended, idle=not messages)
 
     def _generate(self, request: RequestRecord) -> Reply:
         body = _body(request)
@@ -195,31 +207,43 @@ class Ollama:
         def frame(n: int, text: str) -> Frame:
             return generate_frame(n, name, response=text)
 
-        return self._run(body, frame, idle=not body.get("prompt"))
+        prompt = body.get("prompt") or ""
+        return self._run(body, frame, prompt, begun=bool(body.get("raw")), idle=not prompt)
 
-    def _run(self, body: Frame, frame: Callable[[int, str], Frame], *, idle: bool) -> Reply:
+    def _run(self, body: Frame, frame: Callable[[int, str], Frame], read: str, *, begun: bool, idle: bool) -> Reply:
         model = self._known(body)
-        self._loaded[model] = None
+        self._load(model, body)
         if body.get("keep_alive") in (0, "0", "0s"):
             del self._loaded[model]
         if idle:
             reason = "load" if model in self._loaded else "unload"
             return Reply.json(frame(0, "") | {"done": True, "done_reason": reason})
-        limit = _limit(body)
-        count = _TOKENS if limit is None else limit
+        if body.get("_debug_render_only"):
+            return Reply.json(frame(0, "") | {"_debug_info": {"rendered_template": read}})
+        limit = _option(body, "num_predict")
+        # What the answer begins with, if it was begun.
+        said = _words_at_the_end(read) if begun else 0
+        count = _TOKENS - said if limit is None else limit
         # Like the real one, which sends the head with the first token.
         first = (Pause(self._interval),)
         if count < 0:
-            return Reply([Endless(lambda n: frame(n, word(n)), self._interval)], before_head=first, whole=frame(0, ""))
-        frames = [frame(n, word(n)) for n in range(count)]
+            return Reply(
+                [Endless(lambda n: frame(n, word(said + n)), self._interval)], before_head=first, whole=frame(0, "")
+            )
+        frames = [frame(n, word(said + n)) for n in range(count)]
         end = ending(count, "stop" if limit is None else "length")
-        whole = frame(count, "".join(map(word, range(count)))) | end
+        whole = frame(count, "".join(map(word, range(said, said + count)))) | end
         return Reply([*spaced(frames, self._interval), frame(count, "") | end], before_head=first, whole=whole)
+
+    def _load(self, model: str, body: Frame) -> None:
+        """Have a model loaded as a call asks for it: at another context than it has, the real one loads it anew."""
+        expires = (datetime.now(UTC) + timedelta(minutes=5)).strftime("%Y-%m-%dT%H:%M:%S.%f000Z")
+        self._loaded[model] = (_option(body, "num_ctx") or _CONTEXT, expires)
 
     def _embed(self, request: RequestRecord) -> Reply:
         body = _body(request)
         name = self._known(body)
-        self._loaded[name] = None
+        self._load(name, body)
         texts = _texts(body)
         size = _integer(body, "dimensions") or _DIMENSIONS
         return Reply.json(
@@ -234,7 +258,7 @@ class Ollama:
 
     def _embeddings(self, request: RequestRecord) -> Reply:
         body = _body(request)
-        self._loaded[self._known(body)] = None
+        self._load(self._known(body), body)
         prompt = body.get("prompt") or ""
         if not isinstance(prompt, str):
             raise _Refused(400, f"json: cannot unmarshal {type(prompt).__name__} into Go value of type string")
@@ -290,16 +314,16 @@ def _full(name: str) -> str:
     return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
 
 
-def _limit(body: Frame) -> int | None:
+def _option(body: Frame, name: str) -> int | None:
     options: Any = body.get("options", {})
     if options is None:
         return None
     if not isinstance(options, dict):
         raise _Refused(400, "json: cannot unmarshal options into Go value")
     try:
-        return _integer(cast("Frame", options), "num_predict")
+        return _integer(cast("Frame", options), name)
     except _Refused:
-        raise _Refused(500, 'option "num_predict" must be of type integer') from None
+        raise _Refused(500, f'option "{name}" must be of type integer') from None
 
 
 def _integer(body: Frame, key: str) -> int | None:
@@ -307,6 +331,16 @@ def _integer(body: Frame, key: str) -> int | None:
     if value is not None and not isinstance(value, int):
         raise _Refused(400, f"json: cannot unmarshal {key} into Go value of type int")
     return value
+
+
+def _words_at_the_end(read: str) -> int:
+    """Count the words of an answer that a prompt ends with."""
+    text, most = "", 0
+    for n in range(_TOKENS):
+        text += word(n)
+        if read.endswith(text):
+            most = n + 1
+    return most
 
 
 def _texts(body: Frame) -> list[str]:

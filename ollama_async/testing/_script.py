@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, Self, TypeAlias, cast
@@ -87,6 +87,13 @@ class Block:
         object.__setattr__(self, "parts", parts)
 
 
+class Live:
+    """Steps that are not known yet: those of an answer that is passed on while it comes."""
+
+    def __init__(self, steps: AsyncIterator["Step"]) -> None:
+        self.steps = steps
+
+
 class Gate:
     """A place in a script where the server waits until the test calls `open()`; once open it stays open."""
 
@@ -99,11 +106,11 @@ class Gate:
 
     @property
     def reached(self) -> bool:
-        """The server has come to this gate at least once."""
+        """The server has reached this gate at least once."""
         return self._arrivals > 0
 
     def wait_reached(self, timeout: float = 5.0, *, count: int = 1) -> bool:
-        """Block until the server has come to this gate.
+        """Block until the server has reached this gate.
 
         Args:
             timeout: seconds to wait.
@@ -142,8 +149,8 @@ class Gate:
             self._waiters.remove(wake)
 
 
-Step: TypeAlias = bytes | Frame | Block | Pause | Gate | Stall | Cut | Reset | NoEnd | Raw | Trickle | Endless
-_STEPS = (bytes, dict, Block, Pause, Gate, Stall, Cut, Reset, NoEnd, Raw, Trickle, Endless)
+Step: TypeAlias = bytes | Frame | Block | Pause | Gate | Stall | Cut | Reset | NoEnd | Raw | Trickle | Endless | Live
+_STEPS = (bytes, dict, Block, Pause, Gate, Stall, Cut, Reset, NoEnd, Raw, Trickle, Endless, Live)
 _WRITE = (bytes, dict, Block, Raw, Trickle)
 
 _JSON = ("Content-Type", "application/json; charset=utf-8")
@@ -186,10 +193,10 @@ class Reply:
         headers: added to the usual ones, or in their place when the name is the same (a wrong `Content-Length`, say).
         framing: how the body's end is told: `"close"` sends FIN after the last step.
         before_head: steps played before the head is sent; what they write is unframed.
-        raw: exact bytes in place of the head; the steps follow unframed and the end of the body is not told.
+        raw: exact bytes instead of the head; the steps follow unframed and the end of the body is not told.
         cut_at: send FIN after exactly that many bytes of this answer (head, framing and body).
         read_body: False answers as soon as the request's head is there and stops reading from the socket until the
-            reply has been played, then sends FIN. What came together with the head is recorded. While it does not
+            reply has been played, then sends FIN. Bytes that arrive with the head are recorded. While it does not
             read, the server cannot see the client's FIN either, nor its RST before the next write.
         ignore_leave: go on writing after the client's FIN, to count what it would still have been sent.
         whole: what a request that asks for no stream is answered with, as one JSON object, after the steps that write

@@ -109,7 +109,7 @@ def check_teardown(
 ) -> TeardownReport:
     """Run a call again and again, stop it in every way at every moment, and check that nothing of it is left.
 
-    Each run has a server, a token and an event loop of its own; the garbage collector is off meanwhile. The moments are
+    Each run has its own server, token and event loop; the garbage collector is off meanwhile. The moments are
     the first `ticks` rounds of the event loop, then some rounds from when the server has the request on, and some from
     when it has begun to answer.
 
@@ -132,14 +132,14 @@ def check_teardown(
         TeardownFailure: something was left behind, or a cancellation was swallowed; the text says what, after which
             stop.
         ValueError: there is no such way.
-        RuntimeError: an event loop runs in this thread; call it through `asyncio.to_thread`, or in a test that is no
+        RuntimeError: an event loop runs in this thread; call it through `asyncio.to_thread`, or in a test that is not a
             coroutine.
     """
     unknown = [way for way in ways if way not in WAYS]
     if unknown:
         raise ValueError(f"no such way to stop a call: {unknown[0]!r}; there are {', '.join(map(repr, WAYS))}")
     if asyncio._get_running_loop() is not None:  # noqa: SLF001
-        raise RuntimeError("check_teardown() runs event loops of its own: call it through asyncio.to_thread()")
+        raise RuntimeError("check_teardown() runs its own event loops: call it through asyncio.to_thread()")
     make_server = server or (lambda: FakeOllama(interval=0.001))
     takes_token = "token" in _signature(make_call).parameters
     name = getattr(make_call, "__qualname__", repr(make_call))
@@ -237,7 +237,7 @@ def _moments(way: str, ticks: int) -> Iterator[tuple[_Moment, int]]:
 
 @dataclass
 class _Run:
-    """One call, on a loop and a server of its own, and its stop."""
+    """One call, on its own loop and server, and its stop."""
 
     make_call: MakeCall
     takes_token: bool
@@ -274,7 +274,7 @@ class _Run:
                 ):
                     _drop(made)
                     return False
-                # In the loop: uvloop opens some descriptors of its own when it first runs.
+                # In the loop: uvloop opens some descriptors when it first runs.
                 watch = loop.run_until_complete(self._watch(server))
                 self.unchecked = watch.unchecked
                 task = loop.create_task(self._call(made))

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import test_bad_input
-import test_batches
-import test_host
-import test_hostile
-import test_ndjson
-import test_proxy
-import test_transport
+from call import test_batches, test_ndjson
 from fuzz import tool_language
+from model import test_bad_input
+from wire import test_host, test_hostile, test_proxy, test_transport
 
 __all__ = ["CASES", "WORDS"]
 
@@ -80,7 +76,7 @@ def _hosts() -> Iterator[bytes]:
     tests = (
         test_host.test_an_address_is_read_as_the_server_reads_it,
         test_host.test_an_invalid_address_is_refused_with_the_reason,
-        test_bad_input.test_a_host_that_is_no_address_is_refused_at_once,
+        test_bad_input.test_an_invalid_host_is_refused_at_once,
     )
     for test in tests:
         for given in _first_values(test):

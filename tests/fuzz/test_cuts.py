@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from call.test_ndjson import BODIES
 from fuzz.targets import MAX_LINE_BYTES, parse_answer, split_lines
-from test_hostile import POISON
-from test_ndjson import BODIES
-from test_transport import ANSWERS, BROKEN, CUT
+from wire.test_hostile import POISON
+from wire.test_transport import ANSWERS, BROKEN, CUT
 
 # Those that do not end with the connection.
 WITH_AN_END = [name for name, case in ANSWERS.items() if not case[2]]
@@ -38,13 +38,13 @@ def test_an_answer_is_the_same_however_it_is_cut(
 
 @pytest.mark.parametrize("more", [b"\0", b"x", b"HTTP/1.1 2"], ids=repr)
 @pytest.mark.parametrize("name", WITH_AN_END)
-def test_what_follows_an_answer_is_no_part_of_it(name: str, more: bytes) -> None:
+def test_bytes_behind_an_answer_are_not_a_part_of_it(name: str, more: bytes) -> None:
     followed(name, more)
 
 
 @pytest.mark.parametrize("second", [POISON, b"HTTP/1.1 500 No\r\nX-A: 1\r\n\r\n"], ids=["answer", "error"])
 @pytest.mark.parametrize("name", WITH_AN_END)
-def test_a_second_answer_is_no_part_of_the_first(name: str, second: bytes) -> None:
+def test_a_second_answer_is_not_a_part_of_the_first(name: str, second: bytes) -> None:
     followed(name, second)
 
 
@@ -65,7 +65,7 @@ def test_a_broken_answer_is_refused_however_it_is_cut(sent: bytes) -> None:
 
 
 @pytest.mark.parametrize("sent", CUT.values(), ids=CUT)
-def test_half_an_answer_is_none_however_it_is_cut(sent: bytes) -> None:
+def test_half_an_answer_is_an_error_wherever_it_is_cut(sent: bytes) -> None:
     for pieces in every_cut(sent):
         assert not parse_answer("GET", pieces, closed=False).complete
         read = parse_answer("GET", pieces, closed=True)

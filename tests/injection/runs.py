@@ -96,7 +96,7 @@ EXCUSED = (
         STOPS,
         False,
         "the traceback holds the stream, whose answer has come as a whole: it is open until that is dropped",
-        ("Stream.__anext__", "Stream._ready"),
+        ("ChunkReader.read", "ChunkReader.ready"),
     ),
     Excuse(
         "",
@@ -110,7 +110,7 @@ EXCUSED = (
         STOPS,
         True,
         "Python lets no handler of a `try` cover the line of a `try` or `while` in it",
-        ("Stream._fill",),
+        ("ChunkReader._fill",),
     ),
 )
 

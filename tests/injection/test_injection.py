@@ -79,7 +79,7 @@ def test_a_scene_leaves_nothing_by_itself(recorded: Recorded, name: str) -> None
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", [*SCENES])
-def test_whatever_comes_at_a_line(
+def test_any_interruption_at_any_line(
     recorded: Recorded,
     pytestconfig: pytest.Config,
     name: str,

@@ -193,6 +193,10 @@ class RealOllama:
         answer: dict[str, Any] = json.loads(self._request("POST", path, json.dumps(body).encode(), timeout=timeout))
         return answer
 
+    def send(self, path: str, data: bytes, *, timeout: float = 60) -> None:
+        """Send the server a file."""
+        self._request("POST", path, data, timeout=timeout)
+
     def get(self, path: str, *, timeout: float = 10) -> dict[str, Any]:
         """Ask the server what it says of itself."""
         answer: dict[str, Any] = json.loads(self._request("GET", path, timeout=timeout))

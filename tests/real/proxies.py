@@ -1,11 +1,10 @@
-"""Programs that stand between a client and a server: Toxiproxy, which injects faults, nginx and HAProxy."""
+"""Programs that stand between a client and servers: Toxiproxy, which injects faults, nginx, HAProxy and Envoy."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import random
 import re
 import shutil
 import socket
@@ -17,23 +16,27 @@ from typing import Any, Self
 
 from real.needs import needs
 from real.ollama_server import NotSeen, poll
+from real.ports import free_port
 
 TOXIPROXY = "v2.12.0"
 """The version that .ci/install-parts builds."""
 
-DEPLOYING = Path(__file__).parents[2] / "docs" / "deploying.md"
+ENVOY = "1.40.0"
+"""The version that .ci/install-parts takes out of its package."""
+
+DOCS = Path(__file__).parents[2] / "docs"
+DEPLOYING = DOCS / "deploying.md"
+BACKENDS = DOCS / "proxies.md"
 UPSTREAM = "127.0.0.1:11434"
 BIND = "127.0.0.1:8080"
 
-# Below the ports that the kernel gives away by itself, so that nobody else's connection has taken one meanwhile.
-PORTS = range(20000, 32000)
-
 
 def find_program(name: str) -> Path | None:
-    """A program of .ci/install-parts: Toxiproxy in the cache folder, the others on PATH or in Debian's sbin."""
-    if name == "toxiproxy":
+    """A program of .ci/install-parts: two in the cache folder, the others on PATH or in Debian's sbin."""
+    versions = {"toxiproxy": TOXIPROXY, "envoy": ENVOY}
+    if name in versions:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        built = cache / "ollama-async" / f"toxiproxy-{TOXIPROXY}" / name
+        built = cache / "ollama-async" / f"{name}-{versions[name]}" / name
         return built if built.is_file() else None
     found = shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin")
     return Path(found) if found else None
@@ -46,9 +49,9 @@ def need_program(name: str) -> Path:
     return found
 
 
-def snippet(language: str) -> str:
-    """The configuration that docs/deploying.md tells users to take."""
-    [found] = re.findall(rf"^```{language}\n(.*?)^```$", DEPLOYING.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+def snippet(language: str, page: Path = DEPLOYING) -> str:
+    """The configuration that a page of the docs tells users to take."""
+    [found] = re.findall(rf"^```{language}\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
     return str(found)
 
 
@@ -78,7 +81,7 @@ class Program:
 
     def __enter__(self) -> Self:
         for _ in range(5):
-            self.port = random.choice(PORTS)
+            self.port = free_port()
             with (self._folder / "output").open("wb") as output:
                 self._process = subprocess.Popen(
                     self.command(), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
@@ -123,16 +126,20 @@ class Nginx(Program):
         assert BIND in config
 
     def command(self) -> list[str | Path]:
-        folder = self._folder
-        temporary = "".join(
-            f"    {kind}_temp_path {folder}/{kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-        )
-        (folder / "nginx.conf").write_text(
-            f"daemon off;\nmaster_process off;\npid {folder}/pid;\nerror_log {folder}/error.log;\n"
-            f"events {{}}\nhttp {{\n    access_log off;\n{temporary}"
-            f"{self._config.replace(BIND, f'127.0.0.1:{self.port}')}}}\n"
-        )
-        return [self._program, "-e", folder / "error.log", "-p", folder, "-c", folder / "nginx.conf"]
+        return nginx_command(self._program, self._folder, self._config.replace(BIND, f"127.0.0.1:{self.port}"))
+
+
+def nginx_command(program: Path, folder: Path, config: str) -> list[str | Path]:
+    """Write a configuration of nginx around blocks of it, and return what runs it as one process."""
+    temporary = "".join(
+        f"    {kind}_temp_path {folder}/{kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    (folder / "nginx.conf").write_text(
+        f"daemon off;\nmaster_process off;\npid {folder}/pid;\nerror_log {folder}/error.log;\n"
+        f"events {{}}\nhttp {{\n    access_log off;\n{temporary}"
+        f"{config}}}\n"
+    )
+    return [program, "-e", folder / "error.log", "-p", folder, "-c", folder / "nginx.conf"]
 
 
 class Haproxy(Program):
@@ -148,6 +155,29 @@ class Haproxy(Program):
         file = self._folder / "haproxy.cfg"
         file.write_text(self._config.replace(BIND, f"127.0.0.1:{self.port}"))
         return [self._program, "-db", "-f", file]
+
+
+class Balancer(Program):
+    """A proxy in front of two servers, with its configuration in docs/proxies.md."""
+
+    def __init__(self, folder: Path, kind: str, upstreams: list[int]) -> None:
+        super().__init__(folder)
+        self._kind = kind
+        self._program = need_program(kind)
+        self._config = snippet("yaml" if kind == "envoy" else kind, BACKENDS)
+        for port, upstream in zip(("11434", "11435"), upstreams, strict=True):
+            assert self._config.count(port) == 1
+            self._config = self._config.replace(port, str(upstream))
+
+    def command(self) -> list[str | Path]:
+        config = self._config.replace("8080", str(self.port))
+        if self._kind == "nginx":
+            return nginx_command(self._program, self._folder, config)
+        file = self._folder / ("envoy.yaml" if self._kind == "envoy" else "haproxy.cfg")
+        file.write_text(config)
+        if self._kind == "haproxy":
+            return [self._program, "-db", "-f", file]
+        return [self._program, "-c", file, "--disable-hot-restart", "--concurrency", "1", "--log-level", "warn"]
 
 
 class Toxiproxy(Program):

@@ -1,10 +1,9 @@
 """A real Redis server for tests: started, killed, started again, and asked what it sees. Everything here blocks."""
 
 import contextlib
-import random
+import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import redis
+from real.ports import free_port
 
 BOUND = 20.0
 
@@ -28,11 +28,13 @@ class RealRedis:
         self._binary = binary
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
-        self.port = _free_port()
+        self.port = free_port()
 
     @property
     def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}/0"
+        # `nox -s durable` runs the tests over RESP3 as well.
+        protocol = os.environ.get("OLLAMA_ASYNC_RESP")
+        return f"redis://127.0.0.1:{self.port}/0" + (f"?protocol={protocol}" if protocol else "")
 
     def __enter__(self) -> Self:
         self.start()
@@ -87,11 +89,3 @@ class RealRedis:
         """Give it a command."""
         with redis.Redis(port=self.port, decode_responses=True) as client:
             return client.execute_command(*command)
-
-
-def _free_port() -> int:
-    # Not one that the kernel gives to whoever asks for any: it has to be free again after a restart.
-    for port in random.sample(range(20_000, 30_000), 100):
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
-    raise AssertionError("no free port")

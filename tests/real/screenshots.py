@@ -70,7 +70,8 @@ def picture(browser: Browser, name: str, scheme: Literal["light", "dark"], until
 def main() -> None:
     binary = find_chromium()
     if binary is None:
-        raise SystemExit("no Chromium found")
+        print("the pictures of the chat page were not taken: no Chromium found")
+        return
     with chromium(binary) as browser:
         picture(browser, "web-answering", "light", "Answering")
         picture(browser, "web-stopped", "light", "Stopped")

@@ -159,7 +159,7 @@ async def test_structured_output(client: AsyncClient, real_ollama: RealOllama, s
     assert isinstance(generated.parsed, Answer)
 
 
-async def test_an_answer_cut_short_is_no_instance_of_its_format(client: AsyncClient, real_ollama: RealOllama) -> None:
+async def test_an_answer_cut_short_does_not_match_its_format(client: AsyncClient, real_ollama: RealOllama) -> None:
     reply = await client.chat(real_ollama.model, "hi", format=Answer, options={**SHORT, "num_predict": 2})
     assert reply.done_reason == "length"
     with pytest.raises(ParseError) as caught:

@@ -4,8 +4,8 @@ import contextlib
 from pathlib import Path
 
 import pytest
+from cli.test_chat import CTRL_C, ESC, Screen
 from real.ollama_server import RealOllama
-from test_chat import CTRL_C, ESC, Screen
 
 pytestmark = pytest.mark.real
 
@@ -23,6 +23,6 @@ def test_a_key_ends_the_request_and_the_model_rests(real_ollama: RealOllama, tmp
         real_ollama.wait_for_request_end(mark, "/api/chat", timeout=20)
         real_ollama.wait_for_connections(before, timeout=20)
         real_ollama.wait_until_idle(timeout=20)
-        shown.shows(r"stopped by you after \d+ tokens in \d+\.\d s; what came stays in the conversation")
+        shown.shows(r"stopped by you after \d+ tokens in \d+\.\d s; the partial answer is kept")
         shown.says("/quit")
         assert shown.wait() == 0

@@ -137,7 +137,7 @@ async def test_a_stop_before_the_headers_does_not_wait_for_the_network(
     assert max(took) < BOUND / 2
 
 
-async def test_the_idle_limit_goes_off_in_a_black_hole_and_keeps_what_had_come(
+async def test_the_idle_limit_fires_in_a_black_hole_and_keeps_the_partial_answer(
     network: Toxiproxy, client: AsyncClient, real_ollama: RealOllama
 ) -> None:
     stream = client.chat(real_ollama.model, "hi", stream=True, options=ENDLESS, timeout=Timeouts(idle=2))
@@ -194,7 +194,7 @@ async def test_a_slow_network_changes_no_byte(
 
 
 @pytest.mark.parametrize("fault", ["reset_peer", "limit_data", "disabled"])
-async def test_a_connection_that_breaks_in_the_middle_keeps_what_had_come(
+async def test_a_connection_that_breaks_in_the_middle_keeps_the_partial_answer(
     fault: str, network: Toxiproxy, client: AsyncClient, real_ollama: RealOllama
 ) -> None:
     mark = real_ollama.mark()

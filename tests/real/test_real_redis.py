@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import random
@@ -22,8 +23,7 @@ import httpx
 import pytest
 import pytest_asyncio
 from programs import QUESTION, last_event, serving
-from real.needs import needs
-from real.redis_server import RealRedis, find_redis
+from real.redis_server import RealRedis
 
 from ollama_async import CancelToken
 from ollama_async.registry import AbortRegistry, _local, _redis
@@ -33,15 +33,6 @@ pytestmark = pytest.mark.real
 
 BOUND = 60.0
 WORKER = Path(__file__).with_name("web_worker.py")
-
-
-@pytest.fixture
-def redis(tmp_path: Path) -> Iterator[RealRedis]:
-    binary = find_redis()
-    if binary is None:
-        needs("a Redis server", how="sudo apt-get install redis-server")
-    with RealRedis(binary, tmp_path) as server:
-        yield server
 
 
 @pytest_asyncio.fixture
@@ -353,6 +344,58 @@ async def test_a_stop_while_only_the_stream_is_cut_off(redis: RealRedis, there: 
         passage.open()
         assert await aborted(token) == "was not heard"
         assert not other.aborted
+
+
+async def test_a_lost_connection_is_made_anew_once(redis: RealRedis) -> None:
+    """Redis counts: what it has taken in were the new connections of the registry, and the questions of this test."""
+    questions = 0
+
+    def ask(*command: str) -> Any:
+        nonlocal questions
+        questions += 1
+        return redis.ask(*command)
+
+    def listening() -> set[str]:
+        return {line.split()[0] for line in ask("CLIENT", "LIST", "TYPE", "pubsub").splitlines()}
+
+    async with AbortRegistry.from_url(redis.url) as registry, registry.token("one") as token:
+        before, questions = int(ask("INFO", "stats")["total_connections_received"]), 0
+        for _ in range(5):
+            known = listening()
+            ask("CLIENT", "KILL", "TYPE", "pubsub")
+            await until(lambda known=known: listening() - known, "a new connection")
+            async with registry.token("two"):
+                assert await registry.abort("two") == "stopped"
+        assert int(ask("INFO", "stats")["total_connections_received"]) - before == 5 + questions
+        assert len(listening()) == 1
+        assert not token.aborted
+
+
+async def test_losing_connections_leaves_none_open(redis: RealRedis) -> None:
+    """Also if it meets the moment at which names are subscribed."""
+    gc.collect()
+    gc.disable()
+    try:
+        open_before = len(os.listdir("/proc/self/fd"))
+        async with AbortRegistry.from_url(redis.url) as registry:
+            over = False
+
+            async def come_and_go(turn: int) -> None:
+                number = 0
+                while not over:
+                    number += 1
+                    async with registry.token(f"{turn} {number}"):
+                        await asyncio.sleep(0.001)
+
+            tasks = [asyncio.create_task(come_and_go(turn)) for turn in range(10)]
+            for _ in range(10):
+                await asyncio.sleep(0.1)
+                redis.ask("CLIENT", "KILL", "TYPE", "pubsub")
+            over = True
+            await asyncio.gather(*tasks)
+        await until(lambda: len(os.listdir("/proc/self/fd")) == open_before, "that all sockets are closed")
+    finally:
+        gc.enable()
 
 
 class Passage:

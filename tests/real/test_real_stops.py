@@ -154,7 +154,7 @@ async def test_abort_with_lines_buffered(
     while real_ollama.runner_cpu_seconds() < busy + 0.05:
         pass
     # The first of these may still be a line that had come alone, before the loop stood still.
-    while not stream._answer.decoder.lines and stream._answer.index == len(stream._answer.chunks):
+    while not stream._reader.answer.decoder.lines and stream._reader.answer.index == len(stream._reader.answer.chunks):
         await anext(stream)
     read = stream.timing.chunks
     token.abort("stop")
@@ -292,7 +292,7 @@ async def test_dropped(client: AsyncClient, real_ollama: RealOllama, watch: Watc
     watch.saw_end()
 
 
-async def test_a_call_that_is_no_stream(
+async def test_a_call_that_is_not_a_stream(
     client: AsyncClient, real_ollama: RealOllama, token: CancelToken, watch: Watch
 ) -> None:
     rested = real_ollama.runner_cpu_seconds()

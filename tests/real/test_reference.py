@@ -26,7 +26,7 @@ INNER: dict[str, type[BaseModel]] = {
     "Tool.Function.Parameters.Property": Tool.Function.Parameters.Property,
 }
 # What a method takes beside the fields of its request.
-OURS = {"self", "call", "until", "resume"}
+OURS = {"on_truncation", "preflight", "recover", "self", "call", "until", "resume"}
 
 Row = tuple[str, str, str]
 

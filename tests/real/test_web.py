@@ -18,10 +18,11 @@ import pytest
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
+import httpx
 from axe_playwright_python.sync_playwright import Axe
+from durable.harness import telling, words
 from playwright.sync_api import Browser, BrowserContext, Page, expect
-from real.chromium import BOUND, chromium, find_chromium
-from real.needs import needs
+from real.chromium import BOUND
 from real.ollama_server import RealOllama
 from real.proxies import UPSTREAM, Nginx, without
 from real.web_page import WebPage, web_page
@@ -33,15 +34,6 @@ pytestmark = pytest.mark.browser
 
 ENDLESS = Reply.endless_chat(0.01)
 BEGINNING = "This answer comes from a fake Ollama server"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    binary = find_chromium()
-    if binary is None:
-        needs("a Chromium", how="run .ci/install-parts (Debian), or set OLLAMA_ASYNC_TEST_CHROMIUM")
-    with chromium(binary) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")
@@ -64,16 +56,11 @@ def served(_ollama: FakeOllama) -> Iterator[WebPage]:
         yield page
 
 
-@pytest.fixture
-def context(browser: Browser) -> Iterator[BrowserContext]:
-    """A browser window of its own, in which no script fails."""
-    context = browser.new_context(viewport={"width": 820, "height": 720}, color_scheme="light")
-    context.set_default_timeout(BOUND * 1000)
-    failures: list[str] = []
-    context.on("weberror", lambda failure: failures.append(str(failure.error)))
-    yield context
-    context.close()
-    assert failures == []
+@pytest.fixture(scope="module")
+def served_briefly(_ollama: FakeOllama) -> Iterator[WebPage]:
+    """A page whose answers end soon when no tab shows them."""
+    with web_page(_ollama.url, "--unattended", "0.3") as page:
+        yield page
 
 
 @pytest.fixture
@@ -81,13 +68,15 @@ def tab(context: BrowserContext, served: WebPage, ollama: FakeOllama) -> "Tab":
     return Tab(context.new_page(), served.url)
 
 
-expect.set_options(timeout=BOUND * 1000)
+@pytest.fixture
+def brief_tab(context: BrowserContext, served_briefly: WebPage, ollama: FakeOllama) -> "Tab":
+    return Tab(context.new_page(), served_briefly.url)
 
 
 class Tab:
     """The chat page in a tab, by what a user finds there."""
 
-    def __init__(self, page: Page, url: str) -> None:
+    def __init__(self, page: Page, url: str, begins: str = "Ready") -> None:
         self.page = page
         # The browser's clock is this machine's, but a click by its driver takes a while.
         page.add_init_script("""
@@ -101,7 +90,8 @@ class Tab:
         self.meter = page.locator("#meter")
         self.stop = page.get_by_role("button", name="Stop")
         self.answers = page.locator(".written")
-        expect(self.status).to_have_text("Ready")
+        self.articles = page.get_by_role("article")
+        expect(self.status).to_have_text(begins)
 
     def ask(self, text: str = "Tell me a story.") -> None:
         self.prompt.fill(text)
@@ -164,7 +154,7 @@ def test_the_page_behind_the_nginx_of_the_docs(
     with Nginx(tmp_path, config, port) as proxy:
         # A name that leads here; chat.example.com does not.
         site = proxy.url.replace("127.0.0.1", "site.localhost")
-        with web_page(ollama.url, "--allow-host", site, port=port):
+        with web_page(ollama.url, "--allow-host", site, "--unattended", "0.3", port=port):
             ollama.script("/api/chat", Reply.chat("Good"), ENDLESS)
             tab = Tab(context.new_page(), site)
             tab.ask()
@@ -224,7 +214,7 @@ def test_stop_while_the_model_loads(tab: Tab, ollama: FakeOllama) -> None:
     assert connection.open
     tab.stop.click()
     saw_stop(tab, connection, "Stop before the headers")
-    expect(tab.status).to_have_text(re.compile(r"^Stopped by you after \d+\.\d s, before anything came$"))
+    expect(tab.status).to_have_text(re.compile(r"^Stopped by you after \d+\.\d s, before the first token$"))
 
 
 def test_the_stop_route_alone_reaches_the_model(tab: Tab, ollama: FakeOllama) -> None:
@@ -236,43 +226,43 @@ def test_the_stop_route_alone_reaches_the_model(tab: Tab, ollama: FakeOllama) ->
     saw_stop(tab, connection_of(ollama), "Stop by its route alone")
 
 
-def test_a_closed_connection_alone_reaches_the_model(tab: Tab, ollama: FakeOllama) -> None:
+def test_a_closed_connection_alone_reaches_the_model(brief_tab: Tab, ollama: FakeOllama) -> None:
+    """No Stop gets through: nobody watches the answer any more."""
     ollama.script("/api/chat", ENDLESS)
-    tab.page.route("**/api/stop/*", lambda route: route.abort())
-    tab.ask_until(BEGINNING)
-    tab.stop.click()
-    saw_stop(tab, connection_of(ollama), "Stop by the closed connection alone")
+    brief_tab.page.route(
+        "**/api/answers/*", lambda route: route.abort() if route.request.method == "POST" else route.continue_()
+    )
+    brief_tab.ask_until(BEGINNING)
+    brief_tab.stop.click()
+    saw_stop(brief_tab, connection_of(ollama), "Stop by the closed connection alone")
 
 
-def test_a_closed_tab_stops_the_answer(tab: Tab, ollama: FakeOllama) -> None:
-    ollama.script("/api/chat", ENDLESS)
-    tab.ask_until(BEGINNING)
-    tab.page.close()
-    assert connection_of(ollama).wait_left(BOUND)
-
-
-def test_a_tab_closed_while_the_model_loads(tab: Tab, ollama: FakeOllama) -> None:
-    ollama.script("/api/chat", Reply(before_head=[Stall()]))
-    tab.ask()
+def test_a_closed_tab_stops_the_answer_that_no_other_shows(
+    brief_tab: Tab, context: BrowserContext, served_briefly: WebPage, ollama: FakeOllama
+) -> None:
+    gate = Gate()
+    reply = Reply([*telling(3).steps[:3], gate, *ENDLESS.steps])
+    ollama.script("/api/chat", reply)
+    brief_tab.ask_until("2 \u00fc")
+    other = Tab(context.new_page(), served_briefly.url, "Answering")
+    brief_tab.page.close()
+    gate.open()
+    expect(other.answers.last).to_contain_text(BEGINNING)
+    assert connection_of(ollama).open
+    closed_at = time.monotonic()
+    other.page.close()
     connection = connection_of(ollama)
-    tab.page.close()
     assert connection.wait_left(BOUND)
+    assert connection.left_at is not None
+    assert connection.left_at - closed_at >= 0.25
 
 
-def test_a_reload_stops_the_answer_and_keeps_what_came(tab: Tab, ollama: FakeOllama) -> None:
-    ollama.script("/api/chat", ENDLESS, Reply.chat("Fine."))
-    tab.ask_until(BEGINNING)
-    tab.page.reload()
-    assert connection_of(ollama).wait_left(BOUND)
-    expect(tab.answers.last).to_contain_text(BEGINNING)
-    expect(tab.page.get_by_role("article").last).to_contain_text("the page was left")
-    expect(tab.status).to_have_text("Ready")
-    tab.ask("And then?")
-    expect(tab.answers.last).to_have_text("Fine.")
-    first, partial, second = messages(ollama, 2)
-    assert (first, second) == (("user", "Tell me a story."), ("user", "And then?"))
-    assert partial[0] == "assistant"
-    assert partial[1].startswith(BEGINNING)
+def test_a_tab_closed_while_the_model_loads(brief_tab: Tab, ollama: FakeOllama) -> None:
+    ollama.script("/api/chat", Reply(before_head=[Stall()]))
+    brief_tab.ask()
+    connection = connection_of(ollama)
+    brief_tab.page.close()
+    assert connection.wait_left(BOUND)
 
 
 def test_two_tabs_at_once(tab: Tab, context: BrowserContext, served: WebPage, ollama: FakeOllama) -> None:
@@ -301,6 +291,169 @@ def test_stop_on_a_slow_network(tab: Tab, context: BrowserContext, ollama: FakeO
     tab.stop.click()
     saw_stop(tab, connection_of(ollama), "Stop at 4 kB/s with 300 ms of latency")
     expect(tab.status).to_have_text(re.compile("^Stopped by you after"))
+
+
+# -- an answer that outlives its page --
+
+
+def conversation(tab: Tab) -> list[dict[str, Any]]:
+    """What the page keeps of what was said."""
+    tab.page.evaluate("dispatchEvent(new PageTransitionEvent('pagehide'))")
+    kept: list[dict[str, Any]] = tab.page.evaluate("JSON.parse(sessionStorage.getItem('conversation')).turns")
+    return kept
+
+
+def halves(count: int, gate: Gate) -> tuple[Reply, str]:
+    """An answer that waits for the gate in its middle, and its text."""
+    steps = telling(count).steps
+    return Reply([*steps[: count // 2], gate, *steps[count // 2 :]]), "".join(words(count))
+
+
+@pytest.mark.parametrize("when", ["loading", "answering"])
+def test_a_reload_goes_on_where_the_page_was(tab: Tab, ollama: FakeOllama, when: str) -> None:
+    gate = Gate()
+    reply, text = halves(20, gate)
+    if when == "loading":
+        reply = Reply(telling(20).steps, before_head=[gate])
+    ollama.script("/api/chat", reply, Reply.chat("Fine."))
+    tab.ask()
+    if when == "answering":
+        expect(tab.answers.last).to_contain_text("9 \u00fc")
+    connection = connection_of(ollama)
+    asked: list[str] = []
+    tab.page.on("request", lambda request: asked.append(request.url.partition("/api/")[2]))
+    tab.page.reload()
+    expect(tab.status).to_have_text("Answering" if when == "answering" else re.compile("^Waiting for fake:latest"))
+    assert connection.open
+    gate.open()
+    expect(tab.status).to_have_text(re.compile("^Done: 20 tokens in"))
+    [turn, answer] = conversation(tab)
+    assert (turn["content"], answer["content"]) == ("Tell me a story.", text)
+    after = [url.partition("?after=")[2] for url in asked if url.startswith("answers/")]
+    assert after == ["11" if when == "answering" else "0"]
+    tab.ask("And then?")
+    expect(tab.answers.last).to_have_text("Fine.")
+    assert messages(ollama, 2) == [("user", "Tell me a story."), ("assistant", text), ("user", "And then?")]
+
+
+@pytest.mark.parametrize("stopped_in", ["first", "second"])
+def test_another_tab_shows_the_same_answer_and_stop_in_either_ends_both(
+    tab: Tab, context: BrowserContext, served: WebPage, ollama: FakeOllama, stopped_in: str
+) -> None:
+    gate, rest = Gate(), Gate()
+    reply, text = halves(20, gate)
+    ollama.script("/api/chat", Reply.chat("Fine."), Reply([*reply.steps[:-1], rest]))
+    tab.ask("Are you well?")
+    expect(tab.answers.last).to_have_text("Fine.")
+    tab.ask_until("9 \u00fc")
+    other = Tab(context.new_page(), served.url, "Answering")
+    expect(other.articles).to_have_count(4)
+    gate.open()
+    for each in (tab, other):
+        expect(each.answers.last).to_contain_text("19 \u00fc")
+        turns = conversation(each)
+        assert [turn["content"] for turn in turns] == ["Are you well?", "Fine.", "Tell me a story.", text]
+    asked: list[str] = []
+    stopping, watching = (tab, other) if stopped_in == "first" else (other, tab)
+    for each in (tab, other):
+        each.page.on("request", lambda request: asked.append(request.method))
+    stopping.page.bring_to_front()
+    stopping.stop.click()
+    saw_stop(stopping, connection_of(ollama, 2), "Stop in a second tab")
+    expect(stopping.status).to_have_text(re.compile("^Stopped by you after 20 tokens"))
+    expect(watching.status).to_have_text(re.compile("^Stopped after 20 tokens in .*: the user pressed Stop$"))
+    for each in (tab, other):
+        expect(each.page.get_by_role("button", name="Continue")).to_be_visible()
+        assert conversation(each)[-1]["content"] == text
+    assert asked == ["POST"]
+
+
+def test_a_tab_that_shows_the_answer_of_another_can_begin_a_new_chat(
+    tab: Tab, context: BrowserContext, served: WebPage, ollama: FakeOllama
+) -> None:
+    ollama.script("/api/chat", ENDLESS, Reply.chat("Fine."))
+    tab.ask_until(BEGINNING)
+    other = Tab(context.new_page(), served.url, "Answering")
+    other.page.get_by_role("button", name="New chat").click()
+    expect(other.articles).to_have_count(0)
+    other.ask("Are you well?")
+    expect(other.answers.last).to_have_text("Fine.")
+    assert messages(ollama, 2) == [("user", "Are you well?")]
+    assert connection_of(ollama).open
+    tab.page.bring_to_front()
+    expect(tab.page.get_by_role("button", name="New chat")).to_be_disabled()
+    tab.stop.click()
+    assert connection_of(ollama).wait_left(BOUND)
+
+
+def test_another_browser_does_not_see_it(tab: Tab, browser: Browser, served: WebPage, ollama: FakeOllama) -> None:
+    ollama.script("/api/chat", ENDLESS)
+    tab.ask_until(BEGINNING)
+    context = browser.new_context()
+    try:
+        stranger = Tab(context.new_page(), served.url)
+        expect(stranger.articles).to_have_count(0)
+    finally:
+        context.close()
+    tab.stop.click()
+    assert connection_of(ollama).wait_left(BOUND)
+
+
+def states(tab: Tab, served: WebPage) -> list[str]:
+    """In which states the server has this browser's answers."""
+    owner = {"X-Chat-Owner": tab.page.evaluate("localStorage.getItem('owner')")}
+    response = httpx.get(f"{served.url}api/answers", headers=owner, trust_env=False)
+    return [listed["state"] for listed in response.json()]
+
+
+def test_offline_and_back(tab: Tab, context: BrowserContext, served: WebPage, ollama: FakeOllama) -> None:
+    gate = Gate()
+    reply, text = halves(20, gate)
+    ollama.script("/api/chat", reply)
+    tab.ask_until("9 \u00fc")
+    context.set_offline(True)
+    expect(tab.status).to_have_text(re.compile("^Offline after 10 tokens in .*; the answer goes on for some time$"))
+    gate.open()
+    deadline = time.monotonic() + BOUND
+    while states(tab, served) != ["ended"]:  # meanwhile the answer comes to its end
+        assert time.monotonic() < deadline
+    context.set_offline(False)
+    expect(tab.status).to_have_text(re.compile("^Done: 20 tokens in"))
+    assert conversation(tab)[-1]["content"] == text
+    assert len([request for request in ollama.requests if request.route == "/api/chat"]) == 1
+
+
+def test_an_answer_whose_server_is_killed_is_lost_and_can_be_continued(
+    context: BrowserContext, ollama: FakeOllama
+) -> None:
+    ollama.script("/api/chat", Reply([*Reply.chat("Once upon", done=False).steps, Stall()]), Reply.chat(" a time."))
+    with web_page(ollama.url) as served:
+        port = httpx.URL(served.url).port
+        tab = Tab(context.new_page(), served.url)
+        tab.ask_until("Once upon")
+        served.end(signal.SIGKILL)
+    assert connection_of(ollama).wait_left(BOUND)
+    with web_page(ollama.url, port=port):
+        expect(tab.status).to_have_text(re.compile("^Lost after 1 token in .*: the server that produced the answer"))
+        tab.page.get_by_role("button", name="Continue").click()
+        expect(tab.answers.last).to_have_text("Once upon a time.")
+    assert messages(ollama, 2) == [("user", "Tell me a story."), ("assistant", "Once upon")]
+
+
+def test_an_end_that_says_lost(tab: Tab) -> None:
+    """As it comes where the answers are in Redis, and their producer was killed."""
+    events = [
+        ("open", {"id": "x", "begun": 1}),
+        ("chunk", {"message": {"role": "assistant", "content": "Once"}}),
+        ("end", {"outcome": "lost", "text": "Once", "reason": None, "error": None}),
+    ]
+    body = "".join(
+        f"id: {number}\nevent: {name}\ndata: {json.dumps(data)}\n\n" for number, (name, data) in enumerate(events, 1)
+    )
+    tab.page.route("**/api/chat", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+    tab.ask()
+    expect(tab.status).to_have_text(re.compile("^Lost after 1 token in"))
+    expect(tab.page.get_by_role("button", name="Continue")).to_be_visible()
 
 
 # -- what else ends an answer --
@@ -419,6 +572,180 @@ def test_a_new_chat_begins_with_nothing(tab: Tab, ollama: FakeOllama) -> None:
     expect(tab.page.get_by_role("article")).to_have_count(0)
     tab.ask_until("Two.")
     assert messages(ollama, 2) == [("user", "Tell me a story.")]
+
+
+# -- tools, and the context --
+
+TOOLS = """
+import asyncio, pathlib
+
+def weather(city: str) -> dict[str, object]:
+    return {"city": city, "sky": "<b>blue</b>", "long": "word" * 200}
+
+async def hang() -> str:
+    try:
+        await asyncio.Event().wait()
+    finally:
+        pathlib.Path("stopped").touch()
+"""
+TOO_LONG = Reply.error(400, "the input length exceeds the context length")
+
+
+def calling(*names: str, **arguments: str) -> Reply:
+    calls = [{"id": str(n), "function": {"name": name, "arguments": arguments}} for n, name in enumerate(names)]
+    return Reply.chat("I look.", tool_calls=calls)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which the tools are, and leave a file when they are stopped."""
+    folder = tmp_path_factory.mktemp("tools")
+    (folder / "pagetools.py").write_text(TOOLS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served_tools(_ollama: FakeOllama, folder: Path) -> Iterator[WebPage]:
+    names = ("--tools", "pagetools:weather", "--tools", "pagetools:hang")
+    with web_page(_ollama.url, *names, cwd=folder) as page:
+        yield page
+
+
+@pytest.fixture
+def tools_tab(context: BrowserContext, served_tools: WebPage, ollama: FakeOllama, folder: Path) -> "Tab":
+    (folder / "stopped").unlink(missing_ok=True)
+    return Tab(context.new_page(), served_tools.url)
+
+
+def chats_of(ollama: FakeOllama) -> list[Any]:
+    return [request for request in ollama.requests if request.route == "/api/chat"]
+
+
+def wait_for(file: Path) -> None:
+    end = time.monotonic() + BOUND
+    while not file.exists():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def shows_calls(tab: Tab, *expected: str) -> None:
+    expect(tab.page.locator(".call summary")).to_have_text([re.compile(f"^{text}$") for text in expected])
+
+
+def test_stop_ends_a_running_tool(
+    tools_tab: Tab, context: BrowserContext, served_tools: WebPage, ollama: FakeOllama, folder: Path
+) -> None:
+    ollama.script("/api/chat", calling("weather", "hang", city="Lima"), calling("hang"), Reply.chat("Again."))
+    tools_tab.ask("Weather?")
+    expect(tools_tab.status).to_have_text("Waiting for the tool: hang")
+    shown = ("weather done", "hang failed", "hang is running")
+    shows_calls(tools_tab, *shown)
+    call = tools_tab.page.locator(".call").first
+    call.locator("summary").click()
+    expect(call.locator("pre").first).to_have_text(re.compile(r'"city": "Lima"'))
+    expect(call.locator("pre").last).to_contain_text("<b>blue</b>")
+    # A reload, and another tab, show the same.
+    tools_tab.page.reload()
+    other = Tab(context.new_page(), served_tools.url, begins="Waiting for the tool: hang")
+    for each in (tools_tab, other):
+        expect(each.status).to_have_text("Waiting for the tool: hang")
+        shows_calls(each, *shown)
+        expect(each.answers.first).to_have_text("I look.")
+    assert not (folder / "stopped").exists()
+    other.stop.click()
+    wait_for(folder / "stopped")
+    expect(other.status).to_have_text(re.compile("^Stopped by you after"))
+    expect(tools_tab.status).to_have_text(re.compile("^Stopped after .*: the user pressed Stop$"))
+    for each in (tools_tab, other):
+        shows_calls(each, "weather done", "hang failed", "hang stopped")
+    # The model was not asked again.
+    assert len(chats_of(ollama)) == 2
+    # The conversation goes on, and has the calls.
+    tools_tab.ask("And now?")
+    expect(tools_tab.answers.last).to_have_text("Again.")
+    told = chats_of(ollama)[2].json()["messages"]
+    roles = ["user", "assistant", "tool", "tool", "assistant", "tool", "user"]
+    assert [message["role"] for message in told] == roles
+    assert told[1]["tool_calls"][0]["function"] == {"name": "weather", "arguments": {"city": "Lima"}}
+    assert told[2]["tool_name"] == "weather"
+    assert told[5]["content"].startswith("aborted: ")
+
+
+def test_stop_ends_the_model_behind_a_tool(tools_tab: Tab, ollama: FakeOllama) -> None:
+    ollama.script("/api/chat", calling("weather", city="Lima"), ENDLESS)
+    tools_tab.ask_until(BEGINNING)
+    expect(tools_tab.status).to_have_text("Answering")
+    tools_tab.page.keyboard.press("Escape")
+    assert chats_of(ollama)[1].connection.wait_left(BOUND)
+    expect(tools_tab.status).to_have_text(re.compile("^Stopped by you after"))
+    shows_calls(tools_tab, "weather done")
+    tools_tab.page.reload()
+    shows_calls(tools_tab, "weather done")
+    expect(tools_tab.answers.last).to_contain_text(BEGINNING)
+
+
+def load(ollama: FakeOllama) -> None:
+    """Have the server say how much context the model has."""
+    httpx.post(f"{ollama.url}/api/generate", json={"model": "fake"}, trust_env=False).raise_for_status()
+
+
+def test_the_context_is_shown_and_a_cut_is_told(context: BrowserContext, ollama: FakeOllama) -> None:
+    load(ollama)
+    with web_page(ollama.url) as page:
+        tab = Tab(context.new_page(), page.url)
+        used = tab.page.locator(".context").last
+        ollama.script("/api/chat", Reply.chat("So", "."), TOO_LONG, Reply.chat("So", "."), ENDLESS)
+        tab.ask()
+        expect(used).to_have_text(re.compile(r"^Context: \d+ of 4,096 tokens, \d %$"), use_inner_text=True)
+        meter = used.get_by_role("meter", name="Context used")
+        assert meter.evaluate("({ max, value }) => [max, value > 0]") == [4096, True]
+        tab.ask()
+        expect(tab.status).to_have_text(re.compile("^Done: .* The conversation is longer than the model's context"))
+        expect(used.get_by_text("Begin a new chat.")).to_be_visible()
+        tab.page.reload()
+        expect(tab.page.locator(".context strong:visible")).to_have_count(1)
+        expect(tab.status).to_have_text("Ready")
+        tab.ask_until(BEGINNING)
+        expect(used).to_be_hidden()
+        tab.stop.click()
+        expect(used).to_be_hidden()
+
+
+@pytest.mark.parametrize("width", [390, 768, 1400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_calls_and_context_are_accessible(tools_tab: Tab, ollama: FakeOllama, width: int, scheme: Any) -> None:
+    page = tools_tab.page
+    page.set_viewport_size({"width": width, "height": 720})
+    page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+    load(ollama)
+    asked = calling("weather", city="Lima" * 100)
+    ollama.script("/api/chat", TOO_LONG, asked, TOO_LONG, Reply.chat("It is", " blue."), calling("hang"))
+    axe = Axe()
+
+    def check() -> None:
+        results = axe.run(page)
+        assert results.violations_count == 0, results.generate_report()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        main = "document.querySelector('main')"
+        assert page.evaluate(f"{main}.scrollWidth <= {main}.clientWidth")
+
+    tools_tab.ask()
+    expect(tools_tab.status).to_have_text(re.compile("^Done"))
+    expect(page.locator(".context strong")).to_be_visible()
+    check()
+    # By the keyboard: from the prompt back over the buttons of the answer.
+    for _ in range(3):
+        page.keyboard.press("Shift+Tab")
+    expect(page.locator(".call summary")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator(".call pre").last).to_be_visible()
+    check()
+    tools_tab.ask()
+    expect(tools_tab.status).to_have_text("Waiting for the tool: hang")
+    check()
+    page.keyboard.press("Escape")
+    expect(tools_tab.status).to_have_text(re.compile("^Stopped"))
+    check()
 
 
 # -- what is shown --
@@ -608,7 +935,7 @@ def test_what_another_version_has_kept_does_not_keep_the_page_from_beginning(
 @pytest.mark.parametrize(
     "body", ["event: chunk\ndata: {bad\n\n", "event: chunk\ndata: null\n\n", "event: end\ndata: [\n\n"]
 )
-def test_events_that_are_none_end_the_answer(tab: Tab, body: str) -> None:
+def test_invalid_events_end_the_answer(tab: Tab, body: str) -> None:
     tab.page.route("**/api/chat", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
     tab.ask()
     expect(tab.page.locator(".note").last).to_be_visible()
@@ -690,7 +1017,9 @@ def test_it_is_accessible(tab: Tab, ollama: FakeOllama, scheme: Any) -> None:
     assert ground == {"light": "rgb(251, 250, 248)", "dark": "rgb(25, 24, 23)"}[scheme]
 
 
-def test_the_keyboard_is_enough(tab: Tab, ollama: FakeOllama) -> None:
+@pytest.mark.parametrize("width", [390, 768, 1400])
+def test_the_keyboard_is_enough(tab: Tab, ollama: FakeOllama, width: int) -> None:
+    tab.page.set_viewport_size({"width": width, "height": 720})
     ollama.script("/api/chat", ENDLESS, Reply.chat("Better."))
     press = tab.page.keyboard.press
     expect(tab.prompt).to_be_focused()
@@ -714,6 +1043,7 @@ def test_the_keyboard_is_enough(tab: Tab, ollama: FakeOllama) -> None:
     press("Enter")
     expect(tab.answers.last).to_have_text("Better.")
     expect(tab.prompt).to_be_focused()
+    assert tab.page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 # -- other web sites --
@@ -780,7 +1110,7 @@ def test_without_a_server_an_embedded_one_answers_and_the_page_says_so(context: 
 
 @pytest.fixture(scope="module")
 def _served_by_real(_ollama_server: RealOllama) -> Iterator[WebPage]:
-    with web_page(_ollama_server.url) as page:
+    with web_page(_ollama_server.url, "--unattended", "0.3") as page:
         yield page
 
 

@@ -29,11 +29,12 @@ class WebPage:
         said: what it has written, on stdout and stderr, until it said where the page is.
     """
 
-    def __init__(self, host: str, *options: str, browser: str | None) -> None:
+    def __init__(self, host: str, *options: str, browser: str | None, cwd: Path | None) -> None:
         command = [sys.executable, "-m", "ollama_async", "--host", host, "web", *options]
         self.process = subprocess.Popen(
             [*command, "--no-browser"] if browser is None else command,
             env=environment(BROWSER=browser or ""),
+            cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -67,10 +68,12 @@ class WebPage:
 
 
 @contextlib.contextmanager
-def web_page(host: str, *options: str, port: int | None = 0, browser: str | None = None) -> Iterator[WebPage]:
+def web_page(
+    host: str, *options: str, port: int | None = 0, browser: str | None = None, cwd: Path | None = None
+) -> Iterator[WebPage]:
     """Have the page served, on a free port unless told, and shown in a browser if one is given."""
     ports = [] if port is None else ["--port", str(port)]
-    served = WebPage(host, *ports, *options, browser=browser)
+    served = WebPage(host, *ports, *options, browser=browser, cwd=cwd)
     try:
         yield served
     finally:

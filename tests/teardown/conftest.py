@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import pytest
 import pytest_asyncio
 from teardown.harness import Baseline, client_of, nothing_left_behind, through_proxy
-from tunnel import TunnelProxy
+from wire.tunnel import TunnelProxy
 
 from ollama_async import AsyncClient, CancelToken
 from ollama_async.testing import FakeOllama

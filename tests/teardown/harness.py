@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from tunnel import TunnelProxy
+from wire.tunnel import TunnelProxy
 
 from ollama_async import AsyncClient, Stream
 from ollama_async.testing import ConnectionRecord, FakeOllama, nothing_left_behind

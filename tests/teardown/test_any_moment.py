@@ -29,11 +29,13 @@ import uvloop
 from teardown.harness import BOUND, in_thread, registrations, saw_leave, ticks
 
 import ollama_async._call.exchange
+import ollama_async._call.iterators
 import ollama_async._call.stream
 import ollama_async._wire.connection
 import ollama_async._wire.parser
 from ollama_async import AbortError, AsyncClient, CancelToken, ChatResponse, DirectTransport, Stream, Timeouts
 from ollama_async._call.awaitable import Guarded
+from ollama_async._call.chunk_reader import ChunkReader
 from ollama_async._call.decoder import NdjsonDecoder
 from ollama_async._wire import dial
 from ollama_async._wire.socket import GuardedSocket
@@ -230,6 +232,7 @@ async def test_only_a_step_that_a_task_may_be_made_of_is_guarded(
             guarded.append(args)
             super().__init__(*args)
 
+    monkeypatch.setattr(ollama_async._call.iterators, "Guarded", Counted)
     monkeypatch.setattr(ollama_async._call.stream, "Guarded", Counted)
     fake_ollama.script("/api/chat", Reply.chat("a", "b", "c"), always=True)
     async for _ in client.chat("fake", PROMPT, stream=True):
@@ -260,7 +263,7 @@ async def test_no_chunk_is_delivered_when_a_signal_handler_aborts_while_it_is_me
     stream: Stream[Any] = (
         client.chat("fake", PROMPT, stream=True) if what == "chat" else client.generate("fake", "x", stream=True)
     )
-    add, count, looked = stream._answer.add, 0, []
+    add, count, looked = stream._reader.answer.add, 0, []
 
     def interrupted(part: Any) -> None:
         nonlocal count
@@ -273,7 +276,7 @@ async def test_no_chunk_is_delivered_when_a_signal_handler_aborts_while_it_is_me
         if when == "before":
             add(part)
 
-    stream._answer.add = interrupted
+    stream._reader.answer.add = interrupted
     seen: list[Any] = []
     with pytest.raises(AbortError) as caught:
         async for part in stream:
@@ -292,7 +295,7 @@ def _lines(reply: Reply) -> list[bytes]:
 @pytest.mark.parametrize("until", [False, True])
 @pytest.mark.parametrize("inside", ["_deliver", "decode", "feed_data"])
 @pytest.mark.parametrize("who", ["a signal handler", "a thread"])
-async def test_whoever_aborts_and_looks_while_chunks_are_made_sees_a_beginning_and_loses_nothing(
+async def test_an_abort_while_chunks_are_made_shows_a_beginning_and_loses_nothing(
     fake_ollama: FakeOllama,
     client: AsyncClient,
     monkeypatch: pytest.MonkeyPatch,
@@ -303,7 +306,7 @@ async def test_whoever_aborts_and_looks_while_chunks_are_made_sees_a_beginning_a
     words = [f"{number} " for number in range(200)]
     lines = _lines(Reply.chat(*words))
     fake_ollama.script("/api/chat", Reply([b"".join(lines[:90]), b"".join(lines[90:])]), always=True)
-    owner = Stream if inside == "_deliver" else NdjsonDecoder
+    owner = ChunkReader if inside == "_deliver" else NdjsonDecoder
     original = getattr(owner, inside)
     for nth in range(1, 5):
         options: dict[str, Any] = {"until": lambda _: False} if until else {}
@@ -345,7 +348,7 @@ async def test_a_chunk_whose_merge_is_interrupted_is_merged_once(
     words = [f"{number} " for number in range(20)]
     fake_ollama.script("/api/chat", Reply([b"".join(_lines(Reply.chat(*words)))]), always=True)
     stream = client.chat("fake", PROMPT, stream=True)
-    add, count = stream._answer.add, 0
+    add, count = stream._reader.answer.add, 0
 
     def interrupted(part: Any) -> None:
         nonlocal count
@@ -356,7 +359,7 @@ async def test_a_chunk_whose_merge_is_interrupted_is_merged_once(
         if count == 5 and where == "after":
             raise KeyboardInterrupt
 
-    stream._answer.add = interrupted
+    stream._reader.answer.add = interrupted
     with pytest.raises(KeyboardInterrupt):
         async for _ in stream:
             pass
@@ -607,6 +610,7 @@ async def test_a_socket_that_the_loop_connects_past_it_looks_at_the_abort(
             in_thread(token.abort)
         return await open_socket(*args)
 
+    monkeypatch.setattr(dial, "WATCHES_SOCKETS", False)
     monkeypatch.setattr(loop, "sock_connect", sock_connect)
     monkeypatch.setattr(dial, "_connect_socket", late)
     async with AsyncClient(fake_ollama.url) as client:

@@ -25,7 +25,7 @@ import httpx
 import httpx2
 import pytest
 from teardown.harness import BOUND, Baseline, client_of, open_fds, read_all, registrations, through_proxy, ticks, until
-from tunnel import TunnelProxy
+from wire.tunnel import TunnelProxy
 
 from ollama_async import AbortError, AsyncClient, CancelToken, PhaseTimeout, Stream, Timeouts
 from ollama_async.testing import FakeOllama, Pause, Reply

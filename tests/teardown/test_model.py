@@ -206,7 +206,12 @@ class Machine(RuleBasedStateMachine):
             self.model.end("aborted", self.early, AbortError)
         elif not self.model.started and self.model.live:
             self.model.started = True
-            self.settle(lambda: self.stream._call.exchange and self.stream._call.exchange.reader.phase >= Phase.WAITING)
+            self.settle(
+                lambda: (
+                    self.stream._reader.call.exchange
+                    and self.stream._reader.call.exchange.reader.phase >= Phase.WAITING
+                )
+            )
             self.peer, _ = self.listener.accept()
             self.peer.settimeout(BOUND)
             request = b""
@@ -390,7 +395,7 @@ class Machine(RuleBasedStateMachine):
                 due["idle"] = model.touched + IDLE
         possible = {phase for phase, at in due.items() if at <= now}
         token_is_due = model.token_due is not None and model.token_due <= now
-        end = self.stream._call.outcome
+        end = self.stream._reader.call.outcome
         if not possible and not token_is_due:
             assert end is None
         elif end is not None and end.kind == "aborted":
@@ -471,7 +476,7 @@ class Machine(RuleBasedStateMachine):
         assert self.peer is not None
         self.model.over = True
         self.peer.shutdown(socket.SHUT_WR)
-        exchange = self.stream._call.exchange
+        exchange = self.stream._reader.call.exchange
         assert exchange is not None
         self.settle(lambda: exchange.reader.failed or exchange.reader.outcome is not None)
         self.model.waiting.append(("cut", ""))

@@ -33,7 +33,7 @@ from teardown.harness import (
     ticks,
     until,
 )
-from tunnel import TunnelProxy
+from wire.tunnel import TunnelProxy
 
 from ollama_async import AbortError, AsyncClient, CancelToken, ChatResponse, Stream, StreamBusy, StreamClosed
 from ollama_async._wire import reader as _reader
@@ -221,6 +221,28 @@ async def test_s67_a_second_consumer_is_refused_at_once(
     token.abort("stop")
     with pytest.raises(AbortError):
         await bounded(first)
+
+
+async def test_s67_a_second_consumer_that_was_refused_takes_nothing_with_it(
+    server: FakeOllama, client: AsyncClient
+) -> None:
+    """Its iterator is dropped later, at a moment at which the first consumer does not wait."""
+    gate = Gate()
+    server.script("/api/chat", Reply([line("one "), gate, line("two "), DONE]))
+    stream = chat(client)
+    reader = aiter(stream)
+    assert (await bounded(anext(reader))).message.content == "one "
+    reading = asyncio.create_task(anext(reader))  # type: ignore[arg-type]
+    await ticks(5)
+    second = aiter(stream)
+    with pytest.raises(StreamBusy):
+        await bounded(anext(second))
+    gate.open()
+    assert (await bounded(reading)).message.content == "two "
+    del second
+    gc.collect()
+    assert stream.outcome is None
+    assert [chunk.done async for chunk in reader] == [True]
 
 
 async def test_s67_a_second_consumer_while_opening(server: FakeOllama, client: AsyncClient) -> None:
@@ -723,7 +745,7 @@ async def test_s82_left_at_the_last_chunk_while_reading_is_paused(
     async for chunk in stream:
         if chunk.done:
             break
-    exchange = stream._call.exchange
+    exchange = stream._reader.call.exchange
     assert exchange is not None
     await until(lambda: not exchange.reader.is_attached, "the end of the body")
     assert (await client.version()).version
@@ -881,7 +903,7 @@ async def test_s83_no_timer_is_left_of_a_drain_that_was_over_early(
     server.script("/api/chat", Reply([line("one "), DONE, gate]))
     stream = chat(client)
     await leave_at_done(stream)
-    exchange = stream._call.exchange
+    exchange = stream._reader.call.exchange
     assert exchange is not None
     await ticks(2)
     if closes:

@@ -507,7 +507,7 @@ async def test_s19_an_abort_after_an_error_keeps_the_error(
 # -- other answers --
 
 
-async def test_s20_an_abort_of_a_call_that_is_no_stream(
+async def test_s20_an_abort_of_a_call_that_is_not_a_stream(
     server: FakeOllama, client: AsyncClient, token: CancelToken
 ) -> None:
     server.script("/api/embed", Reply([b'{"model":"fake","embeddings":[[0.1,', Stall()]))
@@ -522,7 +522,7 @@ async def test_s20_an_abort_of_a_call_that_is_no_stream(
 
 
 @streaming_or_not
-async def test_s21_an_abort_while_a_slow_error_body_comes_is_no_response_error(
+async def test_s21_an_abort_while_a_slow_error_body_arrives_is_an_abort_error(
     server: FakeOllama, client: AsyncClient, token: CancelToken, streaming: bool
 ) -> None:
     server.script("/api/chat", Reply([Trickle(b'{"error":"' + b"slow " * 100_000, 0.001)], status=500))

@@ -1,17 +1,38 @@
-import { events } from "./events.js";
+import { AnswerError, Answers, newId } from "./answers.js";
+import { CUT, CallView, ContextView, called, isCall, returned, settled, steps, told } from "./calls.js";
+import { make } from "./dom.js";
 import { Markdown, loaded } from "./markdown.js";
 
 const page = Object.fromEntries([...document.querySelectorAll("[id]")].map((element) => [element.id, element]));
 const SAVED = "conversation";
+const OWNER = "owner";
 /** How many bytes the page's server takes at most. */
 const LONGEST_QUESTION = 4 * 1024 * 1024;
 
-/** What has been said: users' turns {role, content}, and answers {role, content, thinking, model, end}. */
+/**
+ * What has been said: users' turns {role, content}, and answers {role, content, thinking, calls, model}, which have an
+ * `end` or, while one is under way, a `run`: {id, after, tokens, began, first, adopted}. The number of the event that
+ * came last, `after`, belongs to the content and the `calls` of tools: all are kept together, so that a reload goes on
+ * where the page was. `context` is what an answer that has ended has used of the model's context.
+ */
 let turns = [];
 /** The views of the turns, in the same order. */
 let views = [];
-/** The answer that is under way, if one is. */
+/** The answer that this tab watches, if it does: {view, answer, ticking, failures}. */
 let running = null;
+
+const answers = new Answers("api/answers", { request: { headers: { "X-Chat-Owner": owner() } } });
+
+/** Whose answers are this browser's: its tabs show one another's, other browsers do not. */
+function owner() {
+  try {
+    const known = localStorage.getItem(OWNER) ?? newId();
+    localStorage.setItem(OWNER, known);
+    return known;
+  } catch {
+    return newId(); // then a reload finds nothing
+  }
+}
 
 // -- what the page says of itself --
 
@@ -25,8 +46,8 @@ const seconds = (ms) => `${(ms / 1000).toFixed(1)} s`;
 const counted = (tokens) => `${tokens} token${tokens === 1 ? "" : "s"}`;
 
 function tick() {
-  const { tokens, began, first } = running;
-  const now = performance.now();
+  const { tokens, began, first } = running.view.turn.run;
+  const now = Date.now();
   const rate = tokens > 1 && now > first ? `, ${((tokens - 1) / ((now - first) / 1000)).toFixed(1)} tokens/s` : "";
   page.meter.textContent = tokens ? `${counted(tokens)}${rate}` : `${Math.round((now - began) / 1000)} s`;
 }
@@ -45,12 +66,6 @@ function draw(what) {
   }
 }
 
-function make(tag, properties = {}, ...children) {
-  const element = Object.assign(document.createElement(tag), properties);
-  element.append(...children);
-  return element;
-}
-
 class UserView {
   constructor({ content }) {
     this.element = make("article", { className: "user" });
@@ -61,14 +76,17 @@ class UserView {
 class AnswerView {
   constructor(turn) {
     this.turn = turn;
-    this.written = make("div", { className: "written" });
-    this.markdown = new Markdown(this.written, follow);
+    this.body = make("div");
+    /** What is shown of each step: {written, markdown, calls}. */
+    this.steps = [];
     this.summary = make("summary", { textContent: "Thinking" });
     this.thought = make("p");
     this.thinking = make("details", { className: "thinking", hidden: true }, this.summary, this.thought);
     this.note = make("div", { className: "note", hidden: true });
+    this.context = new ContextView();
     this.element = make("article", { className: "answer" });
-    this.element.append(make("h2", { textContent: turn.model }), this.thinking, this.written, this.note);
+    const heading = make("h2", { textContent: turn.model });
+    this.element.append(heading, this.thinking, this.body, this.note, this.context.element);
     this.due = null;
     this.pause = 0;
     draw(() => this.show());
@@ -92,24 +110,42 @@ class AnswerView {
       this.thinking.open = false;
     }
     if (this.thought.textContent !== thinking) this.thought.textContent = thinking;
+    const shown = steps(this.turn).map((step, place) => this.#step(place, step, whole));
     after();
-    this.markdown.show(content, { whole }).then(() => {
+    Promise.all(shown).then(() => {
       // A quarter of the time at most goes into showing, however long the answer is.
       this.pause = Math.max(30, 3 * (performance.now() - began));
     });
   }
 
+  /** Show a step: what the model wrote, and the tools that it called then. */
+  #step(place, { text, calls }, whole) {
+    const view = (this.steps[place] ??= this.#begin());
+    for (const [at, call] of calls.entries()) {
+      if (!view.calls[at]) view.list.append((view.calls[at] = new CallView()).element);
+      view.calls[at].show(call);
+    }
+    return view.markdown.show(text, { whole: whole || calls.length > 0 });
+  }
+
+  #begin() {
+    const [written, list] = [make("div", { className: "written" }), make("div", { className: "calls" })];
+    this.body.append(written, list);
+    return { markdown: new Markdown(written, follow), list, calls: [] };
+  }
+
   /** Show how the answer ended, and what can be done then. */
   end() {
-    const { end, content } = this.turn;
+    const { end, content, context } = this.turn;
     this.note.hidden = !end;
+    this.context.show(end ? context : null);
     if (!end) return;
     this.note.dataset.state = end.state;
     this.note.replaceChildren(make("span", { textContent: end.text }));
     const last = turns.at(-1) === this.turn;
     if (content) this.#offer("Copy", () => this.#copy());
     if (last) this.#offer("Retry", retry);
-    if (last && content && end.state !== "done") this.#offer("Continue", resume);
+    if (last && !isEmpty(this.turn) && end.state !== "done") this.#offer("Continue", resume);
   }
 
   async #copy() {
@@ -175,33 +211,41 @@ function saved() {
 
 /** Whether it is a turn as this version of the page has them. */
 function isTurn(turn) {
-  if (typeof turn?.content !== "string") return false;
-  return turn.role === "user" || (turn.role === "assistant" && typeof turn.thinking === "string");
+  if (typeof turn?.content !== "string" || (turn.run && !isRun(turn.run))) return false;
+  if (turn.role === "user") return true;
+  const { role, thinking, calls } = turn;
+  return role === "assistant" && typeof thinking === "string" && Array.isArray(calls) && calls.every(isCall);
+}
+
+function isRun({ id, ...numbers }) {
+  const { after, tokens, began, first } = numbers;
+  return typeof id === "string" && [after, tokens, began, first].every(Number.isFinite);
 }
 
 // -- asking --
 
+const isEmpty = ({ content, calls }) => !content && !calls.length;
+
 /** What the model is told: a question that got no answer at all is left out, it may have been asked again. */
 function messages() {
-  const told = [];
-  turns.forEach(({ role, content }, place) => {
+  return turns.flatMap((turn, place) => {
     const next = turns[place + 1];
-    if (role === "user" && next && !next.content && place + 2 < turns.length) return;
-    if (content) told.push({ role, content });
+    if (turn.role === "assistant") return told(turn);
+    return next && isEmpty(next) && place + 2 < turns.length ? [] : [{ role: "user", content: turn.content }];
   });
-  return told;
 }
+
+const newAnswer = (model) => ({ role: "assistant", model, content: "", thinking: "", calls: [] });
 
 function ask(text) {
   add({ role: "user", content: text });
-  const view = add({ role: "assistant", model: page.model.value, content: "", thinking: "" });
-  answer(view);
+  answer(add(newAnswer(page.model.value)));
 }
 
 function retry() {
   if (running) return;
   drop();
-  answer(add({ role: "assistant", model: page.model.value, content: "", thinking: "" }));
+  answer(add(newAnswer(page.model.value)));
 }
 
 function resume() {
@@ -209,123 +253,211 @@ function resume() {
   const view = views.at(-1);
   view.turn.model = page.model.value;
   delete view.turn.end;
+  delete view.turn.context;
   view.end();
   answer(view);
 }
 
-/** A number that nobody can guess: who knows it may stop the stream. */
-function newId() {
-  const bytes = crypto.getRandomValues(new Uint8Array(24));
-  return btoa(String.fromCharCode(...bytes)).replaceAll("+", "-").replaceAll("/", "_");
+/** Have the model answer. */
+function answer(view) {
+  const { turn } = view;
+  const question = { model: turn.model, messages: messages() };
+  const { size } = new Blob([JSON.stringify(question)]);
+  if (size > LONGEST_QUESTION) {
+    const [has, most] = [size, LONGEST_QUESTION].map((bytes) => (bytes / 1024 / 1024).toFixed(1));
+    conclude(view, { state: "failed", text: `The conversation has ${has} MB, of at most ${most}: begin a new chat` });
+    return;
+  }
+  turn.run = { id: newId(), after: 0, tokens: 0, began: Date.now(), first: 0, adopted: false };
+  watch(begin(view, answers.start("api/chat", question, { id: turn.run.id })));
 }
 
-async function answer(view) {
-  const run = { view, id: newId(), abort: new AbortController(), tokens: 0, began: performance.now(), first: 0 };
-  running = run;
+/** Note that an answer is under way. */
+function begin(view, watched) {
+  running = { view, answer: watched, failures: 0 };
+  running.ticking = setInterval(tick, 250);
+  save();
   busy(true);
-  say("waiting", `Waiting for ${view.turn.model}, which may be loading`);
+  progress();
   tick();
-  run.ticking = setInterval(tick, 250);
+  return running;
+}
+
+/** Have the answer come, over as many connections as it takes. */
+async function watch(run) {
+  run.answer.onstate = (state) => connected(run, state);
   try {
-    finish(run, ended(run, await receive(run)));
+    for await (const event of run.answer) {
+      if (running !== run) return;
+      take(run, event);
+    }
+    // Where its end had come already, before the page was left.
+    if (running === run) finish(run, { state: "done", text: `Done ${after(run)}` });
   } catch (error) {
+    if (running !== run) return;
     // Whatever has failed here, the model does not go on for nobody.
-    run.abort.abort();
+    if (!(error instanceof AnswerError)) run.answer.stop("the page failed");
     finish(run, failed(run, error));
   }
 }
 
-/** Have the answer come, and return how the server says that it ended. */
-async function receive(run) {
-  const { turn } = run.view;
-  const body = new Blob([JSON.stringify({ model: turn.model, messages: messages() })]);
-  if (body.size > LONGEST_QUESTION) {
-    const [size, most] = [body.size, LONGEST_QUESTION].map((bytes) => (bytes / 1024 / 1024).toFixed(1));
-    return { outcome: "refused", error: `The conversation has ${size} MB, of at most ${most}: begin a new chat` };
-  }
-  const response = await fetch("api/chat", {
-    method: "POST",
-    headers: { "Content-Type": "application/json", "X-Stream-Id": run.id },
-    body,
-    signal: run.abort.signal,
-  });
-  if (!response.ok) {
-    const problem = await response.json().catch(() => null);
-    return { outcome: "refused", error: problem?.error ?? `The page's server answered with status ${response.status}` };
-  }
-  for await (const { name, data } of events(response.body)) {
-    if (running !== run) break;
-    if (name === "chunk") take(run, JSON.parse(data));
-    if (name === "end") return JSON.parse(data);
-  }
-  throw new TypeError("the body ended without telling how");
+/** Say what the answer waits for. */
+function progress() {
+  const { run, calls, model } = running.view.turn;
+  const names = calls.filter(({ state }) => state === "running").map(({ name }) => name);
+  if (names.length) say("waiting", `Waiting for ${names.length > 1 ? "tools" : "the tool"}: ${names.join(", ")}`);
+  else if (run.tokens) say("answering", "Answering");
+  else say("waiting", `Waiting for ${model}, which may be loading`);
 }
 
-function take(run, { message }) {
+/** Tell of a connection that was lost, and is there again. */
+function connected(run, state) {
+  if (running !== run) return;
+  if (state === "receiving") [run.failures] = [0, progress()];
+  if (state !== "waiting") return;
+  run.failures += 1;
+  const gone = `The page's own server is gone, ${after(run)}: is "ollama-async web" still running? Trying again`;
+  if (!navigator.onLine) say("waiting", `Offline ${after(run)}; the answer goes on for some time`);
+  else say("waiting", run.failures === 1 ? "The connection was lost; trying again" : gone);
+}
+
+function take(run, { name, number, data }) {
+  const { turn } = run.view;
+  turn.run.after = number;
+  if (name === "open" && turn.run.adopted) turn.run.began = Math.min(turn.run.began, 1000 * data.begun);
+  if (name === "chunk") read(run, data.message);
+  if (name !== "end") return;
+  turn.context = data.context_usage ?? null;
+  finish(run, ended(run, data));
+}
+
+function read(run, message) {
+  const { turn } = run.view;
+  if (message?.role === "tool" || message?.tool_calls) {
+    if (message.role === "tool") returned(turn, message);
+    else for (const call of message.tool_calls) called(turn, call);
+    progress();
+    run.view.update();
+    return;
+  }
   if (!message?.content && !message?.thinking) return;
-  run.tokens += 1;
-  if (run.tokens === 1) {
-    run.first = performance.now();
-    say("answering", "Answering");
+  turn.run.tokens += 1;
+  turn.content += message.content ?? "";
+  turn.thinking += message.thinking ?? "";
+  if (turn.run.tokens === 1) {
+    turn.run.first = turn.run.adopted ? turn.run.began : Date.now();
+    progress();
     tick();
   }
-  run.view.turn.content += message.content ?? "";
-  run.view.turn.thinking += message.thinking ?? "";
   run.view.update();
 }
 
 // -- how an answer ends --
 
-const after = ({ tokens, began }) =>
-  tokens
-    ? `after ${counted(tokens)} in ${seconds(performance.now() - began)}`
-    : `after ${seconds(performance.now() - began)}, before anything came`;
+function after({ view }) {
+  const { tokens, began } = view.turn.run;
+  const time = seconds(Date.now() - began);
+  return tokens ? `after ${counted(tokens)} in ${time}` : `after ${time}, before the first token`;
+}
 
 function ended(run, { outcome, reason, error, error_type: kind }) {
   if (kind === "ConnectionBroken") return { state: "failed", text: `The Ollama server is gone, ${after(run)}` };
+  const { tokens, began } = run.view.turn.run;
   const outcomes = {
-    done: () => ({ state: "done", text: `Done: ${counted(run.tokens)} in ${seconds(performance.now() - run.began)}` }),
+    done: () => ({ state: "done", text: `Done: ${counted(tokens)} in ${seconds(Date.now() - began)}` }),
     truncated: () => ({ state: "failed", text: `The server ended the answer too early, ${after(run)}` }),
     timeout: () => ({ state: "failed", text: `Timed out ${after(run)}: ${error}` }),
     aborted: () => ({ state: "stopped", text: `Stopped ${after(run)}${reason ? `: ${reason}` : ""}` }),
-    refused: () => ({ state: "failed", text: error }),
+    lost: () => lost(run),
   };
   return (outcomes[outcome] ?? (() => ({ state: "failed", text: `Failed ${after(run)}: ${error ?? outcome}` })))();
 }
 
-/** A fetch that breaks off is a TypeError, in each browser with other words. */
+const lost = (run) => ({ state: "failed", text: `Lost ${after(run)}: the server that produced the answer has ended` });
+
 function failed(run, error) {
-  const gone = `The page's own server is gone, ${after(run)}: is "ollama-async web" still running?`;
-  return { state: "failed", text: error instanceof TypeError ? gone : `The page failed ${after(run)}: ${error}` };
+  if (!(error instanceof AnswerError)) return { state: "failed", text: `The page failed ${after(run)}: ${error}` };
+  // Its server was started anew.
+  if (error.code === "unknown" || error.code === "gone") return lost(run);
+  return { state: "failed", text: error.message };
 }
 
 /** End an answer; the first end counts. The page is in its new state before anything is drawn. */
 function finish(run, end) {
   if (running !== run) return;
-  running = null;
-  clearInterval(run.ticking);
-  run.view.turn.end = end;
-  busy(false);
-  say(end.state, end.text);
-  page.meter.textContent = "";
+  release();
+  conclude(run.view, end);
+}
+
+function conclude(view, end) {
+  view.turn.end = end;
+  settled(view.turn);
+  say(end.state, view.turn.context?.cut ? `${end.text}. ${CUT}` : end.text);
   save();
   const after = follow();
-  draw(() => run.view.end());
-  draw(() => run.view.show());
+  draw(() => view.end());
+  draw(() => view.show());
   after();
+}
+
+/** Watch no answer any more. */
+function release() {
+  const { view, ticking } = running;
+  running = null;
+  clearInterval(ticking);
+  delete view.turn.run;
+  busy(false);
+  page.meter.textContent = "";
 }
 
 function stop() {
   const run = running;
   if (!run) return;
-  // By two ways, so that nothing which keeps one of them up keeps the other: the server ends the stream, or finds that
-  // its reader has left. Both work before the first byte of the answer.
-  const reason = "the user pressed Stop";
-  const headers = { "Content-Type": "application/json" };
-  const request = { method: "POST", headers, body: JSON.stringify({ reason }), keepalive: true };
-  fetch(`api/stop/${run.id}`, request).catch(() => {});
-  run.abort.abort();
+  run.answer.stop("the user pressed Stop");
   finish(run, { state: "stopped", text: `Stopped by you ${after(run)}` });
+}
+
+// -- an answer that was under way before this page was --
+
+/** Go on with the answer of this tab; without one, show that which runs in another tab of this browser. */
+async function adopt() {
+  const view = views.at(-1);
+  const left = view?.turn.run;
+  if (left) watch(begin(view, answers.attach(left.id, { after: left.after })));
+  if (turns.length) return;
+  const found = await look().catch(() => null);
+  // The user may have been faster.
+  if (!found || turns.length) return;
+  const { id, model, messages } = found;
+  const shown = conversation(messages, model);
+  const partial = shown.at(-1)?.role === "assistant" ? shown.pop() : newAnswer(model);
+  for (const turn of shown) add(turn.role === "user" ? turn : { ...turn, end: { state: "done", text: "" } });
+  const run = { id, after: 0, tokens: 0, began: Date.now(), first: 0, adopted: true };
+  watch(begin(add({ ...partial, run }), answers.attach(id)));
+}
+
+/** Return the turns that messages come from: the way back from `messages()`. */
+function conversation(messages, model) {
+  const found = [];
+  for (const message of messages) {
+    const { role, content, tool_calls } = message;
+    if (role === "user") found.push({ role, content });
+    else if (found.at(-1)?.role !== "assistant") found.push(newAnswer(model));
+    const turn = found.at(-1);
+    if (role === "tool") returned(turn, message);
+    if (role !== "assistant") continue;
+    turn.content += content;
+    for (const call of tool_calls ?? []) called(turn, call);
+  }
+  return found;
+}
+
+/** Return what runs for this browser, with its question. */
+async function look() {
+  const last = (await answers.running()).at(-1);
+  if (!last) return null;
+  const response = await fetch(`api/questions/${last.id}`, answers.requested({}));
+  return response.ok ? { id: last.id, ...(await response.json()) } : null;
 }
 
 // -- controls --
@@ -334,7 +466,8 @@ function busy(now) {
   const focused = document.activeElement === page.send || document.activeElement === page.stop;
   page.send.hidden = now;
   page.stop.hidden = !now;
-  page.new.disabled = now;
+  // What another tab has asked for goes on without this one.
+  page.new.disabled = now && !running.view.turn.run.adopted;
   page.conversation.setAttribute("aria-busy", String(now));
   for (const button of page.conversation.querySelectorAll(".note button")) button.disabled = now;
   // The button that had the focus is gone; without this the keyboard would be back at the top of the page.
@@ -368,6 +501,10 @@ document.addEventListener("keydown", (event) => {
 page.stop.addEventListener("click", stop);
 
 page.new.addEventListener("click", () => {
+  if (running) {
+    running.answer.detach();
+    release();
+  }
   while (turns.length) drop();
   save();
   say("idle", "Ready");
@@ -376,18 +513,17 @@ page.new.addEventListener("click", () => {
 
 page.model.addEventListener("change", save);
 
-// Reload, navigation and a closed tab: the browser ends the request by itself; this keeps what came.
-addEventListener("pagehide", () => {
-  const run = running;
-  if (!run) return;
-  run.abort.abort();
-  finish(run, { state: "stopped", text: `Stopped ${after(run)}: the page was left` });
-});
+// What came is kept, and where the answer goes on. A phone ends pages that are not seen, and tells them nothing more.
+addEventListener("pagehide", save);
+document.addEventListener("visibilitychange", () => document.hidden && save());
 
 // -- the beginning --
 
 async function lookForModels() {
-  say("idle", "Looking for models");
+  const tell = (state, text) => running || say(state, text);
+  // How an answer has ended that was watched meanwhile stays to be read.
+  const watched = running;
+  tell("idle", "Looking for models");
   try {
     const response = await fetch("api/models");
     const found = await response.json();
@@ -399,18 +535,20 @@ async function lookForModels() {
     page.model.disabled = !options.length;
     page.notice.textContent = found.notice;
     page.notice.hidden = !found.notice;
-    say("idle", options.length ? "Ready" : "The server has no model; get one with: ollama-async pull llama3.2");
+    if (!watched || !options.length) tell("idle", options.length ? "Ready" : "The server has no model; get one with: ollama-async pull llama3.2");
   } catch (error) {
     page.model.replaceChildren(make("option", { textContent: "no models" }));
-    say("failed", error instanceof TypeError ? 'No answer: is "ollama-async web" still running?' : error.message);
-    page.meter.replaceChildren(make("button", { type: "button", textContent: "Look again", onclick: lookForModels }));
+    tell("failed", error instanceof TypeError ? 'No answer: is "ollama-async web" still running?' : error.message);
+    const again = make("button", { type: "button", textContent: "Look again", onclick: lookForModels });
+    if (!running) page.meter.replaceChildren(again);
     return;
   }
-  page.meter.textContent = "";
+  if (!running && !watched) page.meter.textContent = "";
 }
 
 for (const turn of saved().turns) draw(() => add(turn));
 page.prompt.focus();
 // Then the first answer is drawn without delay. It is not waited for long: an answer is worth more than its looks.
 await Promise.race([loaded, new Promise((resolve) => setTimeout(resolve, 2000))]);
+await adopt();
 await lookForModels();
