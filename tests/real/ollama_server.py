@@ -225,6 +225,10 @@ class RealOllama:
         """
         self.wait_for_log(mark, LOADING, timeout=timeout)
 
+    def loads(self, mark: int) -> int:
+        """How often a model has been loaded since the mark: each time by a runner of its own."""
+        return len(re.findall("starting runner.* --model ", self.log(mark)))
+
     def request_ends(self, mark: int, path: str) -> list[RequestEnd]:
         """The requests to the path that have ended since the mark, oldest first."""
         lines = ANSWER_LINE.finditer(self.log(mark))
