@@ -126,6 +126,9 @@ class Registration(LiveObject):
             self.remove()
             raise
 
+    def _close(self, reason: object) -> None:
+        """End what it is there for, though the token is not aborted; a callback is for aborts alone."""
+
     def _fire(self, reason: object) -> None:
         """Call the callback, unless another thread does, or it was removed."""
         callback, claimed = self._callback, None
@@ -404,14 +407,16 @@ class CancelToken(LiveObject):
 
     def _fire(self) -> None:
         reason = self.reason
+        self._each(lambda one: one._fire(reason if one._token is self else one._token.reason))
+
+    def _each(self, end: Callable[[Registration], None]) -> None:
         failure: BaseException | None = None
         try:
             for registration in list(self._registrations):
-                token = registration._token
                 try:
-                    registration._fire(reason if token is self else token.reason)
+                    end(registration)
                 except BaseException as exc:
-                    # Ctrl-C inside a callback, or a full stack: still abort the other calls.
+                    # Ctrl-C inside a callback, or a full stack: still end the other calls.
                     failure = exc
             if failure is not None:
                 raise failure

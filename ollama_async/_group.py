@@ -18,12 +18,14 @@ class CallGroup:
 
     Attributes:
         tokens: The token; two if two calls begin at once in two threads.
+        closed: Why no call may begin any more; ``None`` as long as one may.
     """
 
-    __slots__ = ("tokens",)
+    __slots__ = ("closed", "tokens")
 
     def __init__(self) -> None:
         self.tokens: list[CancelToken] = []
+        self.closed: str | None = None
 
     def current(self) -> CancelToken:
         """Return the token for a call that begins now."""
@@ -41,6 +43,16 @@ class CallGroup:
             # Once it is aborted, so that an abort that Ctrl-C interrupts is repeated by the next one.
             with suppress(ValueError):
                 self.tokens.remove(token)
+
+    def close(self, why: str) -> None:
+        """End the calls that are under way as closed, from any thread; idempotent.
+
+        This does not abort their token: a ``scope()`` under it may be what closes.
+        """
+        # First: a call that registers now looks at it afterwards, and ends itself.
+        self.closed = why
+        for token in tuple(self.tokens):
+            token._each(lambda one: one._close(why))  # noqa: SLF001  (what is under the token is the group)
 
     def scope(self, token: CancelToken | None) -> AbstractContextManager[anyio.CancelScope]:
         """Put a block under the token of the calls that are under way, and under another one."""

@@ -30,6 +30,7 @@ from ._call.hold import Hold
 from ._call.ndjson import MAX_LINE_BYTES
 from ._call.request import RequestWriter
 from ._call.retry import RetryBudget
+from ._call.sender import Sender
 from ._call.staged import Stage, StagedCall
 from ._call.stream import Stream
 from ._call.timeouts import DEFAULT_TIMEOUTS, Timeouts, look_timeouts
@@ -62,7 +63,6 @@ if TYPE_CHECKING:
     from ._call.request import Request
     from ._call.staged import Begin
     from ._model.types import Model
-    from ._wire.outcome import Kind
 
 ModelT = TypeVar("ModelT", bound="Model")
 P = ParamSpec("P")
@@ -206,10 +206,8 @@ class Session(LiveObject):
         self._owns_http = http_client is None
         self._client: Any = http_client
         self._direct: DirectTransport | None = None
-        self._closed = False
         own = self._own_headers(trust_env=trust_env)
         self._headers = (_headers(own, given) if given.value else own).value
-        self._unpackable = encodings_asked_for(self._headers.get("Accept-Encoding", ""))
         if http_client is None:
             tls = TlsOptions(verify, certificate, trust_env)
             # The transport to the session's host, if it is one that was made here.
@@ -239,6 +237,8 @@ class Session(LiveObject):
             self._client = guarded(http_client)
         self._writer = RequestWriter(self._client, Secret(self._headers), self._direct)
         self._calls = CallGroup()
+        unpackable = encodings_asked_for(self._headers.get("Accept-Encoding", ""))
+        self._sender = Sender(self._client, self._direct, self._calls, unpackable)
         # Tokens of context of the models that the server was asked about.
         self._context_lengths: dict[str, int | None] = {}
         # What they can do, and the server's version that they need; under "" the server's own version.
@@ -280,8 +280,8 @@ class Session(LiveObject):
             await self._client.aclose()
 
     def _shut_down(self) -> None:
-        self._closed = True
-        self._closing.abort("the client was closed")
+        self._calls.close("the client was closed")
+        self._closing.abort(self._calls.closed)
         if self._direct is not None:
             self._direct.close()
 
@@ -298,7 +298,7 @@ class Session(LiveObject):
         await self.aclose()
 
     def __repr__(self) -> str:
-        return f"<AsyncClient {self._host.url}{', closed' if self._closed else ''}>"
+        return f"<AsyncClient {self._host.url}{'' if self._calls.closed is None else ', closed'}>"
 
     # -- inside --
 
@@ -342,34 +342,33 @@ class Session(LiveObject):
         resume: bool = False,
         observation: Callable[[], Observed | None] | None = None,
         asked: Asked | None = None,
-    ) -> tuple[Exchange, list[tuple[CancelToken, Kind]]]:
-        if self._closed:
+    ) -> tuple[Exchange, list[CancelToken]]:
+        if self._calls.closed is not None:
             raise StreamClosed("the client is closed")
         retries = options.get("retries")
         given = given_headers(options)
         accepted = None if given is None else httpx.Headers(given.value).get("Accept-Encoding")
+        sender = self._sender
+        if accepted is not None:
+            sender = Sender(sender.client, sender.transport, sender.calls, encodings_asked_for(accepted))
         exchange = Exchange(
-            self._client,
+            sender,
             request,
-            transport=self._direct,
             streaming=streaming,
             timeouts=self._limits(options),
             budget=RetryBudget.of(self._retries if retries is None else retries, resume=resume),
-            unpackable=self._unpackable if accepted is None else encodings_asked_for(accepted),
             asked=asked,
         )
         if observation is not None:
             exchange.observed = observation()
             if exchange.observed is not None:
                 request.add_headers(exchange.observed.headers)
-        tokens: list[tuple[CancelToken, Kind]] = [(self._closing, "closed"), (self._calls.current(), "aborted")]
-        if self._token is not None:
-            tokens.append((self._token, "aborted"))
+        tokens = self._tokens()
         if self._direct is None:
             beneath = getattr(self._client, "_transport", None)
             if isinstance(beneath, ClosableTransport):
                 # It belongs to somebody else, who may stop everything on it.
-                tokens.extend((token, "aborted") for token in beneath.tokens)
+                tokens.extend(beneath.tokens)
         return exchange, tokens
 
     def _limits(self, call: CallOptions) -> Timeouts:
@@ -383,8 +382,9 @@ class Session(LiveObject):
 
     def _answering(self, model: str) -> int:
         """Return how many calls of this client are getting an answer from a model."""
-        # Each call that is under way is registered on the token that ends it with the client.
-        readers = [watch.reader for watch in tuple(self._closing._registrations) if isinstance(watch, EndByToken)]  # noqa: SLF001
+        # Each call that is under way is on the group's token; a step of a job twice, since its own token is below that.
+        watches = [watch for token in tuple(self._calls.tokens) for watch in tuple(token._registrations)]  # noqa: SLF001
+        readers = {watch.reader for watch in watches if isinstance(watch, EndByToken)}
         return sum(
             isinstance(reader.owner, Exchange)
             and reader.owner.asked is not None
@@ -492,8 +492,9 @@ class Session(LiveObject):
         return await call.run(_read_whole)
 
     def _tokens(self) -> list[CancelToken]:
-        """Return what aborts a call that begins now, besides its own token: for work that is more than calls."""
-        return [token for token in (self._calls.current(), self._token) if token is not None]
+        """Return what aborts a call that begins now, besides its own token."""
+        current = self._calls.current()
+        return [current] if self._token is None else [current, self._token]
 
     @contextmanager
     def _scope(self, call: CallOptions) -> Generator[None]:
@@ -504,7 +505,7 @@ class Session(LiveObject):
             with CancelToken.any(self._closing, *self._tokens(), *([] if given is None else [given])).scope():
                 yield
         except AbortError:
-            if self._closed:
+            if self._calls.closed is not None:
                 raise StreamClosed("the client is closed") from None
             raise
 

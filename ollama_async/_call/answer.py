@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from .exchange import Exchange
 
 
+# One for all answers: it is rarely taken, and for a moment. Reentrant: a signal handler that looks at an answer may
+# interrupt another look.
+_ABSORBING = threading.RLock()
+
+
 class Answer(Generic[ChunkT]):
     """Chunks on their way from the decoder to the reader of a stream, and into the merged answer.
 
@@ -38,7 +43,6 @@ class Answer(Generic[ChunkT]):
     """
 
     __slots__ = (
-        "_absorbing",
         "_delivered_before",
         "_merging",
         "absorbed",
@@ -65,8 +69,6 @@ class Answer(Generic[ChunkT]):
         # How many chunks were delivered before those in `chunks`.
         self._delivered_before = 0
         self._merging = False
-        # Reentrant: a signal handler that looks at the answer may interrupt another look.
-        self._absorbing = threading.RLock()
 
     @property
     def delivered(self) -> int:
@@ -124,7 +126,7 @@ class Answer(Generic[ChunkT]):
             # right after, and merges the rest in order.
             return
         # Its reader, and the thread that aborted it, may both be here to see what has arrived.
-        with self._absorbing:
+        with _ABSORBING:
             self._absorb_once(exchange)
 
     def _absorb_once(self, exchange: Exchange) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ollama_async._cancel import SetOnce
 from ollama_async._errors import ResponseError
-from ollama_async._wire.outcome import ExchangeEnded, ExchangeOutcome, Kind
+from ollama_async._wire.outcome import ExchangeEnded, ExchangeOutcome
 
 from .body import raise_for_status
 
@@ -27,7 +27,7 @@ class Call:
     """One call: nothing is sent before it is first ``run()``.
 
     Args:
-        begin: Makes the first attempt, and returns the tokens that end it, with what their abort is to it.
+        begin: Makes the first attempt, and returns the tokens that end it.
         token: The caller's token, if one was given.
 
     Attributes:
@@ -39,13 +39,13 @@ class Call:
 
     def __init__(
         self,
-        begin: Callable[[], tuple[Exchange, Sequence[tuple[CancelToken, Kind]]]],
+        begin: Callable[[], tuple[Exchange, Sequence[CancelToken]]],
         token: CancelToken | None = None,
     ) -> None:
-        self._begin: Callable[[], tuple[Exchange, Sequence[tuple[CancelToken, Kind]]]] | None = begin
+        self._begin: Callable[[], tuple[Exchange, Sequence[CancelToken]]] | None = begin
         self.token = token
         self.exchange: Exchange | None = None
-        self._tokens: Sequence[tuple[CancelToken, Kind]] = ()
+        self._tokens: Sequence[CancelToken] = ()
         # How it was ended before an attempt was made, or between two.
         self._outcome_between = SetOnce()
 
@@ -163,7 +163,7 @@ class Call:
         self._begin = None
         return exchange
 
-    def _use(self, exchange: Exchange, tokens: Sequence[tuple[CancelToken, Kind]]) -> None:
+    def _use(self, exchange: Exchange, tokens: Sequence[CancelToken]) -> None:
         """Make an attempt the present one, and register it with every token."""
         # First: from here on, whatever ends the call or interrupts this finds it.
         self.exchange = exchange
@@ -171,8 +171,8 @@ class Call:
             # An outcome between the attempts is older than an abort of the tokens.
             if self._outcome_between:
                 exchange.reader.close(self._outcome_between.value)
-            for token, kind in tokens:
-                exchange.register(token, kind)
+            for token in tokens:
+                exchange.register(token)
             if self.token is not None:
                 exchange.register(self.token)
             # Ended by another thread, which found the attempt before this one, or none.

@@ -121,6 +121,10 @@ class ChunkReader(Generic[ChunkT]):
                 return chunk
         else:
             answer.index = place
+            # The step that finds the end of a good answer, which nothing can end any more.
+            exchange = self.call.exchange
+            if self.committed == "done" and exchange is not None and not exchange.reader.is_attached:
+                raise StopAsyncIteration
         while True:
             if self.busy or not (answer.decoder.lines or answer.index < len(answer.chunks)):
                 await self._fill()

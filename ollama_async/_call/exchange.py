@@ -17,11 +17,11 @@ import httpx
 from ollama_async._errors import AbortError, PhaseTimeout, StreamClosed
 from ollama_async._loops import EmptyContext, in_loop
 from ollama_async._wire.intercept import is_intercepted
-from ollama_async._wire.outcome import ExchangeEnded, ExchangeOutcome, Framing, Kind
+from ollama_async._wire.logged import new_reader
+from ollama_async._wire.outcome import ExchangeEnded, ExchangeOutcome, Framing
 from ollama_async._wire.phase import Phase
-from ollama_async._wire.reader import ResponseReader
 from ollama_async._wire.transport import ANSWERED, READER
-from ollama_async._wire.unpack import Unpacker, encoding_of
+from ollama_async._wire.unpack import FORMS, BodyForm, Unpacker, encoding_of
 from ollama_async._wire.watch import EndByToken
 
 from .chunk import ResponseInfo
@@ -37,12 +37,13 @@ if TYPE_CHECKING:
 
     from ollama_async._cancel import CancelToken, Watch
     from ollama_async._wire.parser import Head
-    from ollama_async._wire.transport import DirectTransport
+    from ollama_async._wire.reader import ResponseReader
 
     from .asked import Asked
     from .observe import Observed
     from .request import Request
     from .retry import RetryBudget
+    from .sender import Sender
     from .timeouts import Limit, Timeouts
 
 _FOR_HTTPX = {b"location", b"set-cookie"}
@@ -55,13 +56,11 @@ class Exchange:
     """One request and its answer.
 
     Args:
-        client: The httpx client to send with.
+        sender: What it is sent with.
         request: The request.
-        transport: The ``DirectTransport`` under the client, if the request can be sent in the caller's task; else None.
         streaming: Whether the answer is complete when its reader has got to the end, not when it has arrived.
         timeouts: How long each phase may last.
         budget: How often the request may be sent again.
-        unpackable: How the answer may be compressed.
         asked: What it asks of a model, if it does.
 
     Attributes:
@@ -76,17 +75,15 @@ class Exchange:
 
     __slots__ = (
         "__weakref__",
-        "_client",
         "_deadline",
         "_foreign",
         "_not_before",
         "_registrations",
         "_request",
+        "_sender",
         "_streaming",
         "_timeouts",
         "_timer",
-        "_transport",
-        "_unpackable",
         "asked",
         "budget",
         "ended_at",
@@ -98,27 +95,23 @@ class Exchange:
 
     def __init__(
         self,
-        client: httpx.AsyncClient,
+        sender: Sender,
         request: Request,
         *,
-        transport: DirectTransport | None,
         streaming: bool,
         timeouts: Timeouts,
         budget: RetryBudget,
-        unpackable: frozenset[str] = frozenset(),
         asked: Asked | None = None,
     ) -> None:
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
-        self.reader: ResponseReader = ResponseReader(self.loop, self, Framing.LINES if streaming else Framing.WHOLE)
+        self.reader: ResponseReader = new_reader(self.loop, self, Framing.LINES if streaming else Framing.WHOLE)
         self.started_at: float = self.loop.time()
         self.ended_at: float = 0.0
-        self._client = client
+        self._sender = sender
         self._request = request
-        self._transport = transport
         self._streaming = streaming
         self._timeouts = timeouts
         self.budget: RetryBudget = budget
-        self._unpackable = unpackable
         self.asked: Asked | None = asked
         self.observed: Observed | None = None
         # Not before this time of the loop's clock is it sent.
@@ -132,13 +125,11 @@ class Exchange:
     def again(self, delay: float) -> Exchange:
         """Return another attempt at the same, which waits for ``delay`` seconds before it sends the request."""
         attempt = Exchange(
-            self._client,
+            self._sender,
             self._request,
-            transport=self._transport,
             streaming=self._streaming,
             timeouts=self._timeouts,
             budget=self.budget,
-            unpackable=self._unpackable,
             asked=self.asked,
         )
         attempt.started_at = self.started_at
@@ -151,11 +142,15 @@ class Exchange:
         """Return how many seconds to wait before another attempt after that error; ``None`` if none is allowed."""
         return self.budget.backoff(error, answered=self.reader.status != 0)
 
-    def register(self, token: CancelToken, kind: Kind = "aborted") -> None:
-        """End with the token."""
-        watch = EndByToken(token, self.reader, kind)
+    def register(self, token: CancelToken) -> None:
+        """End with the token; and at once, if the client has been closed meanwhile."""
+        watch = EndByToken(token, self.reader)
         self._registrations.append(watch)
         watch.arm()
+        closed = self._sender.calls.closed
+        if closed is not None:
+            # Whoever closed the client may have looked at the token before this was on it.
+            self.reader.close_threadsafe(ExchangeOutcome("closed", closed))
         if self.reader.outcome_slot:
             # Whoever decided may have looked at the list before this one was in it.
             watch.remove()
@@ -187,33 +182,31 @@ class Exchange:
             self._request.discard(for_good=self.budget.exhausted)
 
     async def _send(self) -> None:
-        reader = self.reader
+        reader, transport = self.reader, self._sender.transport
         # A mock or an instrumentation of httpx runs somebody's code on the way of the request.
-        foreign = self._transport is None or is_intercepted()
+        foreign = transport is None or is_intercepted()
         at_once = not foreign and self._send_at_once()
         if self._timer is None:
             # After that, since the server is at work meanwhile.
             self._arm()
         if foreign:
-            self._foreign = ForeignRequest(reader, self._client, self._httpx_request())
+            self._foreign = ForeignRequest(reader, self._sender.client, self._httpx_request())
             reader.attach(self._foreign)
             self._foreign.start()
             await reader.wait_for_head()
-        elif self._transport is None or self._request.encoded is None:
+        elif transport is None or self._request.encoded is None:
             await self._send_by_httpx()
         else:
             if not at_once:
                 # The limit of connecting is this exchange's, as all others are.
-                await self._transport.send(reader, self._request.encoded, None)
+                await transport.send(reader, self._request.encoded, None)
             await reader.wait_for_head()
             if self._concerns_httpx():
                 await self._send_by_httpx(answered=True)
 
     def _send_at_once(self) -> bool:
-        encoded = self._request.encoded
-        return (
-            encoded is not None and self._transport is not None and self._transport.send_at_once(self.reader, encoded)
-        )
+        encoded, transport = self._request.encoded, self._sender.transport
+        return encoded is not None and transport is not None and transport.send_at_once(self.reader, encoded)
 
     def _httpx_request(self) -> httpx.Request:
         request = self._request.http
@@ -224,12 +217,12 @@ class Exchange:
 
     def _concerns_httpx(self) -> bool:
         """Whether the answer is one that httpx acts upon: it follows redirects and keeps cookies."""
-        return not _FOR_HTTPX.isdisjoint([name.lower() for name, _ in self.reader.head.headers])
+        return not _FOR_HTTPX.isdisjoint(self.reader.head.names)
 
     async def _send_by_httpx(self, *, answered: bool = False) -> None:
         request = self._httpx_request()
         request.extensions.update({READER: self.reader, ANSWERED: answered})
-        response = await self._client.send(request, stream=True)
+        response = await self._sender.client.send(request, stream=True)
         # The response and its stream hold each other; nothing of it is needed but what the reader has.
         response.stream = httpx.ByteStream(b"")
 
@@ -310,14 +303,15 @@ class Exchange:
         reader = self.reader
         leads_on = 300 <= head.status < 400
         if self._streaming:
-            reader.framing = Framing.LINES if head.status < 300 else Framing.PAGE
+            framing = Framing.LINES if head.status < 300 else Framing.PAGE
         else:
-            reader.framing = Framing.PAGE if leads_on else Framing.WHOLE
+            framing = Framing.PAGE if leads_on else Framing.WHOLE
+        reader.body_form = FORMS[framing]
         # Decided here, because an answer that comes all at once is at its end before its reader has seen the head.
-        encoding = None if leads_on else encoding_of(head.headers)
-        if encoding is not None and encoding in self._unpackable:
-            reader.unpacker = Unpacker(encoding)
-        elif encoding is not None and self._transport is not None:
+        encoding = None if leads_on else encoding_of(head)
+        if encoding is not None and encoding in self._sender.unpackable:
+            reader.body_form = BodyForm(framing, Unpacker(encoding))
+        elif encoding is not None and self._sender.transport is not None:
             reader.decide(ExchangeOutcome("error", strange_encoding(encoding)))
 
     def outcome_decided(self) -> None:

@@ -7,13 +7,13 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from ollama_async._wire.guard import like_stream
+from ollama_async._wire.logged import new_reader
 from ollama_async._wire.outcome import ExchangeOutcome, Framing
 from ollama_async._wire.parser import Head
 from ollama_async._wire.phase import Phase
-from ollama_async._wire.reader import ResponseReader
 from ollama_async._wire.tasks import cancel_once, join_cancelled
 from ollama_async._wire.transport import READER
-from ollama_async._wire.unpack import encoding_of
+from ollama_async._wire.unpack import FORMS, encoding_of
 
 from .failures import strange_encoding
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from typing import Self
 
     import httpx
+
+    from ollama_async._wire.reader import ResponseReader
 
 
 class ForeignRequest:
@@ -40,7 +42,7 @@ class ForeignRequest:
         self._socket: Any = None
         # If one of our transports is under the foreign client, its connection is attached to this one. It may serve
         # several requests in turn, if credentials are asked for or a redirect is followed.
-        self._inner = ResponseReader(reader.loop, framing=Framing.PAGE)
+        self._inner = new_reader(reader.loop, framing=Framing.PAGE)
         self._room = asyncio.Event()
         self._closed = False
         self._task: asyncio.Task[None] | None = None
@@ -127,15 +129,16 @@ class ForeignRequest:
         reason = response.extensions.get("reason_phrase", b"")
         version = response.extensions.get("http_version", b"HTTP/1.1")
         reader.received_at = reader.loop.time()
-        reader.feed_head(Head(response.status_code, reason, headers, version))
-        encoding = encoding_of(headers)
-        if encoding is not None and reader.unpacker is None:
+        head = Head.of(response.status_code, reason, headers, version)
+        reader.feed_head(head)
+        encoding = encoding_of(head)
+        if encoding is not None and reader.body_form.unpacker is None:
             raise strange_encoding(encoding)
         if response.is_stream_consumed:
             # A mock has made it of what httpx has unpacked by then.
-            reader.unpacker = None
+            reader.body_form = FORMS[reader.body_form.framing]
         # Not even httpx may unpack it: a block of it may become a thousand times as much.
-        async for block in response.aiter_bytes() if reader.unpacker is None else response.aiter_raw():
+        async for block in response.aiter_bytes() if reader.body_form.unpacker is None else response.aiter_raw():
             reader.received_at = reader.loop.time()
             room = reader.feed_data(block)
             if not room:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from .exchange import Exchange
 
-    Begin = Callable[[], tuple[Exchange, Sequence[tuple[CancelToken, Kind]]]]
+    Begin = Callable[[], tuple[Exchange, Sequence[CancelToken]]]
 
 T = TypeVar("T")
 
@@ -70,7 +70,7 @@ class StagedCall(Call):
         # By the loop's clock; the limit of the whole call counts from here.
         self._began = 0.0
         # The tokens of the first request: what ends that ends what follows it.
-        self._first_tokens: Sequence[tuple[CancelToken, Kind]] | None = None
+        self._first_tokens: Sequence[CancelToken] | None = None
         # Ends what is asked in a pause.
         self._stop = CancelToken()
         # Whether no other request can follow.
@@ -176,10 +176,10 @@ class StagedCall(Call):
     def _pause_token(self) -> CancelToken:
         # Else one that the stream makes meanwhile would not end the pause.
         token = self.token = self.token or CancelToken()
-        return CancelToken.any(self._stop, token, *(token for token, _ in self._first_tokens or ()))
+        return CancelToken.any(self._stop, token, *(self._first_tokens or ()))
 
     def _under_first_tokens(self, begin: Begin) -> Begin:
-        def begun() -> tuple[Exchange, Sequence[tuple[CancelToken, Kind]]]:
+        def begun() -> tuple[Exchange, Sequence[CancelToken]]:
             exchange, tokens = begin()
             exchange.started_at = self._began
             if self._first_tokens is None:

@@ -8,6 +8,8 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from itertools import compress, repeat
+from operator import is_not
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -146,11 +148,11 @@ def checked_stream(value: object) -> bool:
 def encoded(**given: Any) -> dict[str, Any]:
     """Check and encode parameters of a call to a model; what is ``None`` was not given, and is left out."""
     body: dict[str, Any] = {}
-    for name, value in given.items():
-        if value is not None:
-            how = _PARAMETERS[name]
-            sent = checked(how, **{name: value})[name] if isinstance(how, str) else how(value)
-            body[_SENT_AS.get(name, name)] = sent
+    # Of two dozen parameters most calls give one or two: the others are left out without a step of Python for each.
+    for name, value in compress(given.items(), map(is_not, given.values(), repeat(None))):
+        how = _PARAMETERS[name]
+        sent = checked(how, **{name: value})[name] if isinstance(how, str) else how(value)
+        body[_SENT_AS.get(name, name)] = sent
     return body
 
 

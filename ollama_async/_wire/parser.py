@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from itertools import chain
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import httptools
 import httpx
 
 from .http1 import MAX_HEAD_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 
 class PeerClosed(httpx.RemoteProtocolError):
@@ -15,12 +20,23 @@ class PeerClosed(httpx.RemoteProtocolError):
 
 
 class Head(NamedTuple):
-    """The head of an answer; status 0 before it has arrived."""
+    """The head of an answer; status 0 before it has arrived; ``names`` are those of the headers in lower case."""
 
     status: int = 0
     reason: bytes = b""
-    headers: tuple[tuple[bytes, bytes], ...] | list[tuple[bytes, bytes]] = ()
+    headers: Sequence[tuple[bytes, bytes]] = ()
     version: bytes = b"HTTP/1.1"
+    names: frozenset[bytes] = frozenset()
+
+    @classmethod
+    def of(
+        cls, status: int, reason: bytes, headers: Sequence[tuple[bytes, bytes]], version: bytes = b"HTTP/1.1"
+    ) -> Head:
+        """Return a head with the names of its headers."""
+        return cls(status, reason, headers, version, frozenset(map(bytes.lower, map(_name, headers))))
+
+
+_name: Callable[[tuple[bytes, bytes]], bytes] = itemgetter(0)
 
 
 class ResponseParser:
@@ -45,11 +61,11 @@ class ResponseParser:
         "_own_parts",
         "_parser",
         "_reason",
+        "_size",
         "_unparsed",
         "complete",
         "error",
         "head",
-        "head_size",
         "keep_alive",
         "on_body",
         "trailing_data",
@@ -71,8 +87,9 @@ class ResponseParser:
         self._parser: Any = httptools.HttpResponseParser(self)
         self._headers: list[tuple[bytes, bytes]] = []
         self._reason = b""
-        # Bytes of the head so far; and bytes that may be held by the parser since it last gave out a part of the body.
-        self.head_size = 0
+        # Bytes of whole heads and of trailers so far; and bytes that may be held by the parser since it last gave out a
+        # part of the body.
+        self._size = 0
         self._unparsed = 0
 
     # -- called by the connection --
@@ -146,16 +163,13 @@ class ResponseParser:
     def on_status(self, reason: bytes) -> None:
         if not self.complete:
             self._reason += reason
-            self.head_size += len(reason)
-            if self.head_size > MAX_HEAD_BYTES:
-                raise _Refused(_TOO_LARGE)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self.head_size += len(name) + len(value) + 4
-        if self.head_size > MAX_HEAD_BYTES:
-            raise _Refused(_TOO_LARGE)
         if self.head is None:
             self._headers.append((name, value.strip(b" \t")))
+        else:
+            # Of the trailers, which nobody asks for.
+            self._count(len(name) + len(value) + 4)
 
     def on_headers_complete(self) -> None:
         if self.complete:
@@ -163,6 +177,7 @@ class ResponseParser:
             return
         if self._body_parts:
             raise _Refused(_BODY_FIRST)
+        self._count(len(self._reason) + sum(map(len, chain.from_iterable(self._headers))) + 4 * len(self._headers))
         status = self._parser.get_status_code()
         if status < 200:
             if status == 101:
@@ -173,7 +188,7 @@ class ResponseParser:
             self._reason = b""
             return
         version = b"HTTP/" + self._parser.get_http_version().encode("ascii")
-        self.head = Head(status, self._reason, self._headers, version)
+        self.head = Head.of(status, self._reason, self._headers, version)
         if self._method == "HEAD":
             # The parser cannot be told that no body follows, whatever the headers say.
             self._complete()
@@ -184,6 +199,12 @@ class ResponseParser:
 
     # -- inside --
 
+    def _count(self, size: int) -> None:
+        """Hold heads and trailers to the limit, in whichever reads they come; without an end, feed_data() does."""
+        self._size += size
+        if self._size > MAX_HEAD_BYTES:
+            raise _Refused(_TOO_LARGE)
+
     def _complete(self) -> None:
         self.complete = True
         self._own_parts = len(self._body_parts)
@@ -191,10 +212,7 @@ class ResponseParser:
 
     def _until_close(self) -> bool:
         """Whether the body ends only where the connection does."""
-        if self.head is None:
-            return False
-        names = {name.lower() for name, _ in self._headers}
-        return not names & {b"content-length", b"transfer-encoding"}
+        return self.head is not None and self.head.names.isdisjoint({b"content-length", b"transfer-encoding"})
 
     def _explain(self, exc: httptools.HttpParserError, received: bytes | memoryview) -> str:
         data = bytes(received[:8])

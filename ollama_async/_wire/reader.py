@@ -16,8 +16,9 @@ from ollama_async._loops import in_loop, resolve
 from .link import HIGH_WATER, NO_OWNER
 from .outcome import ExchangeEnded, ExchangeOutcome, Framing
 from .parser import Head
-from .phase import Phase, log_phase, phases_are_logged
+from .phase import Phase
 from .release import release_in_turn
+from .unpack import FORMS, BodyForm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,8 +34,7 @@ class ResponseReader:
         loop: The event loop in which it is read.
         phase: How far the attempt is.
         head: The head of the answer, once it has arrived.
-        framing: What the body is made of.
-        unpacker: Unpacks the body, where it is compressed.
+        body_form: What the body is made of, and what unpacks it.
         paused: Whether the connection has been told to read no more.
         entered_at: When the attempt entered its phase, by the loop's clock; from HEAD on, when it entered the one
             before that: from there the limits of connecting, of the upload and of the first chunk are counted.
@@ -52,12 +52,11 @@ class ResponseReader:
         "_buffered_bytes",
         "_failure",
         "_link",
-        "_logs",
         "_outcome",
         "_waiter",
+        "body_form",
         "entered_at",
         "first_line_at",
-        "framing",
         "head",
         "last_activity_at",
         "loop",
@@ -66,7 +65,6 @@ class ResponseReader:
         "phase",
         "received_at",
         "tidied",
-        "unpacker",
     )
 
     def __init__(
@@ -75,8 +73,7 @@ class ResponseReader:
         self.loop: asyncio.AbstractEventLoop = loop
         self.phase: Phase = Phase.NEW
         self.head: Head = _NO_HEAD
-        self.framing: Framing = framing
-        self.unpacker: Unpacker | None = None
+        self.body_form: BodyForm = FORMS[framing]
         self.paused: bool = False
         self.entered_at: float = 0.0
         self.first_line_at: float = 0.0
@@ -89,8 +86,6 @@ class ResponseReader:
         self._waiter: asyncio.Future[None] | None = None
         self._link: Link | None = None
         self._outcome = SetOnce()
-        # Asked once: the answer is a call each time, and a stream of one token enters five phases.
-        self._logs = phases_are_logged()
         # The exchange, which has this: the circle is opened when the exchange is over.
         self.owner: Owner = owner
 
@@ -101,15 +96,13 @@ class ResponseReader:
         if self.phase is _CLOSED:
             return
         self.phase = phase
-        if self._logs:
-            log_phase(id(self), phase, self.outcome)
         if phase < _HEAD:
             self.last_activity_at = self.entered_at = self.loop.time()
 
     def restart(self) -> None:
         """Begin anew: the answer was a redirect, or asked for credentials, and another one follows."""
         self.head = _NO_HEAD
-        self.unpacker = None
+        self.body_form = FORMS[self.body_form.framing]
         self.paused = False
         self.first_line_at = 0.0
         self.read_buffered()
@@ -153,12 +146,13 @@ class ResponseReader:
         Returns:
             Whether there is room for more; if not, the link's ``resume_reading()`` is called when there is.
         """
-        if self.unpacker is not None:
-            block = self._unpacked(self.unpacker, block)
+        body = self.body_form
+        if body.unpacker is not None:
+            block = self._unpacked(body.unpacker, block)
             if not block:
                 return not self.paused
         # A byte now and then is not an answer: whole lines count where the answer is made of lines.
-        if self.framing is not _LINES or b"\n" in block:
+        if body.framing is not _LINES or b"\n" in block:
             if not self.first_line_at:
                 self.first_line_at = self.received_at
                 self.enter(Phase.BODY)
@@ -189,12 +183,13 @@ class ResponseReader:
 
     def feed_eof(self) -> None:
         """Note that the whole answer has arrived."""
-        if self.unpacker is not None and not self.unpacker.whole:
+        body = self.body_form
+        if body.unpacker is not None and not body.unpacker.whole:
             self.detach()
             self.set_exception(ProtocolError("the answer ends in the middle of its compressed body"))
             return
         self.enter(Phase.EOF)
-        if self.framing is Framing.WHOLE:
+        if body.framing is Framing.WHOLE:
             self.decide(ExchangeOutcome("complete"))
         self.detach()
         self.wake()
@@ -384,14 +379,15 @@ class ResponseReader:
         Returns:
             Whether that is the outcome; False if another one came first.
         """
-        self.decide(ExchangeOutcome("complete"))
-        committed = self.failure_outcome is None
+        decided = self.decide(ExchangeOutcome("complete"))
+        if not decided:
+            # Whoever decided may have been interrupted before the owner was told.
+            self.owner.outcome_decided()
+        self.owner.link_released()
         if self._link is None:
-            self._let_go_of_owner()
-        else:
-            self._tell_owner()
-        self.tidied = committed
-        return committed
+            self._drop_owner()
+        self.tidied = decided or self.failure_outcome is None
+        return self.tidied
 
     def decide(self, outcome: ExchangeOutcome) -> bool:
         """Decide the outcome if it is not decided, and release nothing yet.
@@ -427,6 +423,9 @@ class ResponseReader:
 
     def _let_go_of_owner(self) -> None:
         self._tell_owner()
+        self._drop_owner()
+
+    def _drop_owner(self) -> None:
         self.owner = NO_OWNER
         self.enter(Phase.CLOSED)
 

@@ -28,11 +28,11 @@ from .family import as_error_of, package_of
 from .guard import LEADS_ON, limited
 from .http1 import EncodedRequest
 from .intercept import through_httpx, transport_is_intercepted
+from .logged import new_reader
 from .outcome import ExchangeEnded, ExchangeOutcome
 from .phase import Phase
 from .pool import ConnectionPool, Dialling
 from .proxy import http_proxy
-from .reader import ResponseReader
 from .response import Body, as_httpx_error, body_of, response_of
 from .tasks import cancel_once, join_cancelled
 from .tls import TlsOptions
@@ -42,6 +42,7 @@ from .watch import EndByToken
 if TYPE_CHECKING:
     from .http1 import HttpProxy, Origin
     from .parser import Head
+    from .reader import ResponseReader
     from .socket import GuardedSocket
 
 # Under this name in ``request.extensions`` the library hands its reader through an httpx client to the transport.
@@ -314,8 +315,7 @@ class ClosableTransport(LiveObject):
     async def _context(self, loop: asyncio.AbstractEventLoop) -> ssl.SSLContext:
         context = self._ssl_context
         if context is None:
-            context = await loop.run_in_executor(None, self._tls.context)
-            self._ssl_context = context
+            context = self._ssl_context = await loop.run_in_executor(None, self._tls.context)
         return context
 
     # -- sending --
@@ -408,11 +408,11 @@ class _Stops:
     """Ends a request that is not a call of ours with the tokens of its transport, and its task; it owns the reader."""
 
     def __init__(self, tokens: list[CancelToken], task: asyncio.Task[Any] | None) -> None:
-        self.reader: ResponseReader = ResponseReader(asyncio.get_running_loop(), self)
+        self.reader: ResponseReader = new_reader(asyncio.get_running_loop(), self)
         self._task = task
         if task is not None:
             task.add_done_callback(self._task_ended, context=EmptyContext())
-        self._watches = [EndByToken(token, self.reader, "aborted") for token in tokens]
+        self._watches = [EndByToken(token, self.reader) for token in tokens]
         for watch in self._watches:
             watch.arm()
         if self.reader.outcome is not None:

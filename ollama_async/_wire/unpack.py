@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 from ollama_async._errors import ProtocolError
 
+from .outcome import Framing
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from .parser import Head
 
 UNPACKS = frozenset({"gzip", "deflate"})
 _OTHER_NAMES = {"x-gzip": "gzip"}
@@ -31,9 +33,11 @@ def encodings_asked_for(accept_encoding: str) -> frozenset[str]:
     return frozenset(allowed & UNPACKS)
 
 
-def encoding_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+def encoding_of(head: Head) -> str | None:
     """Return how a body is packed, ``None`` if it is not."""
-    for name, value in headers:
+    if b"content-encoding" not in head.names:
+        return None
+    for name, value in head.headers:
         if name.lower() == b"content-encoding":
             given = value.strip().lower().decode("latin-1")
             if given not in ("", "identity"):
@@ -94,3 +98,17 @@ class Unpacker:
                 raise ProtocolError(f"a block of the answer decompresses to more than {MAX_UNPACKED:,} bytes")
             block = inner.unused_data
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+class BodyForm:
+    """What the body of an answer is made of, and what unpacks it, where it is compressed."""
+
+    __slots__ = ("framing", "unpacker")
+
+    def __init__(self, framing: Framing, unpacker: Unpacker | None = None) -> None:
+        self.framing: Framing = framing
+        self.unpacker: Unpacker | None = unpacker
+
+
+# Those that are not compressed: almost all, so they are made once.
+FORMS = {framing: BodyForm(framing) for framing in Framing}

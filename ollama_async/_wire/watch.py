@@ -11,7 +11,6 @@ from .outcome import ExchangeOutcome
 if TYPE_CHECKING:
     from ollama_async._cancel import CancelToken
 
-    from .outcome import Kind
     from .reader import ResponseReader
 
 
@@ -22,12 +21,14 @@ class EndByToken(Watch):
         reader: The reader of the exchange.
     """
 
-    __slots__ = ("_kind", "reader")
+    __slots__ = ("reader",)
 
-    def __init__(self, token: CancelToken, reader: ResponseReader, kind: Kind) -> None:
+    def __init__(self, token: CancelToken, reader: ResponseReader) -> None:
         super().__init__(token)
         self.reader = reader
-        self._kind: Kind = kind
 
     def end(self, reason: object) -> None:
-        self.reader.close_threadsafe(ExchangeOutcome(self._kind, reason))
+        self.reader.close_threadsafe(ExchangeOutcome("aborted", reason))
+
+    def _close(self, reason: object) -> None:
+        self.reader.close_threadsafe(ExchangeOutcome("closed", reason))

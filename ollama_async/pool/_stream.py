@@ -16,7 +16,7 @@ from ollama_async._errors import AbortError, CannotContinue, OllamaError, Stream
 from ollama_async._model.input import format_model
 from ollama_async._model.merge import ChatMerge, GenerateMerge
 from ollama_async._secret import showable
-from ollama_async._wire.outcome import ExchangeOutcome, Kind
+from ollama_async._wire.outcome import ExchangeOutcome
 
 from ._calls import Ask, Calls, Lease, with_host
 
@@ -55,7 +55,7 @@ class _AtHosts(Stage):
     def make(self, changes: Mapping[str, Any]) -> Begin:
         """Return what begins a request at the host that the call has got."""
 
-        def begin() -> tuple[Exchange, Sequence[tuple[CancelToken, Kind]]]:
+        def begin() -> tuple[Exchange, Sequence[CancelToken]]:
             assert self.made is not None
             call = self.made.call
             first = call._begin  # noqa: SLF001  (as that call would, were it run)
@@ -122,7 +122,7 @@ class _PoolCall(StagedCall):
         self.hosts = _AtHosts(calls, ask)
         self._paused_under: CancelToken | None = None
         super().__init__({}, self.hosts.make, [self.hosts], ask.token)
-        self._first_tokens: Sequence[tuple[CancelToken, Kind]] | None = [(token, "aborted") for token in ask.tokens]
+        self._first_tokens: Sequence[CancelToken] | None = ask.tokens
         self._begin = None
 
     async def run(self, work: Callable[[Exchange], Awaitable[T]], partial: Callable[[], Any] | None = None) -> T:
@@ -153,7 +153,7 @@ class _PoolCall(StagedCall):
         return self._paused_under
 
     def _under_first_tokens(self, begin: Begin) -> Begin:
-        def begun() -> tuple[Exchange, Sequence[tuple[CancelToken, Kind]]]:
+        def begun() -> tuple[Exchange, Sequence[CancelToken]]:
             exchange, tokens = begin()
             exchange.started_at = self._began
             return exchange, [*tokens, *(self._first_tokens or ())]

@@ -22,6 +22,7 @@ from ollama_async import (
     ConnectError,
     RequestError,
     StreamBusy,
+    StreamClosed,
     StreamTruncated,
     Timeouts,
     _cancel,
@@ -33,6 +34,7 @@ from ollama_async._call.exchange import Exchange
 from ollama_async._call.foreign import _WatchedUpload
 from ollama_async._call.iterators import ClosingIterator
 from ollama_async._call.retry import RetryBudget
+from ollama_async._call.sender import Sender
 from ollama_async._call.staged import StagedCall
 from ollama_async._cancel import _Waker
 from ollama_async._group import CallGroup
@@ -225,6 +227,33 @@ def test_calls_that_begin_at_once_may_be_under_two_tokens() -> None:
 # -- loops --
 
 
+async def test_a_call_that_registers_as_its_client_is_closed_is_closed(
+    fake_ollama: FakeOllama, client: AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current = CallGroup.current
+
+    def closed_meanwhile(group: CallGroup) -> CancelToken:
+        token = current(group)
+        # By another thread, which finds no call on it.
+        group.close("the client was closed")
+        return token
+
+    monkeypatch.setattr(CallGroup, "current", closed_meanwhile)
+    with pytest.raises(StreamClosed, match="the client was closed"):
+        await client.version()
+    assert not fake_ollama.connections
+
+
+async def test_a_block_under_a_client_may_close_it(client: AsyncClient) -> None:
+    stream = client.chat("fake", ASK, stream=True)
+    with client.scope():
+        await stream.__aenter__()
+        await client.aclose()
+        await asyncio.sleep(0)
+    assert stream.outcome == "closed"
+    assert all(token._registrations == {} for token in client._calls.tokens)
+
+
 def test_a_loop_that_refuses_a_call_although_it_is_open_is_not_passed_over() -> None:
     class Loop:
         def call_soon_threadsafe(self, *_: object) -> None:
@@ -396,7 +425,7 @@ def test_an_attempt_whose_registration_is_interrupted_is_closed() -> None:
 async def test_the_head_tells_what_the_body_is_made_of(streaming: bool, status: int, framing: Framing) -> None:
     exchange = _attempt(streaming=streaming)
     exchange.head_arrived(Head(status))
-    assert exchange.reader.framing is framing
+    assert exchange.reader.body_form.framing is framing
     exchange.reader.close(ExchangeOutcome("closed"))
 
 
@@ -455,9 +484,8 @@ async def test_a_refused_connection_is_an_error_to_the_outcome(streaming: bool) 
 def _attempt(timeouts: Timeouts | None = None, *, streaming: bool = True) -> Exchange:
     request = SimpleNamespace(discard=lambda **_: None)
     return Exchange(
-        cast("Any", None),
+        Sender(cast("Any", None), None, CallGroup()),
         cast("Any", request),
-        transport=None,
         streaming=streaming,
         timeouts=timeouts or Timeouts.of(None),
         budget=RetryBudget(1),
@@ -594,7 +622,7 @@ def watching() -> Iterator[Watching]:
 
 def test_an_end_after_the_end_of_the_loop_is_told(watching: Watching) -> None:
     loop = asyncio.new_event_loop()
-    parts: Any = {"client": None, "request": None, "transport": None, "streaming": True}
+    parts: Any = {"sender": Sender(cast("Any", None), None, CallGroup()), "request": None, "streaming": True}
 
     async def begin() -> Exchange:
         return Exchange(**parts, timeouts=Timeouts(), budget=RetryBudget.of(0, resume=False))

@@ -20,7 +20,9 @@ import pytest
 from ollama_async import AbortError, CancelToken, OllamaError, Timeouts, _cancel
 from ollama_async._call import exchange as _exchange
 from ollama_async._call.retry import RetryBudget
+from ollama_async._call.sender import Sender
 from ollama_async._errors import RequestError
+from ollama_async._group import CallGroup
 from ollama_async._wire.outcome import ExchangeOutcome
 
 BOUND = 20.0
@@ -1092,9 +1094,8 @@ async def test_a_thread_that_aborts_may_meet_the_reader_anywhere(
     for at in itertools.count(1):
         token = CancelToken()
         exchange = _exchange.Exchange(
+            Sender(None, None, CallGroup()),
             None,
-            None,
-            transport=None,
             streaming=True,
             timeouts=Timeouts(),
             budget=RetryBudget(0),

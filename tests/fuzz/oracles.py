@@ -156,7 +156,7 @@ def http_limits(data: bytes) -> None:
         # Not even a parser that refuses nothing may wait for ever for the end of a head, or of the trailers.
         assert cut.error or cut.complete or cut.body or len(sent) <= targets.MAX_HEAD_BYTES
     if whole.head is not None:
-        _, reason, headers, _ = whole.head
+        _, reason, headers, *_ = whole.head
         assert len(reason) + sum(len(name) + len(value) for name, value in headers) <= targets.MAX_HEAD_BYTES
 
 

@@ -18,6 +18,7 @@ from teardown.harness import BOUND, nothing_left_behind
 
 from ollama_async import AsyncClient, NotFoundError, ProtocolError
 from ollama_async._wire import unpack
+from ollama_async._wire.parser import Head
 from ollama_async._wire.unpack import Unpacker, encoding_of, encodings_asked_for
 from ollama_async.testing import FakeOllama, Gate, Reply, Stall
 
@@ -63,10 +64,10 @@ def test_what_a_header_allows(header: str, allowed: set[str]) -> None:
 
 
 def test_how_a_body_is_packed() -> None:
-    assert encoding_of([(b"X", b"gzip")]) is None
-    assert encoding_of([(b"content-encoding", b" Identity ")]) is None
-    assert encoding_of([(b"Content-Encoding", b"X-Gzip")]) == "gzip"
-    assert encoding_of([(b"Content-Encoding", b"gzip, gzip")]) == "gzip, gzip"
+    assert encoding_of(Head.of(200, b"OK", [(b"X", b"gzip")])) is None
+    assert encoding_of(Head.of(200, b"OK", [(b"content-encoding", b" Identity ")])) is None
+    assert encoding_of(Head.of(200, b"OK", [(b"Content-Encoding", b"X-Gzip")])) == "gzip"
+    assert encoding_of(Head.of(200, b"OK", [(b"Content-Encoding", b"gzip, gzip")])) == "gzip, gzip"
 
 
 @pytest.mark.parametrize("how", PACKERS)

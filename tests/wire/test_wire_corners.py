@@ -36,6 +36,7 @@ from ollama_async._wire.routes import is_direct
 from ollama_async._wire.socket import GuardedSocket
 from ollama_async._wire.tls import TlsOptions
 from ollama_async._wire.transport import _begin
+from ollama_async._wire.unpack import BodyForm
 from ollama_async._wire.upload import Upload
 from ollama_async.testing import FakeOllama
 
@@ -105,7 +106,7 @@ async def test_a_consumer_that_is_cancelled_as_bytes_arrive_is_left_alone() -> N
 
 async def test_packed_bytes_that_arrive_after_the_end_are_dropped() -> None:
     reader = ResponseReader(asyncio.get_running_loop())
-    reader.unpacker = cast("Any", object())
+    reader.body_form = BodyForm(reader.body_form.framing, cast("Any", object()))
     reader.close(ExchangeOutcome("aborted"))
     assert reader.feed_data(b"packed")
     assert reader.read_buffered() == b""
