@@ -19,8 +19,8 @@ from ollama_async import ChatResponse
 from ollama_async._call.decoder import NdjsonDecoder
 from ollama_async._call.ndjson import MAX_LINE_BYTES, LineSplitter
 from ollama_async._model.merge import ChatMerge, validators
-from ollama_async._wire.outcome import Framing
 from ollama_async._wire.reader import ResponseReader
+from ollama_async._wire.unpack import LINES
 
 TOGETHER = 64
 LINE = token("ollama").split(b"\r\n")[1].rstrip(b"\n")
@@ -83,7 +83,7 @@ def parsing(tokens: int) -> float:
 
 
 def passing_on(tokens: int) -> float:
-    reader = ResponseReader(asyncio.new_event_loop(), framing=Framing.LINES)
+    reader = ResponseReader(asyncio.new_event_loop(), body_form=LINES)
     body = (LINE + b"\n") * tokens
 
     def go() -> None:

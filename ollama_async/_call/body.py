@@ -36,7 +36,8 @@ async def read_body(exchange: Exchange) -> bytes:
             exchange.reader.close(ExchangeOutcome("error", error))
             exchange.reader.check()
     body = blocks[0] if len(blocks) == 1 else b"".join(blocks)
-    if b'"error"' in body:
+    # By find(), as in the decoder.
+    if body.find(b'"error"') >= 0:
         frame = json_object(body)
         if frame.get("error") is not None:
             raise stream_error(frame, exchange.reader)

@@ -129,8 +129,9 @@ class NdjsonDecoder(LineSplitter, Generic[ChunkT]):
         self.eof = False
 
     def _decode_line(self, line: bytes) -> ChunkT:
-        # A key "error" can only be here if these bytes are (inside a string the quotes would be escaped).
-        if b'"error"' in line:
+        # A key "error" can only be here if these bytes are (inside a string the quotes would be escaped). By find():
+        # `in` first takes them for a number, and drops the error.
+        if line.find(b'"error"') >= 0:
             frame = json_object(line)
             if frame.get("error") is not None:
                 raise ErrorFrame(frame)

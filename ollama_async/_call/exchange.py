@@ -18,17 +18,17 @@ from ollama_async._errors import AbortError, PhaseTimeout, StreamClosed
 from ollama_async._loops import EmptyContext, in_loop
 from ollama_async._wire.intercept import is_intercepted
 from ollama_async._wire.logged import new_reader
-from ollama_async._wire.outcome import ExchangeEnded, ExchangeOutcome, Framing
+from ollama_async._wire.outcome import ExchangeEnded, ExchangeOutcome
 from ollama_async._wire.phase import Phase
 from ollama_async._wire.transport import ANSWERED, READER
-from ollama_async._wire.unpack import FORMS, BodyForm, Unpacker, encoding_of
+from ollama_async._wire.unpack import LINES, PAGE, WHOLE, BodyForm, Unpacker, encoding_of
 from ollama_async._wire.watch import EndByToken
 
 from .chunk import ResponseInfo
 from .failures import strange_encoding, translate
 from .foreign import ForeignRequest
 from .observe import CallEnd
-from .timeouts import LIMITS, TO_COME
+from .timeouts import HOLDING, TO_COME
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,7 +104,7 @@ class Exchange:
         asked: Asked | None = None,
     ) -> None:
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
-        self.reader: ResponseReader = new_reader(self.loop, self, Framing.LINES if streaming else Framing.WHOLE)
+        self.reader: ResponseReader = new_reader(self.loop, self, LINES if streaming else WHOLE)
         self.started_at: float = self.loop.time()
         self.ended_at: float = 0.0
         self._sender = sender
@@ -302,15 +302,12 @@ class Exchange:
         """Tell what the body is made of, and refuse what cannot be read."""
         reader = self.reader
         leads_on = 300 <= head.status < 400
-        if self._streaming:
-            framing = Framing.LINES if head.status < 300 else Framing.PAGE
-        else:
-            framing = Framing.PAGE if leads_on else Framing.WHOLE
-        reader.body_form = FORMS[framing]
+        form = (LINES if head.status < 300 else PAGE) if self._streaming else PAGE if leads_on else WHOLE
+        reader.body_form = form
         # Decided here, because an answer that comes all at once is at its end before its reader has seen the head.
         encoding = None if leads_on else encoding_of(head)
         if encoding is not None and encoding in self._sender.unpackable:
-            reader.body_form = BodyForm(framing, Unpacker(encoding))
+            reader.body_form = BodyForm(form.framing, Unpacker(encoding))
         elif encoding is not None and self._sender.transport is not None:
             reader.decide(ExchangeOutcome("error", strange_encoding(encoding)))
 
@@ -384,6 +381,7 @@ class Exchange:
         """Return when the next limit passes, and which it is, as things stand now; ``None`` is the deadline."""
         now, reader = self.loop.time(), self.reader
         phase = Phase.EOF if reader.failed else reader.phase
+        holding = HOLDING[phase]
         due: list[tuple[float, Limit | None]] = []
         if self._deadline is not None:
             due.append(((reader.first_line_at or now) + self._deadline[0], None))
@@ -391,7 +389,7 @@ class Exchange:
             seconds: float | None = getattr(self._timeouts, name)
             if seconds is None:
                 continue
-            if name not in LIMITS[phase]:
+            if name not in holding:
                 # A limit of a later phase has not begun: look again after its time at the latest.
                 began = now
             elif name == "total":

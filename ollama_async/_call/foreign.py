@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from ollama_async._wire.guard import like_stream
 from ollama_async._wire.logged import new_reader
-from ollama_async._wire.outcome import ExchangeOutcome, Framing
+from ollama_async._wire.outcome import ExchangeOutcome
 from ollama_async._wire.parser import Head
 from ollama_async._wire.phase import Phase
 from ollama_async._wire.tasks import cancel_once, join_cancelled
 from ollama_async._wire.transport import READER
-from ollama_async._wire.unpack import FORMS, encoding_of
+from ollama_async._wire.unpack import FORMS, PAGE, encoding_of
 
 from .failures import strange_encoding
 
@@ -42,7 +42,7 @@ class ForeignRequest:
         self._socket: Any = None
         # If one of our transports is under the foreign client, its connection is attached to this one. It may serve
         # several requests in turn, if credentials are asked for or a redirect is followed.
-        self._inner = new_reader(reader.loop, framing=Framing.PAGE)
+        self._inner = new_reader(reader.loop, body_form=PAGE)
         self._room = asyncio.Event()
         self._closed = False
         self._task: asyncio.Task[None] | None = None

@@ -27,10 +27,10 @@ LIMITS: Final[dict[Phase, frozenset[Limit]]] = {
     Phase.CLOSED: frozenset(),
 }
 
-# The limits that hold in a phase or in one that follows it.
-TO_COME: Final[dict[Phase, frozenset[Limit]]] = {
-    phase: frozenset[Limit]().union(*(LIMITS[later] for later in Phase if later >= phase)) for phase in Phase
-}
+# The same by number, since Python hashes an enum by a call: the limits that hold in a phase, and those that hold in it
+# or in one that follows it.
+HOLDING: Final = tuple(LIMITS[phase] for phase in Phase)
+TO_COME: Final = tuple(frozenset[Limit]().union(*HOLDING[phase:]) for phase in Phase)
 
 # Thirty years; for no limit there is None.
 _ENDLESS = 1e9

@@ -56,7 +56,8 @@ def _to_json(body: Mapping[str, Any]) -> bytes:
         place, flaw = next(_flaws(body), ("the request", str(exc)))
         raise RequestError(f"{place} cannot be written as JSON: {flaw}") from exc
     # As words they are in many a text: only then is it worth to look for numbers.
-    if b"NaN" in written or b"Infinity" in written:
+    # By find(), as in the decoder.
+    if written.find(b"NaN") >= 0 or written.find(b"Infinity") >= 0:
         for place, flaw in _flaws(body):
             raise RequestError(f"{place} cannot be written as JSON: {flaw}")
     return written

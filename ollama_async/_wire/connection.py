@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from .socket import GuardedSocket
 
 
-# A separate name: Python 3.11 looks a member up in its enum by a call, and this is asked for every token.
-_HEAD = Phase.HEAD
+# Separate names: Python 3.11 looks a member up in its enum by a call, and these are asked for every token or answer.
+_SENDING, _WAITING, _HEAD = Phase.SENDING, Phase.WAITING, Phase.HEAD
 
 
 class ConnectionOwner(Protocol):
@@ -90,6 +90,7 @@ class Connection(asyncio.BaseProtocol):
             data: The first bytes of the request.
             more: Whether the body is still to be written with ``write()``, up to ``request_sent()``.
         """
+        reader.enter(_SENDING if more else _WAITING)
         self._parser = ResponseParser(method)
         self._reader = reader
         self._sending = more

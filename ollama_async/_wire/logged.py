@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .link import NO_OWNER
-from .outcome import Framing
 from .phase import Phase, log_phase, phases_are_logged
 from .reader import ResponseReader
+from .unpack import WHOLE, BodyForm
 
 if TYPE_CHECKING:
     import asyncio
@@ -27,8 +27,6 @@ class LoggedReader(ResponseReader):
             log_phase(id(self), phase, self.outcome)
 
 
-def new_reader(
-    loop: asyncio.AbstractEventLoop, owner: Owner = NO_OWNER, framing: Framing = Framing.WHOLE
-) -> ResponseReader:
+def new_reader(loop: asyncio.AbstractEventLoop, owner: Owner = NO_OWNER, body_form: BodyForm = WHOLE) -> ResponseReader:
     """Return a reader; whether its phases are logged is asked once, not at each of them."""
-    return (LoggedReader if phases_are_logged() else ResponseReader)(loop, owner, framing)
+    return (LoggedReader if phases_are_logged() else ResponseReader)(loop, owner, body_form)

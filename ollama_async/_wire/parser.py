@@ -168,7 +168,7 @@ class ResponseParser:
         if self.head is None:
             self._headers.append((name, value.strip(b" \t")))
         else:
-            # Of the trailers, which nobody asks for.
+            # A trailer, which is dropped.
             self._count(len(name) + len(value) + 4)
 
     def on_headers_complete(self) -> None:

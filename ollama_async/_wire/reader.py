@@ -18,7 +18,7 @@ from .outcome import ExchangeEnded, ExchangeOutcome, Framing
 from .parser import Head
 from .phase import Phase
 from .release import release_in_turn
-from .unpack import FORMS, BodyForm
+from .unpack import FORMS, WHOLE, BodyForm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,13 +67,11 @@ class ResponseReader:
         "tidied",
     )
 
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, owner: Owner = NO_OWNER, framing: Framing = Framing.WHOLE
-    ) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, owner: Owner = NO_OWNER, body_form: BodyForm = WHOLE) -> None:
         self.loop: asyncio.AbstractEventLoop = loop
         self.phase: Phase = Phase.NEW
         self.head: Head = _NO_HEAD
-        self.body_form: BodyForm = FORMS[framing]
+        self.body_form: BodyForm = body_form
         self.paused: bool = False
         self.entered_at: float = 0.0
         self.first_line_at: float = 0.0
@@ -134,7 +132,7 @@ class ResponseReader:
     def feed_head(self, head: Head) -> None:
         """Take the head of the answer."""
         self.head = head
-        self.enter(Phase.HEAD)
+        self.enter(_HEAD)
         # From here on the server may not fall silent for longer than the idle limit.
         self.last_activity_at = self.received_at
         self.owner.head_arrived(head)
@@ -152,10 +150,10 @@ class ResponseReader:
             if not block:
                 return not self.paused
         # A byte now and then is not an answer: whole lines count where the answer is made of lines.
-        if body.framing is not _LINES or b"\n" in block:
+        if body.framing is not _LINES or _LINE_FEED in block:
             if not self.first_line_at:
                 self.first_line_at = self.received_at
-                self.enter(Phase.BODY)
+                self.enter(_BODY)
             self.last_activity_at = self.received_at
         self._blocks.append(block)
         self._buffered_bytes += len(block)
@@ -188,8 +186,8 @@ class ResponseReader:
             self.detach()
             self.set_exception(ProtocolError("the answer ends in the middle of its compressed body"))
             return
-        self.enter(Phase.EOF)
-        if body.framing is Framing.WHOLE:
+        self.enter(_EOF)
+        if body.framing is _WHOLE:
             self.decide(ExchangeOutcome("complete"))
         self.detach()
         self.wake()
@@ -217,7 +215,7 @@ class ResponseReader:
     @property
     def eof(self) -> bool:
         """Whether the whole answer has arrived, or nothing of it can arrive any more."""
-        return self.phase >= Phase.EOF
+        return self.phase >= _EOF
 
     @property
     def failed(self) -> bool:
@@ -246,10 +244,10 @@ class ResponseReader:
         """Raise ``ExchangeEnded`` if the outcome is decided and is not the natural end."""
         if self._failure is not None and not self._blocks:
             self.close(ExchangeOutcome("error", self._failure))
-        if self._outcome:
-            outcome = self.failure_outcome
-            if outcome is not None:
-                raise ExchangeEnded(outcome)
+        # As `failure_outcome`, without the call.
+        outcome: ExchangeOutcome | None = self._outcome.get(0)
+        if outcome is not None and outcome.kind != "complete":
+            raise ExchangeEnded(outcome)
 
     @property
     def is_attached(self) -> bool:
@@ -427,7 +425,7 @@ class ResponseReader:
 
     def _drop_owner(self) -> None:
         self.owner = NO_OWNER
-        self.enter(Phase.CLOSED)
+        self.enter(_CLOSED)
 
     def pause_reading(self) -> None:
         """Read no more until the link is released; in the event loop's thread."""
@@ -441,8 +439,8 @@ class ResponseReader:
 
 
 _NO_HEAD = Head()
-# Separate names: Python 3.11 looks a member up in its enum by a call, and these are asked for every token.
-_LINES = Framing.LINES
-_HEAD = Phase.HEAD
-_EOF = Phase.EOF
-_CLOSED = Phase.CLOSED
+# A number: `in` first takes bytes for one, and drops the error.
+_LINE_FEED = ord("\n")
+# Separate names: Python 3.11 looks a member up in its enum by a call, and these are asked for every token or answer.
+_LINES, _WHOLE = Framing.LINES, Framing.WHOLE
+_HEAD, _BODY, _EOF, _CLOSED = Phase.HEAD, Phase.BODY, Phase.EOF, Phase.CLOSED

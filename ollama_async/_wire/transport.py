@@ -442,7 +442,6 @@ def _begin(connection: Connection, reader: ResponseReader, request: EncodedReque
     try:
         if connection.is_closing:
             raise httpx.ReadError("the connection was lost as soon as it was made")
-        reader.enter(Phase.WAITING if request.blocks is None else Phase.SENDING)
         connection.begin(reader, request.method, request.data, more=request.blocks is not None)
     except BaseException:
         connection.close()

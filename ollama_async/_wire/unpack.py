@@ -110,5 +110,6 @@ class BodyForm:
         self.unpacker: Unpacker | None = unpacker
 
 
-# Those that are not compressed: almost all, so they are made once.
+# Those that are not compressed: almost all, so they are made once; by name, since Python hashes an enum by a call.
 FORMS = {framing: BodyForm(framing) for framing in Framing}
+LINES, WHOLE, PAGE = FORMS[Framing.LINES], FORMS[Framing.WHOLE], FORMS[Framing.PAGE]

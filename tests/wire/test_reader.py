@@ -14,7 +14,7 @@ from ollama_async._wire.outcome import ExchangeEnded, ExchangeOutcome, Framing
 from ollama_async._wire.parser import Head
 from ollama_async._wire.phase import Phase
 from ollama_async._wire.reader import ResponseReader
-from ollama_async._wire.unpack import BodyForm
+from ollama_async._wire.unpack import FORMS, BodyForm
 
 BOUND = 5.0
 HEAD = Head(200, b"OK")
@@ -83,7 +83,7 @@ class Both:
 class Rig:
     def __init__(self, framing: Framing = Framing.LINES, *, attached: bool = True) -> None:
         self.clock, self.both = Clock(), Both()
-        self.reader = ResponseReader(cast("Any", self.clock), self.both, framing)
+        self.reader = ResponseReader(cast("Any", self.clock), self.both, FORMS[framing])
         if attached:
             self.reader.attach(self.both)
 

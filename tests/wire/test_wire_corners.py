@@ -25,7 +25,7 @@ from ollama_async._wire import dial, release
 from ollama_async._wire.dial import SocketDial
 from ollama_async._wire.guard import _nothing, guarded, limited
 from ollama_async._wire.http1 import EncodedRequest, Origin
-from ollama_async._wire.outcome import ExchangeEnded, ExchangeOutcome, Framing
+from ollama_async._wire.outcome import ExchangeEnded, ExchangeOutcome
 from ollama_async._wire.parser import ResponseParser
 from ollama_async._wire.phase import Phase
 from ollama_async._wire.pool import ConnectionPool
@@ -36,7 +36,7 @@ from ollama_async._wire.routes import is_direct
 from ollama_async._wire.socket import GuardedSocket
 from ollama_async._wire.tls import TlsOptions
 from ollama_async._wire.transport import _begin
-from ollama_async._wire.unpack import BodyForm
+from ollama_async._wire.unpack import LINES, BodyForm
 from ollama_async._wire.upload import Upload
 from ollama_async.testing import FakeOllama
 
@@ -63,7 +63,7 @@ def wire() -> Any:
 
 
 async def asked(wire: Wire) -> ResponseReader:
-    reader = ResponseReader(asyncio.get_running_loop(), framing=Framing.LINES)
+    reader = ResponseReader(asyncio.get_running_loop(), body_form=LINES)
     wire.connection.begin(reader, "GET", b"", more=False)
     return reader
 
