@@ -33,6 +33,7 @@ from .outcome import ExchangeEnded, ExchangeOutcome
 from .phase import Phase
 from .pool import ConnectionPool, Dialling
 from .proxy import http_proxy
+from .reader import ResponseReader  # noqa: TC001  (typing.get_type_hints() looks for it here)
 from .response import Body, as_httpx_error, body_of, response_of
 from .tasks import cancel_once, join_cancelled
 from .tls import TlsOptions
@@ -42,7 +43,6 @@ from .watch import EndByToken
 if TYPE_CHECKING:
     from .http1 import HttpProxy, Origin
     from .parser import Head
-    from .reader import ResponseReader
     from .socket import GuardedSocket
 
 # Under this name in ``request.extensions`` the library hands its reader through an httpx client to the transport.

@@ -169,7 +169,7 @@ async def test_a_connection_says_what_it_is_doing(wire: Wire) -> None:
     connection = wire.connection
     assert "idle, 0 answered" in repr(connection)
     await asked(wire)
-    assert "new, 0 answered" in repr(connection)
+    assert "waiting, 0 answered" in repr(connection)
     connection.shutdown()
     assert "closed, 0 answered" in repr(connection)
 
