@@ -2,14 +2,18 @@
 
     python benchmarks/durable.py --answers 100 --rate 100 --seconds 4
     python benchmarks/durable.py --answers 1000 --rate 2 --seconds 5      # many answers, followed by one process
-    python benchmarks/durable.py --with assistant-stream                  # the same load, by another library
+    python benchmarks/durable.py --with assistant-stream --answers 10     # by another library, with a load for it
     python benchmarks/durable.py --weigh                                  # what an answer takes in Redis
     python benchmarks/durable.py --left 1000                              # what so many answers leave behind
 
 It starts a Redis, and a second process that watches every answer; the tokens begin when that one is ready. The
-producer's tokens come from a generator in its own process; what that costs by itself is measured in the same way, and
-taken off. CPU is that of the process (so it says little about how busy the machine is); the times are of clocks, and
-say how busy it is, too. Each token is the time at which it was made, so a viewer knows how old it is.
+producer's tokens come from a generator in its own process. What that costs by itself is measured in a third process,
+which makes and reads the same tokens at the same time, so that both have the same machine, and is taken off. The first
+round is not counted: it is for what is done once in each of these processes.
+
+CPU is that of the process. It depends less than the times on what else runs, but on it, too: on how long a process
+keeps its core and its cache. Each token is the time at which it was made, so a viewer knows how old it is. A round that
+takes longer than `--longest` is given up, and the program says how far it came.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import os
 import resource
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,10 +41,13 @@ from typing import Any
 import redis
 
 from ollama_async import AsyncClient, CancelToken, ChatResponse
+from ollama_async._model.merge import validators
 from ollama_async.durable import DurableAnswers
 from ollama_async.testing import FakeOllama, Reply
 
-ROUNDS = 3
+ROUNDS = 5
+# As a stream makes them.
+_chunk_of = validators(ChatResponse).one
 
 
 class Clock:
@@ -71,6 +79,7 @@ class Load:
 
     def __init__(self, rate: float, count: int) -> None:
         self.left = count
+        self.read = 0
         self._given: list[float] = []
         self._waiting: asyncio.Future[None] | None = None
         self._token = CancelToken()
@@ -86,6 +95,13 @@ class Load:
             if self._waiting is not None and not self._waiting.done():
                 self._waiting.set_result(None)
 
+    def end(self) -> None:
+        """Give no more."""
+        self.left = 0
+        self._given.clear()
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
     def abort(self, reason: object = None) -> bool:
         return self._token.abort(reason)
 
@@ -99,11 +115,12 @@ class Load:
                 await self._waiting
             given, self._given = self._given, []
             for made in given:
-                yield ChatResponse.model_validate_json(_CHUNK % made)
+                self.read += 1
+                yield _chunk_of(_CHUNK % made)
         self.outcome = "done"
 
 
-_CHUNK = '{"model":"load","created_at":"x","message":{"role":"assistant","content":"%.6f "},"done":false}'
+_CHUNK = b'{"model":"load","created_at":"x","message":{"role":"assistant","content":"%.6f "},"done":false}'
 _MADE = b'"content":"'
 
 
@@ -163,7 +180,8 @@ class AssistantStream:
         await self._context.run(name, chunks)
 
     async def all_ended(self) -> None:
-        await asyncio.gather(*self._tasks)
+        # Not gather(): if that is cancelled, it waits for tasks that have lost their cancellation to redis-py.
+        await asyncio.wait(self._tasks)
 
     async def view(self, name: str, ready: Any) -> AsyncIterator[tuple[int, list[float]]]:
         found = await self._context.resume(name)
@@ -237,75 +255,144 @@ def _cpu(client: redis.Redis) -> float:
     return float(info["used_cpu_user"] + info["used_cpu_sys"])
 
 
-async def _alone(rate: float, count: int, answers: int) -> float:
-    """Return the CPU time of the load by itself, read as a producer reads it."""
+async def _alone(options: argparse.Namespace) -> None:
+    """The third process: for each line that comes, say the CPU time of the load by itself, read as a producer does."""
 
     async def read(load: Load) -> None:
         async for _ in load:
             pass
 
-    clock = Clock(rate)
-    tasks = [asyncio.create_task(read(clock.load(count))) for _ in range(answers)]
-    begun = time.process_time()
-    await clock.run()
-    await asyncio.gather(*tasks)
-    return time.process_time() - begun
+    count = int(options.rate * options.seconds)
+    while True:
+        clock = Clock(options.rate)
+        tasks = [asyncio.create_task(read(clock.load(count))) for _ in range(options.answers)]
+        await asyncio.sleep(0)
+        gc.collect()
+        print("ready", flush=True)
+        if not sys.stdin.readline():
+            return
+        begun = time.process_time()
+        await clock.run()
+        await asyncio.gather(*tasks)
+        print(time.process_time() - begun, flush=True)
+
+
+@contextlib.asynccontextmanager
+async def _beside(options: argparse.Namespace, *what: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Run this program once more, as another part of it, until that has said that it is ready."""
+    given = [f"--{name}={getattr(options, name)}" for name in ("answers", "rate", "seconds", "viewers")]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, __file__, *what, *given, f"--with={options.library}",
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        await _line(process)
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def _line(process: asyncio.subprocess.Process) -> bytes:
+    assert process.stdout is not None
+    return await process.stdout.readline() or sys.exit("a process beside this one failed")
 
 
 def _connections(client: redis.Redis) -> int:
     return len(client.client_list()) - 1
 
 
-async def _produce(client: redis.Redis, options: argparse.Namespace) -> None:
+class Figures:
+    """Of each round."""
+
+    def __init__(self) -> None:
+        self.added: list[float] = []
+        self.load: list[float] = []
+        self.redis: list[float] = []
+        self.took: list[float] = []
+        self.seen: dict[str, list[float]] = {}
+        self.connections = 0
+        self.held = 0
+
+
+async def _round(
+    client: redis.Redis, options: argparse.Namespace, third: asyncio.subprocess.Process, figures: Figures
+) -> None:
     url = f"redis://127.0.0.1:{client.connection_pool.connection_kwargs['port']}"
     count = int(options.rate * options.seconds)
-    tokens = count * options.answers
-    added, loads, spent, seen = list[float](), list[float](), list[float](), dict[str, list[float]]()
-    connections = held = 0
-    took = 0.0
-    for _ in range(ROUNDS):
-        client.flushall()
-        loads.append(await _alone(options.rate, count, options.answers))
-        here, clock = LIBRARIES[options.library](url), Clock(options.rate)
-        for number in range(options.answers):
-            await here.begin(str(number), clock.load(count))
-        own = _connections(client)
-        watching = await asyncio.create_subprocess_exec(
-            sys.executable, __file__, "--watch", url, "--answers", str(options.answers), "--viewers",
-            str(options.viewers), "--with", options.library, stdout=subprocess.PIPE,
-        )  # fmt: skip
-        assert watching.stdout is not None
-        if not await watching.stdout.readline():
-            sys.exit("the process that watches failed")
+    client.flushall()
+    here, clock = LIBRARIES[options.library](url), Clock(options.rate)
+    loads = [clock.load(count) for _ in range(options.answers)]
+    for number, load in enumerate(loads):
+        await here.begin(str(number), load)
+    own = _connections(client)
+    async with _beside(options, "--watch", url) as watching:
+        gc.collect()
         before, begun, since = _cpu(client), time.process_time(), time.monotonic()
+        assert third.stdin is not None
+        third.stdin.write(b"\n")
         running = asyncio.create_task(clock.run())
-        await asyncio.sleep(options.seconds / 2)
-        connections = _connections(client) - own
-        await running
-        await here.all_ended()
-        took = time.monotonic() - since
-        added.append(time.process_time() - begun - loads[-1])
-        for name, figure in json.loads((await watching.communicate())[0]).items():
-            seen.setdefault(name, []).append(figure)
-        spent.append(_cpu(client) - before)
-        held = int(client.memory_usage(here.key("0"), samples=0) or 0)
-        await here.aclose()
+        try:
+            async with asyncio.timeout(options.longest):
+                await asyncio.sleep(options.seconds / 2)
+                at = time.process_time()
+                figures.connections = _connections(client) - own
+                begun += time.process_time() - at
+                await running
+                await here.all_ended()
+                took, used = time.monotonic() - since, time.process_time() - begun
+                load_used, seen = float(await _line(third)), json.loads(await _line(watching))
+        except TimeoutError:
+            used, spent = time.process_time() - begun, _cpu(client) - before
+            read, all_of_them = sum(load.read for load in loads), count * options.answers
+            for load in loads:
+                load.end()
+            sys.exit(
+                f"{options.library}: {options.answers} answers of {options.rate:g} tokens/s for {options.seconds:g} s "
+                f"were not over after {options.longest:g} s\n"
+                f"{read} of {all_of_them} tokens were produced, with {used / max(1, read) * 1e6:.1f} us CPU a token in "
+                f"the producer, which used {used / options.longest:.0%} of a core, and Redis "
+                f"{spent / options.longest:.0%}\n"
+                f"the load average of this machine was {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+            )
+        figures.took.append(took)
+        figures.load.append(load_used)
+        figures.added.append(used - load_used)
+        for name, figure in seen.items():
+            figures.seen.setdefault(name, []).append(figure)
+        figures.redis.append(_cpu(client) - before)
+        figures.held = int(client.memory_usage(here.key("0"), samples=0) or 0)
+    await here.aclose()
+
+
+async def _produce(client: redis.Redis, options: argparse.Namespace) -> None:
+    count = int(options.rate * options.seconds)
+    tokens = count * options.answers
+    async with _beside(options, "--alone") as third:
+        await _round(client, options, third, Figures())
+        figures = Figures()
+        for _ in range(ROUNDS):
+            await _line(third)
+            await _round(client, options, third, figures)
 
     def middle(figures: list[float], scale: float) -> str:
-        low, between, high = (f"{figure * scale:.1f}" for figure in sorted(figures))
+        low, between, high = (f"{of(figures) * scale:.1f}" for of in (min, statistics.median, max))
         return f"{between:>6} ({low} to {high})"
 
+    seen, besides = figures.seen, middle(figures.load, 1e6 / tokens)
     print(
         f"{options.library}: {options.answers} answers of {options.rate:g} tokens/s for {options.seconds:g} s, "
         f"{options.viewers} viewers each; median of {ROUNDS} (least to most)"
     )
+    print(f"producer    {middle(figures.added, 1e6 / tokens)} us CPU a token, besides {besides} of the load")
     print(
-        f"producer    {middle(added, 1e6 / tokens)} us CPU a token, besides {middle(loads, 1e6 / tokens)} of the load"
+        f"Redis       {middle(figures.redis, 1e6 / tokens)} us CPU a token; "
+        f"{figures.held / count:.1f} KB for 1,000 tokens"
     )
-    print(f"Redis       {middle(spent, 1e6 / tokens)} us CPU a token; {held / count:.1f} KB for 1,000 tokens")
     print(f"viewers     {middle(seen['us'], 1)} us CPU an event, {seen['events'][-1]} events")
     print(f"token there {middle(seen['p50'], 1e3)} ms p50, {middle(seen['p99'], 1e3)} ms p99")
-    print(f"the answers took {took:.1f} s; the process that watches had {connections} connections to Redis")
+    print(f"the answers {middle(figures.took, 1)} s; the process that watches had {figures.connections} connections")
     print(f"other programs: the load average of this machine was {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
 
 
@@ -336,9 +423,9 @@ async def _leave(client: redis.Redis, options: argparse.Namespace) -> None:
             return len(client.keys()), tasks, sockets, _connections(client), *memory
 
         tracemalloc.start()
-        # What is made once is there after the first ones.
-        before = await all_of_them(0, 100)
-        after = await all_of_them(100, 100 + options.left)
+        # What is made once is there after the first ones; pydantic keeps the last 16,384 texts, so it takes that many.
+        before = await all_of_them(0, options.left)
+        after = await all_of_them(options.left, 2 * options.left)
     names = ("keys", "tasks", "descriptors", "connections", "bytes in Redis", "bytes here")
     print(f"after {options.left} answers of 20 tokens, each watched in another process's place, and after their time:")
     for name, was, became in zip(names, before, after, strict=True):
@@ -372,11 +459,16 @@ def main() -> None:
     parser.add_argument("--with", dest="library", choices=LIBRARIES, default="ours")
     parser.add_argument("--left", type=int, help="how many answers, to see what they leave behind")
     parser.add_argument("--weigh", action="store_true", help="what one answer takes in Redis")
+    parser.add_argument("--longest", type=float, default=60.0, help="seconds that a round may take")
     parser.add_argument("--watch", help=argparse.SUPPRESS)
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     if options.watch:
         asyncio.run(_watch(options.watch, options))
+        return
+    if options.alone:
+        asyncio.run(_alone(options))
         return
     with _redis() as client:
         if options.weigh:
