@@ -358,7 +358,7 @@ class Calls:
 
     def _dispatch(self) -> None:
         """Give free slots to the calls whose turn it is, and see to the hosts that are not known or out of service."""
-        if not self.queue.waiting or self.closed:
+        if not self.queue.groups or self.closed:
             return
         if len(self.servers) > 1:
             self._look_where_needed()
@@ -366,7 +366,7 @@ class Calls:
             outage.probing = True
             server.running += model is not None
             self._start(self._probe(server, model, outage))
-        if any(server.looking for server in self.servers) and time.monotonic() < self._choose_at:
+        if time.monotonic() < self._choose_at and any(server.looking for server in self.servers):
             self._tick()
             return
         for waiter in self.queue.grant():
@@ -380,9 +380,10 @@ class Calls:
 
     def _tick(self) -> None:
         """While calls wait, look again: probes become due, patience ends, streams end that nobody reads."""
-        out = any(server.outages for server in self.servers)
+        if self._loop is None or not self.queue.groups:
+            return
         # Asked twice for each call: mostly nothing is out of service, and one timer does for many calls.
-        if self._loop is None or not self.queue.waiting or (self._timer is not None and not out):
+        if self._timer is not None and not any(server.outages for server in self.servers):
             return
         now = time.monotonic()
         dues = [outage.until for server in self.servers for outage in server.outages.values()]

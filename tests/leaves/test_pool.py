@@ -82,7 +82,7 @@ def idle(pool: Pool) -> bool:
 async def nothing_left(pool: Pool) -> None:
     await until(lambda: idle(pool))
     assert not pool._calls._leases
-    assert not pool._calls.queue._groups
+    assert not pool._calls.queue.groups
     assert not pool._all._registrations
 
 
