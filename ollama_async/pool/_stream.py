@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from ollama_async._call.answer import Answer
 from ollama_async._call.chunk import ChunkT
 from ollama_async._call.chunk_reader import ChunkReader
 from ollama_async._call.decoder import NdjsonDecoder
@@ -23,6 +22,7 @@ from ._calls import Ask, Calls, Lease, with_host
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
+    from ollama_async._call.answer import Answer
     from ollama_async._call.exchange import Exchange
     from ollama_async._call.staged import Begin, T
     from ollama_async._cancel import CancelToken
@@ -37,16 +37,16 @@ class _AtHosts(Stage):
 
     Attributes:
         ask: The call.
-        answer: What arrives.
+        answer: What arrives; the reader's.
         lease: The slot that it has, or had last.
         made: What the client of that host would read the answer with; ``None`` while the call waits for a slot.
     """
 
+    answer: Answer[Any]
+
     def __init__(self, calls: Calls, ask: Ask) -> None:
         self._calls = calls
         self.ask: Ask = ask
-        # Once there is a host it is decoded and merged as its client would.
-        self.answer: Answer[Any] = Answer(*_NOTHING[ask.kind])
         self.lease: Lease | None = None
         self.made: ChunkReader[Any] | None = None
         # What may mend the failure of a request at the same host.
@@ -181,7 +181,8 @@ class _PoolReader(ChunkReader[ChunkT]):
         ask = call.hosts.ask
         super().__init__(call, *_NOTHING[ask.kind], response_model=format_model(ask.options.get("format")))
         self.hosts: _AtHosts = call.hosts
-        self.answer = call.hosts.answer
+        # Once there is a host it is decoded and merged as its client would.
+        call.hosts.answer = self.answer
         # Whether it is read to its very end, where its connection is free for whoever gets the slot.
         self.reads_all: bool = False
 
