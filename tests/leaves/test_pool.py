@@ -326,7 +326,8 @@ async def test_waiting_is_part_of_the_whole_time(fake_ollama: FakeOllama) -> Non
         gate.open()
         with pytest.raises(PhaseTimeout) as raised:
             await second
-        assert raised.value.phase == "total"
+        assert (raised.value.phase, raised.value.seconds) == ("total", 0.6)
+        assert "within 0.6 s" in str(raised.value)
         assert time.monotonic() - began < 0.85
         await first
 
