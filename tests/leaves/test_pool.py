@@ -105,6 +105,36 @@ async def test_calls_are_never_more_than_the_slots_and_wait_without_a_connection
         await nothing_left(pool)
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_host_that_lets_calls_wait_is_told_of_once(
+    fake_ollama: FakeOllama, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    gate = Gate()
+    last = {
+        "model": "fake",
+        "message": {"role": "assistant", "content": "a"},
+        "done": True,
+        "total_duration": 2 * 10**9,
+    }
+    fake_ollama.script("/api/chat", Reply([last], before_head=[gate]), always=True)
+
+    async def ask() -> None:
+        if stream:
+            await pool.chat("fake", "a", stream=True).collect()
+        else:
+            await pool.chat("fake", "a")
+
+    async with Pool(fake_ollama.url, slots=3) as pool, asyncio.timeout(LIMIT):
+        calls = [asyncio.create_task(ask()) for _ in range(3)]
+        await asyncio.to_thread(gate.wait_reached, count=3)
+        gate.open()
+        await asyncio.gather(*calls)
+    said = [record.getMessage() for record in caplog.records if record.name == "ollama_async.pool"]
+    assert len(said) == 1
+    assert "let a call wait for 2.0 s" in said[0]
+    assert "slots=3 seems too high" in said[0]
+
+
 @pytest.mark.parametrize("how", ["token", "pool", "cancel", "timeout", "stream", "close_stream", "thread", "close"])
 async def test_a_call_that_waits_ends_at_once(fake_ollama: FakeOllama, how: str) -> None:
     fake_ollama.script("/api/chat", Reply.endless_chat(0.001), always=True)
