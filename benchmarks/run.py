@@ -1,5 +1,8 @@
 """All questions to all clients in one run, by turns: ``python benchmarks/run.py [--quick] [--out FOLDER]``.
 
+``--case TEXT`` asks only the questions with this text in their names, ``--client NAME`` only these clients; both may be
+given several times.
+
 Each measurement is a process of its own against a load server that is another one. In each round every case is put to
 every client, in an order that turns from round to round, so that whatever else the machine is doing hits all alike.
 Out come ``results.json``, ``results.md`` (medians, with the least and the most in brackets, and ratios to
@@ -13,6 +16,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -20,7 +24,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,12 +180,14 @@ def machine() -> dict[str, Any]:
 Results = dict[str, dict[str, dict[str, list[float]]]]  # case, client, figure: one value a round
 
 
-def run(rounds: int, folder: Path, *, quick: bool) -> Results:
-    others: Others = {JS: javascript(folder), GO: go(folder)}
+def run(rounds: int, folder: Path, chosen: list[Case]) -> Results:
+    """Put each of the cases to each of its clients, so many times."""
+    asked = {peer for case in chosen for peer in case.peers}
+    others: Others = {name: build(folder) for name, build in ((JS, javascript), (GO, go)) if name in asked}
     results: Results = {}
     with load_server() as url:
         for turn in range(rounds):
-            for case in cases(quick=quick):
+            for case in chosen:
                 peers = case.peers[turn % len(case.peers) :] + case.peers[: turn % len(case.peers)]
                 for loop in case.loops:
                     for peer in peers:
@@ -190,8 +196,16 @@ def run(rounds: int, folder: Path, *, quick: bool) -> Results:
                         for figure, value in (figures or {}).items():
                             results.setdefault(case.name, {}).setdefault(name, {}).setdefault(figure, []).append(value)
                 print(f"round {turn + 1} of {rounds}: {case.name}", file=sys.stderr)
-    results["import"] = imports.measure(3 if quick else 15)
     return results
+
+
+def choose(given: argparse.Namespace) -> list[Case]:
+    chosen = []
+    for case in cases(quick=given.quick):
+        peers = [peer for peer in case.peers if not given.client or peer in given.client]
+        if peers and (not given.case or any(text in case.name for text in given.case)):
+            chosen.append(replace(case, peers=peers))
+    return chosen
 
 
 def shown(values: list[float]) -> str:
@@ -200,20 +214,20 @@ def shown(values: list[float]) -> str:
     return f"{middle:,.{digits}f} ({low:,.{digits}f}-{high:,.{digits}f})"
 
 
-def markdown(results: Results, about: dict[str, Any], command: str) -> str:
+def markdown(results: Results, about: dict[str, Any], command: str, reference_name: str = REFERENCE) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     where = f"{about['cores']} cores of {about['cpu']}, Python {about['python']}, {about['system']}"
     lines = [f"`{command}` on {where}; {versions}; load average at the start {about['load']:.1f}."]
     for case, clients in results.items():
         figures = list(dict.fromkeys(figure for seen in clients.values() for figure in seen))
-        reference = clients.get(REFERENCE, {})
+        reference = clients.get(reference_name, {})
         lines += ["", f"**{case}**", "", "| client | " + " | ".join(figures) + " |", "|---|" + "---|" * len(figures)]
         for client, seen in clients.items():
             cells = []
             for figure in figures:
                 values = seen.get(figure)
                 cell = shown(values) if values else ""
-                if values and client != REFERENCE and reference.get(figure):
+                if values and client != reference_name and reference.get(figure):
                     ratio = statistics.median(reference[figure]) / max(statistics.median(values), 1e-9)
                     cell += f", {ratio:.2f}x"
                 cells.append(cell)
@@ -250,20 +264,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one round of smaller cases, in under 3 minutes")
     parser.add_argument("--rounds", type=int, help="default 5, with --quick 1")
+    parser.add_argument("--case", action="append", help="text in the name of a question")
+    parser.add_argument("--client", action="append", choices=ALL)
+    parser.add_argument("--reference", choices=ALL, default=REFERENCE, help="the client that the ratios are to")
     parser.add_argument("--out", type=Path, default=Path("build", "bench"))
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     rounds = given.rounds or (1 if given.quick else 5)
     about = machine()
     begun = time.monotonic()
-    results = run(rounds, given.out, quick=given.quick)
+    results = run(rounds, given.out, choose(given))
     command = f"nox -s bench -- {'--quick ' if given.quick else ''}--rounds {rounds}"
+    whole = not (given.case or given.client)
+    if whole:
+        results["import"] = imports.measure(3 if given.quick else 15)
+    else:
+        names = {"--case": given.case, "--client": given.client}
+        command += "".join(f" {shlex.join([name, each])}" for name, some in names.items() for each in some or [])
+    if given.reference != REFERENCE:
+        command += f" --reference {given.reference}"
     (given.out / "results.json").write_text(
         json.dumps({"machine": about, "command": command, "results": results}, indent=1)
     )
-    text = markdown(results, about, command)
+    text = markdown(results, about, command, given.reference)
     (given.out / "results.md").write_text(text)
-    plot(results, given.out)
+    if whole:
+        plot(results, given.out)
     print(text)
     print(f"{time.monotonic() - begun:.0f} s; everything is in {given.out}", file=sys.stderr)
 

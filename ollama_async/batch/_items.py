@@ -29,6 +29,7 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "generate": (*_ANSWER_FIELDS, "suffix", "system", "template", "raw", "images"),
     "embed": ("truncate", "options", "keep_alive", "dimensions"),
 }
+_TAKEN = {kind: frozenset(("model", *names)) for kind, names in _FIELDS.items()}
 _OPENAI_KINDS: dict[str, Kind] = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "generate",
@@ -160,7 +161,8 @@ class Shape:
 
 
 def _picked(kind: Kind, fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: fields[name] for name in ("model", *_FIELDS[kind]) if fields.get(name) is not None}
+    taken = _TAKEN[kind]
+    return {name: value for name, value in fields.items() if value is not None and name in taken}
 
 
 def _filled(template: str, fields: Mapping[str, Any], where: str) -> str:

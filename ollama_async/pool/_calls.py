@@ -26,6 +26,7 @@ from ollama_async._errors import (
     RequestError,
     ResponseError,
     StreamClosed,
+    StreamTruncated,
     shown,
 )
 from ollama_async._loops import in_loop, resolve, running_loop
@@ -35,12 +36,14 @@ from ._hosts import Outage, Queue, Server, Waiter
 if TYPE_CHECKING:
     from ollama_async._call.answer import Answer
     from ollama_async._call.exchange import Exchange
+    from ollama_async._call.stream import Stream
 
 __all__ = ["TIMEOUTS", "Ask", "Calls", "Kind", "Lease", "check_kind", "is_count", "with_host"]
 
 _log = logging.getLogger("ollama_async.pool")
 
 T = TypeVar("T")
+Attempt = Callable[["Lease", dict[str, Any]], Awaitable[T]]
 Kind = Literal["chat", "generate", "embed"]
 
 TIMEOUTS = Timeouts(connect=5.0, first_chunk=300.0)
@@ -98,7 +101,7 @@ class Lease:
     A stream keeps it as long as its exchange is open, whose end it is told of as one that observes it.
     """
 
-    __slots__ = ("_answer", "_calls", "_observed", "_to_its_end", "ask", "headers", "server")
+    __slots__ = ("_answer", "_calls", "_observed", "_to_its_end", "ask", "begun", "headers", "server")
 
     def __init__(self, calls: Calls, server: Server, ask: Ask) -> None:
         self._calls = calls
@@ -109,13 +112,18 @@ class Lease:
         self.headers: Mapping[str, str] = {}
         self.server: Server = server
         self.ask: Ask = ask
+        # Whether an answer has begun: it is not asked for at another host.
+        self.begun: bool = False
 
     def release(self) -> None:
         """Give the slot back; idempotent."""
         self._calls.give_back(self)
 
-    def hold_for(self, exchange: Exchange, answer: Answer[Any], *, to_its_end: bool) -> None:
-        """Keep the slot until the exchange ends; after the last chunk ``to_its_end`` leaves that to the caller."""
+    def hold_for(self, exchange: Exchange, answer: Answer[Any], *, to_its_end: bool = False) -> None:
+        """Keep the slot until the exchange ends; after the last chunk ``to_its_end`` leaves that to the caller.
+
+        Its connection is then free for whoever gets the slot.
+        """
         if self._answer is not None:
             return
         self._answer, self._to_its_end = answer, to_its_end
@@ -238,24 +246,32 @@ class Calls:
             if running_loop() is not None:
                 self._dispatch()
 
-    async def at_hosts(self, ask: Ask, attempt: Callable[[Server, dict[str, Any]], Awaitable[T]]) -> T:
+    async def at_hosts(self, ask: Ask, attempt: Attempt[T]) -> T:
         """Make a call whose answer comes as a whole, at one host after the other until one answers.
 
         Args:
             ask: The call.
-            attempt: Makes it at a host, with the options that it is given.
+            attempt: Makes it at the host of a lease, with the options that it is given.
         """
         token = CancelToken.any(*filter(None, (ask.token, *ask.tokens)))
+        host: str | None = None
         while True:
-            lease = await self.acquire(ask, token)
+            try:
+                lease = await self.acquire(ask, token)
+            except OllamaError as exc:
+                exc.host = exc.host or host
+                raise
+            host = lease.server.url
             options: dict[str, Any] = {**ask.options, "token": token}
             if ask.deadline is not None:
                 left = max(ask.deadline - asyncio.get_running_loop().time(), 1e-6)
                 options["timeout"] = replace(ask.timeouts, total=left)
             try:
-                return with_host(await attempt(lease.server, options), lease.server.url)
+                return with_host(await attempt(lease, options), host)
             except OllamaError as exc:
-                if not self.goes_on(lease, exc):
+                exc.host = host
+                _say_whole_limit(exc, ask)
+                if lease.begun or not self.goes_on(lease, exc):
                     raise
             finally:
                 lease.release()
@@ -358,7 +374,7 @@ class Calls:
 
     def _dispatch(self) -> None:
         """Give free slots to the calls whose turn it is, and see to the hosts that are not known or out of service."""
-        if not self.queue.waiting or self.closed:
+        if not self.queue.groups or self.closed:
             return
         if len(self.servers) > 1:
             self._look_where_needed()
@@ -366,7 +382,7 @@ class Calls:
             outage.probing = True
             server.running += model is not None
             self._start(self._probe(server, model, outage))
-        if any(server.looking for server in self.servers) and time.monotonic() < self._choose_at:
+        if time.monotonic() < self._choose_at and any(server.looking for server in self.servers):
             self._tick()
             return
         for waiter in self.queue.grant():
@@ -380,9 +396,10 @@ class Calls:
 
     def _tick(self) -> None:
         """While calls wait, look again: probes become due, patience ends, streams end that nobody reads."""
-        out = any(server.outages for server in self.servers)
+        if self._loop is None or not self.queue.groups:
+            return
         # Asked twice for each call: mostly nothing is out of service, and one timer does for many calls.
-        if self._loop is None or not self.queue.waiting or (self._timer is not None and not out):
+        if self._timer is not None and not any(server.outages for server in self.servers):
             return
         now = time.monotonic()
         dues = [outage.until for server in self.servers for outage in server.outages.values()]
@@ -465,6 +482,36 @@ class Calls:
             outage.probing = False
             server.running -= model is not None
         self._dispatch()
+
+
+async def embedded(lease: Lease, options: dict[str, Any]) -> Any:
+    """Turn texts into vectors at the host of a lease."""
+    return await lease.server.client.embed(lease.ask.model, *lease.ask.arguments, **options)
+
+
+async def collected(lease: Lease, options: dict[str, Any]) -> Any:
+    """Have an answer from the host of a lease: never a part of one.
+
+    It streams inside: else the limit of the first chunk would be one of the answer.
+    """
+    method = getattr(lease.server.client, lease.ask.kind)
+    stream: Stream[Any] = method(lease.ask.model, *lease.ask.arguments, stream=True, **options)
+    await stream
+    reader = stream._reader  # noqa: SLF001  (as a PoolStream, which is this stream)
+    assert reader.call.exchange is not None
+    lease.begun = True
+    lease.hold_for(reader.call.exchange, reader.answer, to_its_end=True)
+    answer = await stream.collect()
+    if stream.outcome == "truncated":
+        raise StreamTruncated("the answer ended without a last chunk that says that it is done", answer)
+    return answer
+
+
+def _say_whole_limit(error: OllamaError, ask: Ask) -> None:
+    """Have an error say the limit that the caller gave, not what the wait for a slot has left of it."""
+    if isinstance(error, PhaseTimeout) and error.phase == "total" and ask.timeouts.total is not None:
+        given = PhaseTimeout("total", ask.timeouts.total)
+        error.seconds, error.args = given.seconds, given.args
 
 
 def _said(error: OllamaError) -> str:

@@ -216,7 +216,8 @@ class Queue:
 
     def __init__(self, servers: list[Server]) -> None:
         self.servers = servers
-        self._groups: dict[tuple[str, frozenset[Server]], _Group] = {}
+        # None of them is empty.
+        self.groups: dict[tuple[str, frozenset[Server]], _Group] = {}
         self._numbers = itertools.count()
         # Start-time fair queueing: each call of a key starts one turn after the key's last one, or now.
         self._turn = 0.0
@@ -227,15 +228,15 @@ class Queue:
     @property
     def waiting(self) -> int:
         """How many calls wait."""
-        return sum(group.waiting for group in self._groups.values())
+        return sum(group.waiting for group in self.groups.values())
 
     def all(self) -> list[Waiter]:
         """Return the calls that wait."""
-        return [waiter for group in self._groups.values() for waiter in group]
+        return [waiter for group in self.groups.values() for waiter in group]
 
     def waiting_for(self, server: Server) -> int:
         """How many calls wait that a host may be given."""
-        groups = self._groups.items()
+        groups = self.groups.items()
         return sum(group.waiting for (model, tried), group in groups if server not in tried and server.has(model))
 
     def add(self, waiter: Waiter, key: Hashable | None, priority: float) -> None:
@@ -245,7 +246,7 @@ class Queue:
             self._last_turns = {each: last for each, last in self._last_turns.items() if last > self._turn}
         self._last_turns[key] = turn
         waiter.order = (-priority, turn, next(self._numbers))
-        group = self._groups.setdefault((waiter.model, waiter.tried), _Group())
+        group = self.groups.setdefault((waiter.model, waiter.tried), _Group())
         waiter.group = group
         group.waiting += 1
         heapq.heappush(group.heap, (waiter.order, waiter))
@@ -256,13 +257,13 @@ class Queue:
         if not waiter.gone and waiter.group is not None:
             waiter.group.remove(waiter)
             if not waiter.group.waiting:
-                self._groups.pop((waiter.model, waiter.tried), None)
+                self.groups.pop((waiter.model, waiter.tried), None)
 
     def grant(self) -> Iterator[Waiter]:
         """Give hosts to the calls whose turn it is; yield each."""
         blocked: set[_Group] = set()
         while any(server.free for server in self.servers):
-            heads = [head for group in self._groups.values() if group not in blocked and (head := group.head())]
+            heads = [head for group in self.groups.values() if group not in blocked and (head := group.head())]
             waiter = min(heads, key=lambda head: head.order, default=None)
             if waiter is None or waiter.group is None:
                 return
@@ -312,28 +313,33 @@ class Queue:
         return min(ready, key=lambda s: ((s.running + 1) / s.slots, random.random()), default=None)  # noqa: S311
 
     def _demand(self, model: str, loaded: list[Server]) -> int:
-        waiting = sum(group.waiting for (name, _), group in self._groups.items() if name == model)
+        waiting = sum(group.waiting for (name, _), group in self.groups.items() if name == model)
         return waiting + sum(server.running for server in loaded)
 
     def _is_used(self, server: Server) -> bool:
         """Whether a host runs a call, or calls wait for a model that it has loaded."""
-        return server.running > 0 or any(model in server.loaded for model, _ in self._groups)
+        return server.running > 0 or any(model in server.loaded for model, _ in self.groups)
 
     def stranded(self, patience: float) -> list[Waiter]:
         """Return the calls that no host is left for, or none in service for longer than their patience, in seconds."""
         found: list[Waiter] = []
         now = time.monotonic()
-        for (model, tried), group in self._groups.items():
-            left = [server for server in self.servers if server not in tried and server.has(model)]
-            began = [outage.began for server in left if (outage := server.outage(model)) is not None]
-            if len(began) == len(left):
+        for (model, tried), group in self.groups.items():
+            began: list[float] = []
+            for server in self.servers:
+                if server not in tried and server.has(model):
+                    outage = server.outage(model)
+                    if outage is None:
+                        break
+                    began.append(outage.began)
+            else:
                 since = max(began, default=now)
-                found += [each for each in group if not left or now - max(since, each.began) >= patience]
+                found += [each for each in group if not began or now - max(since, each.began) >= patience]
         return found
 
     def lacking(self) -> bool:
         """Whether a call waits for a model that no host has."""
-        return any(not any(server.has(model) for server in self.servers) for model, _ in self._groups)
+        return any(not any(server.has(model) for server in self.servers) for model, _ in self.groups)
 
     def due_probes(self) -> Iterator[tuple[Server, str | None, Outage]]:
         """Yield the outages whose end is worth finding out: a call waits, or has come, and the pause is over."""

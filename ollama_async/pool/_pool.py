@@ -18,7 +18,7 @@ from ollama_async._model.types import ChatResponse, EmbedResponse, GenerateRespo
 from ollama_async._secret import showable
 from ollama_async._session import hide
 
-from ._calls import TIMEOUTS, Ask, Calls, Kind, check_kind, is_count
+from ._calls import TIMEOUTS, Ask, Calls, Kind, check_kind, collected, embedded, is_count
 from ._hosts import Host, HostState, Server
 from ._map import Mapper
 from ._stream import PoolStream
@@ -305,13 +305,7 @@ class Pool(Mapper, LiveObject):
 
     def _whole(self, ask: Ask) -> Coroutine[Any, Any, Any]:
         """Return what gives a whole answer."""
-        if ask.kind != "embed":
-            # It streams inside: else the limit of the first chunk would be one of the answer.
-            made: PoolStream[Any] = PoolStream(self._calls, ask)
-            return made.whole()
-        return self._calls.at_hosts(
-            ask, lambda server, options: server.client.embed(ask.model, *ask.arguments, **options)
-        )
+        return self._calls.at_hosts(ask, embedded if ask.kind == "embed" else collected)
 
     def _ask(
         self, kind: Kind, model: str, arguments: tuple[Any, ...], options: dict[str, Any], *, stream: bool = False

@@ -5,24 +5,24 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from ollama_async._call.answer import Answer
 from ollama_async._call.chunk import ChunkT
 from ollama_async._call.chunk_reader import ChunkReader
 from ollama_async._call.decoder import NdjsonDecoder
 from ollama_async._call.ndjson import MAX_LINE_BYTES
 from ollama_async._call.staged import Stage, StagedCall
 from ollama_async._call.stream import Continuation, Stream
-from ollama_async._errors import AbortError, CannotContinue, OllamaError, StreamClosed, StreamTruncated
+from ollama_async._errors import AbortError, CannotContinue, OllamaError, StreamClosed
 from ollama_async._model.input import format_model
 from ollama_async._model.merge import ChatMerge, GenerateMerge
 from ollama_async._secret import showable
 from ollama_async._wire.outcome import ExchangeOutcome
 
-from ._calls import Ask, Calls, Lease, with_host
+from ._calls import Ask, Calls, Lease
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
+    from ollama_async._call.answer import Answer
     from ollama_async._call.exchange import Exchange
     from ollama_async._call.staged import Begin, T
     from ollama_async._cancel import CancelToken
@@ -37,16 +37,16 @@ class _AtHosts(Stage):
 
     Attributes:
         ask: The call.
-        answer: What arrives.
+        answer: What arrives; the reader's.
         lease: The slot that it has, or had last.
         made: What the client of that host would read the answer with; ``None`` while the call waits for a slot.
     """
 
+    answer: Answer[Any]
+
     def __init__(self, calls: Calls, ask: Ask) -> None:
         self._calls = calls
         self.ask: Ask = ask
-        # Once there is a host it is decoded and merged as its client would.
-        self.answer: Answer[Any] = Answer(*_NOTHING[ask.kind])
         self.lease: Lease | None = None
         self.made: ChunkReader[Any] | None = None
         # What may mend the failure of a request at the same host.
@@ -175,22 +175,21 @@ class _PoolCall(StagedCall):
 class _PoolReader(ChunkReader[ChunkT]):
     """Reads an answer as the reader of a host's stream would, whose place it takes once the answer has begun."""
 
-    __slots__ = ("hosts", "reads_all")
+    __slots__ = ("hosts",)
 
     def __init__(self, call: _PoolCall) -> None:
         ask = call.hosts.ask
         super().__init__(call, *_NOTHING[ask.kind], response_model=format_model(ask.options.get("format")))
         self.hosts: _AtHosts = call.hosts
-        self.answer = call.hosts.answer
-        # Whether it is read to its very end, where its connection is free for whoever gets the slot.
-        self.reads_all: bool = False
+        # Once there is a host it is decoded and merged as its client would.
+        call.hosts.answer = self.answer
 
     async def _note_opened(self, exchange: Exchange) -> Exchange:
         made = self.hosts.made
         assert made is not None
         assert self.hosts.lease is not None
         self._until, self._deadline, self._strict = made._until, made._deadline, made._strict  # noqa: SLF001
-        self.hosts.lease.hold_for(exchange, self.answer, to_its_end=self.reads_all)
+        self.hosts.lease.hold_for(exchange, self.answer)
         return await super()._note_opened(exchange)
 
 
@@ -229,22 +228,6 @@ class PoolStream(Stream[ChunkT]):
         """URL of the host that has the call, or had it last; ``None`` until there was one."""
         lease = self._reader.hosts.lease
         return None if lease is None else lease.server.url
-
-    async def whole(self) -> ChunkT:
-        """Return the whole answer, for a call without ``stream=True``: never a part of one."""
-        self._reader.reads_all = True
-        try:
-            answer = await self._collect()
-            if self.outcome == "truncated":
-                raise StreamTruncated("the answer ended without a last chunk that says that it is done", answer)
-        except OllamaError as exc:
-            exc.host = exc.host or self.host
-            raise
-        finally:
-            if self._reader.hosts.lease is not None:
-                self._reader.hosts.lease.release()
-        assert self.host is not None
-        return with_host(answer, self.host)
 
     def __repr__(self) -> str:
         reader = self._reader

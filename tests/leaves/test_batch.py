@@ -38,6 +38,7 @@ from ollama_async.batch import (
     _run,
     batch,
 )
+from ollama_async.batch._journal import encode_line
 from ollama_async.cli import _terminal as terminal
 from ollama_async.pool import _hosts
 from ollama_async.testing import Cut, FakeOllama, Reply, Stall
@@ -170,6 +171,30 @@ async def test_openai_lines_in_and_out(server: FakeOllama, tmp_path: Path) -> No
         "NotFoundError",
     )
     assert (await batch(source, output, pool=server.url, openai=True)).skipped == 3
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        0.1,
+        1e-7,
+        5e-324,
+        1e16,
+        1.7976931348623157e308,
+        2**70,
+        -0.0,
+        "\ud800",
+        "\u2028\u00fc\U0001f600\0\n",
+        None,
+        [],
+        {"": 1},
+    ],
+)
+def test_a_line_of_the_output_holds_a_value_exactly(value: Any) -> None:
+    line = encode_line({"id": "1", "value": value})
+    assert line.endswith(b"}\n")
+    assert line.count(b"\n") == 1
+    assert repr(json.loads(line)["value"]) == repr(value)
 
 
 async def test_vectors_are_made_together_and_can_be_base64(server: FakeOllama, tmp_path: Path) -> None:

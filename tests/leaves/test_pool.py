@@ -82,7 +82,7 @@ def idle(pool: Pool) -> bool:
 async def nothing_left(pool: Pool) -> None:
     await until(lambda: idle(pool))
     assert not pool._calls._leases
-    assert not pool._calls.queue._groups
+    assert not pool._calls.queue.groups
     assert not pool._all._registrations
 
 
@@ -103,6 +103,36 @@ async def test_calls_are_never_more_than_the_slots_and_wait_without_a_connection
         assert len(fake_ollama.connections) == 2
         assert asked(fake_ollama)[2:] == ["2", "3", "4", "5"]
         await nothing_left(pool)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_host_that_lets_calls_wait_is_told_of_once(
+    fake_ollama: FakeOllama, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    gate = Gate()
+    last = {
+        "model": "fake",
+        "message": {"role": "assistant", "content": "a"},
+        "done": True,
+        "total_duration": 2 * 10**9,
+    }
+    fake_ollama.script("/api/chat", Reply([last], before_head=[gate]), always=True)
+
+    async def ask() -> None:
+        if stream:
+            await pool.chat("fake", "a", stream=True).collect()
+        else:
+            await pool.chat("fake", "a")
+
+    async with Pool(fake_ollama.url, slots=3) as pool, asyncio.timeout(LIMIT):
+        calls = [asyncio.create_task(ask()) for _ in range(3)]
+        await asyncio.to_thread(gate.wait_reached, count=3)
+        gate.open()
+        await asyncio.gather(*calls)
+    said = [record.getMessage() for record in caplog.records if record.name == "ollama_async.pool"]
+    assert len(said) == 1
+    assert "let a call wait for 2.0 s" in said[0]
+    assert "slots=3 seems too high" in said[0]
 
 
 @pytest.mark.parametrize("how", ["token", "pool", "cancel", "timeout", "stream", "close_stream", "thread", "close"])
@@ -326,7 +356,8 @@ async def test_waiting_is_part_of_the_whole_time(fake_ollama: FakeOllama) -> Non
         gate.open()
         with pytest.raises(PhaseTimeout) as raised:
             await second
-        assert raised.value.phase == "total"
+        assert (raised.value.phase, raised.value.seconds) == ("total", 0.6)
+        assert "within 0.6 s" in str(raised.value)
         assert time.monotonic() - began < 0.85
         await first
 
