@@ -33,7 +33,7 @@ from .outcome import ExchangeEnded, ExchangeOutcome
 from .phase import Phase
 from .pool import ConnectionPool, Dialling
 from .proxy import http_proxy
-from .reader import ResponseReader  # noqa: TC001  (typing.get_type_hints() looks for it here)
+from .reader import ResponseReader
 from .response import Body, as_httpx_error, body_of, response_of
 from .tasks import cancel_once, join_cancelled
 from .tls import TlsOptions
