@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any, Final, Literal
 
 import httpx
@@ -77,6 +78,12 @@ class Agent(LiveObject):
                 raise RequestError(f"an agent takes no {reserved}=: give run() the messages, token= and until=")
         if on_tool_error not in ("feed", "raise"):
             raise RequestError(f"on_tool_error={shown(on_tool_error)}: give 'feed' or 'raise'")
+        if not isinstance(client, (AsyncClient, Pool)):
+            raise RequestError(f"client={type(client).__name__}: give an AsyncClient or a Pool")
+        if not isinstance(system, (str, NoneType)):
+            raise RequestError(f"system={shown(system)}: give a str, or None")
+        if approve is not None and not callable(approve):
+            raise RequestError(f"approve={shown(approve)}: give a function of a ToolCall, or None")
         made = [AgentTool(tool) for tool in sequence(tools, "tools")]
         by_name = {tool.name: tool for tool in made}
         if len(by_name) < len(made):

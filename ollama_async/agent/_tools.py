@@ -126,7 +126,8 @@ def _for_model(value: object, call: ToolCall) -> _ForModel:
             value.encode()
             return _ForModel(value)
         written = pydantic_core.to_json(value, inf_nan_mode="constants")
-        pydantic_core.from_json(written, allow_inf_nan=False)
+        if pydantic_core.to_json(value, inf_nan_mode="null") != written:
+            raise ValueError("it has a NaN or an infinity")
         return _ForModel(written.decode())
     except (ValueError, TypeError, RecursionError) as exc:
         name, kind = call.function.name, type(value).__name__
@@ -352,7 +353,9 @@ class ToolRun:
         stopped = isinstance(error, (asyncio.CancelledError, AbortError)) and self._token.aborted
         if stopped and self._timed_out:
             failure: ToolError = ToolTimeout(
-                f"{self.call.function.name}() did not finish within {self._terms.tool_timeout:g} s", self.call
+                f"{self.call.function.name}() did not finish within {self._terms.tool_timeout:g} s: ask it for less, "
+                "or raise tool_timeout=",
+                self.call,
             )
             return "timeout", f"error: {failure}", failure
         if stopped:

@@ -727,6 +727,14 @@ class Point:
     x: int
 
 
+async def test_a_number_that_json_does_not_have_is_named(client: AsyncClient, fake_ollama: FakeOllama) -> None:
+    def lookup() -> dict[str, float]:
+        return {"celsius": float("nan")}
+
+    finished = await bad(client, fake_ollama, lookup, calling("lookup"))
+    assert "it has a NaN or an infinity" in finished.content
+
+
 async def test_results_that_are_json(client: AsyncClient, fake_ollama: FakeOllama) -> None:
     values: list[tuple[object, str]] = [(None, "null"), ("", ""), (Point(1), '{"x":1}'), ({1}, "[1]"), (True, "true")]
     for value, text in values:
@@ -820,7 +828,8 @@ async def test_a_tool_that_hangs(fake_ollama: FakeOllama, thread: bool) -> None:
         finished = await bad(client, fake_ollama, tool, calling(tool.__name__), tool_timeout=0.02)
         assert isinstance(finished.error, ToolTimeout)
         assert (finished.outcome, finished.left) == ("timeout", False)
-        assert finished.content == f"error: {tool.__name__}() did not finish within 0.02 s"
+        text = "did not finish within 0.02 s: ask it for less, or raise tool_timeout="
+        assert finished.content == f"error: {tool.__name__}() {text}"
 
 
 @pytest.mark.parametrize("thread", [False, True])
@@ -1273,11 +1282,15 @@ async def test_bad_input(client: AsyncClient) -> None:
         ({"timeout": 0}, "timeout=0"),
         ({"on_tool_error": "ignore"}, "on_tool_error='ignore'"),
         ({"stream": True}, "no stream="),
+        ({"system": 1}, "system=1: give a str"),
+        ({"approve": "yes"}, "approve='yes': give a function"),
     ):
         with pytest.raises(RequestError, match=text):
             Agent(client, "fake", **terms)
     with pytest.raises(RequestError, match="model=''"):
         Agent(client, "")
+    with pytest.raises(RequestError, match="client=str: give an AsyncClient or a Pool"):
+        Agent("http://localhost:11434", "fake")  # type: ignore[arg-type]
     run = Agent(client, "fake").run([{"content": "no role"}])
     error = await failure(run, RequestError)
     assert "messages[0]" in str(error)
