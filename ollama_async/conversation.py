@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, Literal, NamedTuple, Self, TypeAlias, Unpack, cast, overload
 
 import anyio.to_thread
@@ -14,8 +15,8 @@ from ._call.chunk_reader import Outcome
 from ._call.stream import Stream
 from ._cancel import LiveObject
 from ._client import AsyncClient, ImageLike, _ChatOptions
-from ._errors import OllamaError, RequestError, StreamTruncated
-from ._model.input import encode_messages, first_error
+from ._errors import OllamaError, RequestError, StreamTruncated, shown
+from ._model.input import encode_messages, first_error, model_name
 from ._model.types import ChatResponse, Dumpable, Message
 from ._regular import RegularFile, write_file
 from ._secret import showable
@@ -125,11 +126,10 @@ class Chat(LiveObject):
         **options: Unpack[_ChatOptions],
     ) -> None:
         hide(options)
-        if context_limit is not None and (not isinstance(context_limit, int) or context_limit < 1):  # type: ignore[redundant-expr]
-            raise RequestError(f"context_limit={context_limit!r}: give a number of tokens, 1 or more, or None")
+        _check(client, system, context_limit)
         self._options = options
         self.client = client
-        self.model = model
+        self.model = model_name(model)
         self.system = system
         self.context_limit = context_limit
         self._keep_stopped = keep_stopped
@@ -140,7 +140,7 @@ class Chat(LiveObject):
         self._asked: _Asked | None = None
         # Names the conversation at a pool. Not the chat itself: the pool would keep that.
         self._name = object()
-        self._extend(encode_messages([*messages]))
+        self._extend(encode_messages(_listed(messages)))
 
     # -- talking --
 
@@ -283,7 +283,7 @@ class Chat(LiveObject):
         """
         self.abort("other messages were added to this chat")
         self._settle()
-        self._extend(encode_messages([*messages]))
+        self._extend(encode_messages(_listed(messages)))
 
     def undo(self) -> Turn | None:
         """Remove the last turn from the conversation, after stopping an open answer.
@@ -436,12 +436,30 @@ class Chat(LiveObject):
         return None if self._count is None else round(self._count.tokens * size / max(self._count.size, 1))
 
 
+def _check(client: object, system: object, limit: object) -> None:
+    if not isinstance(client, (AsyncClient, Pool)):
+        raise RequestError(f"client={type(client).__name__}: give an AsyncClient or a Pool")
+    if not isinstance(system, (str, NoneType)):
+        raise RequestError(f"system={shown(system)}: give a str, or None")
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise RequestError(f"context_limit={limit!r}: give a number of tokens, 1 or more, or None")
+
+
+def _listed(messages: Any) -> list[Any]:
+    if not isinstance(messages, Iterable):
+        raise RequestError(f"messages={type(messages).__name__}: give a list")
+    return [*messages]
+
+
 def _given(message: Said | Sequence[Said], images: Sequence[ImageLike] | None) -> list[Any]:
     if isinstance(message, str):
         return [{"role": "user", "content": message, **({} if images is None else {"images": images})}]
     if images is not None:
         raise RequestError("images= needs a text; put the images of a message into the message itself")
-    return [*message] if isinstance(message, Sequence) else [message]
+    given = [*message] if isinstance(message, Sequence) else [message]
+    if not given:
+        raise RequestError("message=[]: there is no message in it; give a text, a message, or several")
+    return given
 
 
 def _flat(turns: Iterable[Turn]) -> list[dict[str, Any]]:

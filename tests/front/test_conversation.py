@@ -369,10 +369,28 @@ async def test_a_limit_leaves_the_system_message_and_the_new_one(fake_ollama: Fa
     assert [role for role, _ in said(fake_ollama.requests[2])] == ["system", "user", "assistant", "tool"]
 
 
-@pytest.mark.parametrize("limit", [0, -1, 1.5, "4096"])
+@pytest.mark.parametrize("limit", [0, -1, 1.5, "4096", True])
 def test_an_invalid_number_of_tokens_is_refused(limit: Any) -> None:
     with pytest.raises(RequestError, match="context_limit="):
         Chat(AsyncClient(), "fake", context_limit=limit)
+
+
+async def test_what_is_of_the_wrong_kind_is_refused(fake_ollama: FakeOllama) -> None:
+    async with AsyncClient(fake_ollama.url) as client:
+        for given, text in (
+            ({"client": None}, "client=NoneType: give an AsyncClient or a Pool"),
+            ({"client": fake_ollama.url}, "client=str: give an AsyncClient or a Pool"),
+            ({"model": 3}, "model=3: give the name of a model"),
+            ({"system": 3}, "system=3: give a str, or None"),
+            ({"messages": 3}, "messages=int: give a list"),
+        ):
+            with pytest.raises(RequestError, match=text):
+                Chat(**{"client": client, "model": "fake", **given})  # type: ignore[arg-type]
+        chat = Chat(client, "fake")
+        await chat.send("hi")
+        with pytest.raises(RequestError, match="there is no message in it"):
+            chat.send([], stream=True)
+        assert len(chat.turns) == 1
 
 
 # -- files --
