@@ -64,9 +64,9 @@ class _Preflight(Stage):
 
 async def require(client: ModelManagement, model: str, needs: Sequence[Any], version: Any, call: CallOptions) -> None:
     """Do what ``AsyncClient.require()`` says."""
-    flaw = next((need for need in needs if not isinstance(need, str) or not need), None)
-    if flaw is not None:
-        raise RequestError(f"capability {flaw!r}: give names such as 'tools' or 'vision'")
+    for need in needs:
+        if not isinstance(need, str) or not need:
+            raise RequestError(f"capability {need!r}: give names such as 'tools' or 'vision'")
     if version is not None and (not isinstance(version, str) or _parsed(version) is None):
         raise RequestError(f"version={version!r}: give one such as '0.12' or '0.12.3'")
     await check(client, model, needs, version, call, unknown_passes=False)

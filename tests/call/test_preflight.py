@@ -151,7 +151,7 @@ async def test_what_makes_no_sense_is_refused(fake_ollama: FakeOllama) -> None:
         for bad in ({"version": "new"}, {"version": 1}):
             with pytest.raises(RequestError, match="version="):
                 await client.require("fake", **bad)  # type: ignore[arg-type]
-        for capability in ("", 1):
+        for capability in ("", 1, None):
             with pytest.raises(RequestError, match="capability"):
                 await client.require("fake", capability)  # type: ignore[arg-type]
         with pytest.raises(RequestError, match="preflight="):
