@@ -433,7 +433,7 @@ class _Player:
 def _asks_for_stream(request: RequestRecord) -> bool:
     body: Any = None
     # A script is played to whatever comes, with or without a body.
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         body = json.loads(request.body)
     asked = body.get("stream") if isinstance(body, dict) else None  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     return asked if isinstance(asked, bool) else not request.route.startswith("/v1/")

@@ -298,6 +298,8 @@ def _body(request: RequestRecord) -> Frame:
         raise _Refused(400, message) from exc
     except UnicodeDecodeError as exc:
         raise _Refused(400, "invalid character in string literal") from exc
+    except RecursionError as exc:
+        raise _Refused(400, "exceeded max depth") from exc
     if not isinstance(body, dict):
         raise _Refused(400, f"json: cannot unmarshal {type(body).__name__} into Go value")
     return cast("Frame", body)

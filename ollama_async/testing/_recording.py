@@ -146,7 +146,7 @@ def _load(path: str, speed: float) -> list[_Exchange]:
 def _entry(line: bytes) -> Frame:
     try:
         entry: Any = json.loads(line)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise _Flaw(f"this is not JSON ({exc}); a recording has one JSON object a line") from None
     if not isinstance(entry, dict):
         raise _Flaw("this is not a JSON object; a recording has one a line")
@@ -214,7 +214,7 @@ class _Draft:
         if "head" in fields:
             self._reply["raw"] = _bytes(fields, "head")
         else:
-            self._reply["status"] = _integer(fields, "status")
+            self._reply["status"] = _status(fields)
             self._reply["framing"] = _one_of(fields, "framing", _FRAMINGS) if "framing" in fields else "chunked"
             self._reply["headers"] = _headers(fields.get("headers", {}))
         if "cut_at" in fields:
@@ -306,6 +306,13 @@ def _integer(fields: Frame, name: str) -> int:
     return value
 
 
+def _status(fields: Frame) -> int:
+    status = _integer(fields, "status")
+    if not 100 <= status <= 999:
+        raise _Flaw(f"status={status}: give three digits, or the whole head as 'head'")
+    return status
+
+
 def _object(fields: Frame, name: str) -> Frame:
     value: Any = fields[name]
     if not isinstance(value, dict):
@@ -348,12 +355,12 @@ def body_fields(request: RequestRecord) -> Frame:
         return {}
     try:
         text = data.decode()
-    except UnicodeDecodeError:
-        return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    try:
         return {"body": without_secrets(json.loads(text))}
+    except (UnicodeDecodeError, RecursionError):
+        # Nested too deeply for the secrets in it to be found.
+        return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     except ValueError:
-        return {"text": text}
+        return {"text": data.decode()}
 
 
 def without_secrets(value: Any) -> Any:
@@ -378,7 +385,7 @@ def block_line(data: bytes) -> Frame:
     frames: list[Any] = []
     try:
         frames = [json.loads(line) for line in text.removesuffix("\n").split("\n")]
-    except ValueError:
+    except (ValueError, RecursionError):
         return {"data": text}
     made: Frame = {"data": text}
     if len(frames) == 1:

@@ -405,6 +405,16 @@ async def test_keys_are_never_recorded(fake_ollama: FakeOllama, path: Path) -> N
             assert again.json() == {"error": "no such key: [hidden] [hidden] [hidden] [hidden]"}
 
 
+async def test_a_key_in_a_body_that_is_nested_too_deeply_is_not_recorded(fake_ollama: FakeOllama, path: Path) -> None:
+    deep = "[" * 20_000 + "]" * 20_000
+    with FakeOllama.record(fake_ollama.url, path) as recorder:
+        async with httpx.AsyncClient(base_url=recorder.url, trust_env=False) as client:
+            answer = await client.post("/api/show", content=f'{{"api_key": "a-key-9", "model": {deep}}}'.encode())
+    assert answer.json() == {"error": "exceeded max depth"}
+    assert lines_of(path)[1]["request"] == "POST /api/show"
+    assert "a-key-9" not in path.read_text("utf-8")
+
+
 # -- files --
 
 
@@ -428,6 +438,7 @@ def test_a_recording_is_not_overwritten(fake_ollama: FakeOllama, path: Path) -> 
         ("# Chat with fake\n", 1, "this is not JSON"),
         ('{"model": "fake", "messages": []}\n', 1, "this is not a recording"),
         ('{"recording": 2}\n', 1, "a newer version has written it"),
+        ("[" * 100_000 + "\n", 1, "this is not JSON"),
         (HEADER + "[]\n", 2, "this is not a JSON object"),
         (HEADER + HEAD, 2, "does not begin with a line that has a 'request'"),
         (HEADER + '{"request": "/api/chat"}\n' + HEAD, 2, "give a method and a path"),
@@ -440,6 +451,7 @@ def test_a_recording_is_not_overwritten(fake_ollama: FakeOllama, path: Path) -> 
         (HEADER + ASKED + "{}\n", 3, "a line of an answer needs one of: status, head, line"),
         (HEADER + ASKED + '{"status": 200, "line": {}}\n', 3, "a line of an answer needs one of"),
         (HEADER + ASKED + '{"status": "200"}\n', 3, "status='200': give a whole number"),
+        (HEADER + ASKED + '{"status": 20}\n', 3, "status=20: give three digits, or the whole head as 'head'"),
         (HEADER + ASKED + '{"status": 200, "framing": "chunks"}\n', 3, "give one of chunked, length, close"),
         (HEADER + ASKED + '{"status": 200, "headers": []}\n', 3, "headers=[]"),
         (HEADER + ASKED + '{"status": 200, "cut_at": -1}\n', 3, "cut_at=-1"),
