@@ -294,12 +294,20 @@ class ParseError(OllamaError, ValueError):
 
     Attributes:
         text: The text of the answer.
-        reason: What is wrong with it, and where; ``None`` where pydantic's error, the ``__cause__``, says it.
+        reason: What is wrong with it, and where.
     """
 
-    def __init__(self, name: str, text: str, partial: Any = None, reason: str | None = None) -> None:
+    def __init__(
+        self, name: str, text: str, partial: Any = None, reason: str | None = None, *, cut: bool = False
+    ) -> None:
         said = f"{reason}; it is " if reason else ""
-        super().__init__(f"the answer does not match {name}: {said}{text[:200]!r}{'...' if len(text) > 200 else ''}")
+        shortened = f"{text[:200]!r}{'...' if len(text) > 200 else ''}"
+        advice = (
+            "the server cut it for its length: raise num_predict, or num_ctx"
+            if cut
+            else "ask again, and tell the model what is wrong"
+        )
+        super().__init__(f"the answer does not match {name}: {said}{shortened}; {advice}")
         self.text = text
         self.reason: str | None = reason
         self.partial = partial

@@ -284,10 +284,9 @@ class _Iterator(Generic[T]):
         try:
             feed()
         except (JsonFault, Fault) as exc:
-            reason = str(exc)
-            if getattr(self._stream.response, "done_reason", None) == "length":
-                reason += " (the server cut it for its length: raise num_predict, or num_ctx)"
-            self._stream._fail_with(ParseError(self._name, self._stream.text, reason=reason))  # noqa: SLF001
+            cut = getattr(self._stream.response, "done_reason", None) == "length"
+            error = ParseError(self._name, self._stream.text, reason=str(exc), cut=cut)
+            self._stream._fail_with(error)  # noqa: SLF001
         except Exception as exc:
             # A validator of the caller's model.
             self._stream._fail_with(exc)  # noqa: SLF001

@@ -535,7 +535,10 @@ class _Answer(Sparse):
         try:
             return info.response_model.model_validate_json(self.text)
         except ValidationError as exc:
-            raise ParseError(info.response_model.__name__, self.text, self) from exc
+            from ollama_async._call.partial import first_fault
+
+            reason = ": ".join(filter(None, first_fault(exc, ())))
+            raise ParseError(info.response_model.__name__, self.text, self, reason, cut=self.is_cut) from exc
 
 
 class ChatResponse(_Answer):

@@ -88,7 +88,7 @@ class ObjectScreen(Screen):
     def _begin(self) -> None:
         super()._begin()
         self._reader = JsonReader()
-        self._text = ""
+        self._texts: list[str] = []
         self._is_json = True
 
     def add(self, chunk: AnyChunk) -> None:
@@ -98,7 +98,7 @@ class ObjectScreen(Screen):
             ParseError: It is not JSON.
         """
         _, text = parts(chunk)
-        self._text += text
+        self._texts.append(text)
         self._try(lambda: self._reader.feed(text))
         if self._terminal:
             super().add(chunk)
@@ -119,11 +119,12 @@ class ObjectScreen(Screen):
             ParseError: It is not.
         """
         if answer.error is None:
-            self._try(self._reader.feed_eof)
+            response = answer.stream.response
+            self._try(self._reader.feed_eof, cut=response is not None and response.is_cut)
 
-    def _try(self, feed: Callable[[], None]) -> None:
+    def _try(self, feed: Callable[[], None], *, cut: bool = False) -> None:
         try:
             feed()
         except JsonFault as exc:
             self._is_json = False
-            raise ParseError("JSON", self._text, reason=str(exc)) from None
+            raise ParseError("JSON", "".join(self._texts), reason=str(exc), cut=cut) from None

@@ -514,7 +514,7 @@ async def test_items_of_an_answer_that_ends_without_the_list(
 ) -> None:
     answering(fake_ollama, text)
     async with nothing_left_behind(), AsyncClient(fake_ollama.url) as client:
-        with pytest.raises(ParseError, match=reason):
+        with pytest.raises(ParseError, match=f"{reason}.*; ask again, and tell the model what is wrong"):
             async for _ in client.chat("m", "x", format="json", stream=True).items(path):
                 pass
 
@@ -523,9 +523,10 @@ async def test_an_answer_that_is_cut_for_its_length_says_what_to_do(fake_ollama:
     answering(fake_ollama, '{"name": "Pe', done_reason="length")
     async with AsyncClient(fake_ollama.url) as client:
         stream = client.chat("m", "x", format=Country, stream=True)
-        with pytest.raises(ParseError, match=r"raise num_predict, or num_ctx"):
+        with pytest.raises(ParseError, match=r"raise num_predict, or num_ctx") as caught:
             async for _ in stream.objects():
                 pass
+        assert caught.value.reason == "the answer ends before its JSON is complete"
         assert stream.outcome == "done"
 
 

@@ -48,6 +48,13 @@ def test_generate_writes_nothing_that_is_not_the_whole_object(
     assert fake_ollama.requests[0].json()["format"] == "json"
 
 
+def test_an_object_that_was_cut_for_its_length_says_so(fake_ollama: FakeOllama, schema: str) -> None:
+    fake_ollama.script("/api/generate", Reply.generate('{"name": "Pe', done_reason="length"))
+    result = run("--host", fake_ollama.url, "generate", "fake", "Why?", "--format", schema)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "the server cut it for its length: raise num_predict, or num_ctx" in result.stderr
+
+
 def test_generate_shows_the_object_as_it_grows_on_a_terminal(fake_ollama: FakeOllama, schema: str) -> None:
     gate = Gate()
     first, last = ({"response": text, "done": False} for text in ('{"name": ', '"Peru"}'))

@@ -300,10 +300,21 @@ async def test_an_answer_that_does_not_fit_its_format(router: respx.MockRouter, 
     with pytest.raises(ParseError, match="does not match Country") as caught:
         _ = reply.parsed
     assert caught.value.text == '{"name": "Pe'
+    assert "EOF while parsing" in (caught.value.reason or "")
+    assert str(caught.value).endswith("; ask again, and tell the model what is wrong")
     assert caught.value.partial is reply
     assert isinstance(caught.value, ValueError)
     assert (await client.chat("m", "x", format="json")).parsed is None
     assert ChatResponse(message=Message(role="assistant")).parsed is None
+
+
+async def test_an_answer_that_was_cut_before_it_fits_says_so(router: respx.MockRouter, client: AsyncClient) -> None:
+    message = {"role": "assistant", "content": '{"name": "Peru"}'}
+    router.post("/api/chat").respond(json={**CHAT, "message": message, "done": True, "done_reason": "length"})
+    reply = await client.chat("m", "x", format=Country)
+    with pytest.raises(ParseError, match="the server cut it for its length: raise num_predict, or num_ctx") as caught:
+        _ = reply.parsed
+    assert caught.value.reason == "area: Field required"
 
 
 async def test_until_may_look_at_what_is_parsed(router: respx.MockRouter, client: AsyncClient) -> None:
