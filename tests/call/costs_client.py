@@ -6,12 +6,16 @@ import asyncio
 import contextlib
 import gc
 import json
+import re
 import sys
 import tracemalloc
 from collections import Counter
 from typing import Any
 
 from ollama_async import AbortError, AsyncClient, CancelToken
+
+# What makes spans and metrics of calls.
+WATCHING = re.compile(r"opentelemetry|ollama_async.telemetry\.py$|observe\.py$")
 
 
 async def read(client: AsyncClient, chunks: int, token: CancelToken, *, slowly: bool = False) -> int:
@@ -32,6 +36,7 @@ async def calls(url: str, chunks: int) -> dict[str, int]:
             counted["calls"] += 1
             if frame.f_code.co_name in ("_run_once", "call_at"):
                 counted[frame.f_code.co_name] += 1
+            counted["watching"] += WATCHING.search(frame.f_code.co_filename) is not None
 
     async with AsyncClient(url) as client:
         await read(client, 1, CancelToken())
@@ -40,6 +45,17 @@ async def calls(url: str, chunks: int) -> dict[str, int]:
         counted["chunks"] = await read(client, chunks, CancelToken())
         sys.setprofile(None)
     return dict(counted)
+
+
+async def watched(url: str, chunks: int) -> dict[str, int]:
+    """The same, of a stream with a span and metrics."""
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.trace import TracerProvider
+
+    from ollama_async import telemetry
+
+    telemetry.instrument(TracerProvider(), MeterProvider())
+    return await calls(url, chunks)
 
 
 async def idle(url: str, streams: int) -> dict[str, float]:
@@ -78,9 +94,10 @@ async def slow(url: str, chunks: int) -> dict[str, int]:
     return {"peak": peak}
 
 
-async def plain(url: str, chunks: int) -> dict[str, int]:
+async def plain(url: str, chunks: int) -> dict[str, Any]:
     async with AsyncClient(url) as client:
-        return {"chunks": await read(client, chunks, CancelToken())}
+        count = await read(client, chunks, CancelToken())
+    return {"chunks": count, "packages": sorted({name.partition(".")[0] for name in sys.modules})}
 
 
 async def aborted(url: str, streams: int) -> dict[str, int]:
@@ -96,5 +113,5 @@ async def aborted(url: str, streams: int) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    what = {"calls": calls, "idle": idle, "slow": slow, "plain": plain, "aborted": aborted}[sys.argv[2]]
-    print(json.dumps(asyncio.run(what(sys.argv[1], int(sys.argv[3])))))
+    ways = {"calls": calls, "watched": watched, "idle": idle, "slow": slow, "plain": plain, "aborted": aborted}
+    print(json.dumps(asyncio.run(ways[sys.argv[2]](sys.argv[1], int(sys.argv[3])))))

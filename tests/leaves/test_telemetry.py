@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -23,7 +27,7 @@ from opentelemetry.trace import StatusCode
 from ollama_async import AbortError, AsyncClient, CancelToken, OllamaError, PhaseTimeout, StreamClosed, telemetry
 from ollama_async._call import observe
 from ollama_async.agent import Agent, AgentRun
-from ollama_async.testing import Cut, FakeOllama, Reply, Stall
+from ollama_async.testing import Block, Cut, FakeOllama, Reply, Stall
 from ollama_async.testing._left import live_timers
 
 BOUND = 10.0
@@ -95,6 +99,52 @@ def traceparent(request: Any) -> str | None:
 
 
 PART = Reply.chat(ANSWER, done=False).steps
+
+
+# -- what it costs --
+
+
+CLIENT = Path(__file__).parents[1] / "call" / "costs_client.py"
+
+
+def counted(server: FakeOllama, what: str, reply: Reply, chunks: int) -> dict[str, Any]:
+    # The first one is not counted.
+    server.script("/api/chat", Reply.chat("x"), reply)
+    command = [sys.executable, str(CLIENT), server.url, what, str(chunks)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=BOUND * 6, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def together(chunks: int) -> Reply:
+    return Reply([Block(*Reply.chat(*["word "] * (chunks - 1)).steps)])
+
+
+def one_by_one(chunks: int) -> Reply:
+    return Reply.chat(*["word "] * (chunks - 1), interval=0.002)
+
+
+def test_a_chunk_costs_the_same_with_a_span(fake_ollama: FakeOllama) -> None:
+    a_chunk, a_stream = {}, {}
+    for what in ("calls", "watched"):
+        few, many = (counted(fake_ollama, what, together(chunks), chunks)["calls"] for chunks in (200, 1200))
+        a_chunk[what], a_stream[what] = (many - few) / 1000, few
+    # Less than one call of a Python function. A span costs what it costs once.
+    assert abs(a_chunk["watched"] - a_chunk["calls"]) < 0.5, a_chunk
+    assert a_stream["watched"] > a_stream["calls"] + 50, a_stream
+
+
+def test_a_chunk_that_comes_alone_is_not_told_to_whoever_watches(fake_ollama: FakeOllama) -> None:
+    few, many = (counted(fake_ollama, "watched", one_by_one(chunks), chunks)["watching"] for chunks in (20, 220))
+    assert few > 50
+    assert abs(many - few) < 20, (few, many)
+
+
+def test_without_instrument_nothing_of_opentelemetry_is_imported(fake_ollama: FakeOllama) -> None:
+    packages = counted(fake_ollama, "plain", together(10), 10)["packages"]
+    assert "ollama_async" in packages
+    assert "opentelemetry" not in packages
 
 
 # -- the natural end --
