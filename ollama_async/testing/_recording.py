@@ -26,7 +26,9 @@ from ._script import Block, Cut, Endless, Frame, NoEnd, Pause, Raw, Reply, Reset
 HEADER: Frame = {"recording": 1}
 
 HIDDEN = "[hidden]"
-SECRET_NAME = re.compile("auth|cookie|api[-_]?key|passw|secret|credential|token", re.IGNORECASE)
+SECRET_NAME = re.compile(
+    "auth(?!ors?([^a-z]|$))|cookie|(api|private)[-_]?key|passw|pwd|secret|credential|token|bearer", re.IGNORECASE
+)
 
 _ENDS: dict[str, tuple[Step, ...]] = {
     "complete": (),
@@ -353,27 +355,28 @@ def body_fields(request: RequestRecord) -> Frame:
     data = request.body
     if not data:
         return {}
+    digest = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     try:
-        text = data.decode()
-        return {"body": without_secrets(json.loads(text))}
+        return {"body": without_secrets(json.loads(data.decode()))}
     except (UnicodeDecodeError, RecursionError):
         # Nested too deeply for the secrets in it to be found.
-        return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        return digest
     except ValueError:
-        return {"text": data.decode()}
+        text = data.decode()
+        return digest if SECRET_NAME.search(text) else {"text": text}
 
 
-def without_secrets(value: Any) -> Any:
-    """Return a JSON value in which texts under names such as ``password`` are hidden."""
+def without_secrets(value: Any, *, secret: bool = False) -> Any:
+    """Return a JSON value in which texts under names such as ``password`` are hidden, also in lists and objects."""
     if isinstance(value, dict):
         return {
-            name: HIDDEN if isinstance(field, str) and SECRET_NAME.search(name) else without_secrets(field)
+            name: without_secrets(field, secret=secret or SECRET_NAME.search(name) is not None)
             for name, field in cast("Frame", value).items()
         }
     if isinstance(value, list):
         items: list[Any] = value  # pyright: ignore[reportUnknownVariableType]
-        return [without_secrets(each) for each in items]
-    return value
+        return [without_secrets(each, secret=secret) for each in items]
+    return HIDDEN if secret and isinstance(value, str) else value
 
 
 def block_line(data: bytes) -> Frame:

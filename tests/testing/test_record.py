@@ -405,6 +405,32 @@ async def test_keys_are_never_recorded(fake_ollama: FakeOllama, path: Path) -> N
             assert again.json() == {"error": "no such key: [hidden] [hidden] [hidden] [hidden]"}
 
 
+@pytest.mark.parametrize(
+    ("body", "kept"),
+    [
+        (b'{"api_keys": ["a-key-9"], "max_tokens": 7}', {"body": {"api_keys": ["[hidden]"], "max_tokens": 7}}),
+        (b'{"login": {"password": {"value": "a-key-9"}}}', {"body": {"login": {"password": {"value": "[hidden]"}}}}),
+        (b'{"private_key": "a-key-9", "author": "Kafka"}', {"body": {"private_key": "[hidden]", "author": "Kafka"}}),
+        (b'{"api_key": "a-key-9", ', {"size": 23}),
+        (b"user=me&password=a-key-9", {"size": 24}),
+        (b"what is no JSON", {"text": "what is no JSON"}),
+    ],
+)
+async def test_a_key_in_a_body_of_another_form_is_not_recorded(
+    fake_ollama: FakeOllama, path: Path, body: bytes, kept: dict[str, Any]
+) -> None:
+    with FakeOllama.record(fake_ollama.url, path) as recorder:
+        async with httpx.AsyncClient(base_url=recorder.url, trust_env=False) as client:
+            await client.post("/api/push", content=body)
+    asked = lines_of(path)[1]
+    assert {name: asked[name] for name in kept} == kept
+    assert "a-key-9" not in path.read_text("utf-8")
+    # It is found again by its digest.
+    with FakeOllama.replay(path) as server:
+        async with httpx.AsyncClient(base_url=server.url, trust_env=False) as client:
+            assert (await client.post("/api/push", content=body)).status_code in (400, 404)
+
+
 async def test_a_key_in_a_body_that_is_nested_too_deeply_is_not_recorded(fake_ollama: FakeOllama, path: Path) -> None:
     deep = "[" * 20_000 + "]" * 20_000
     with FakeOllama.record(fake_ollama.url, path) as recorder:
