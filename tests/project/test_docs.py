@@ -138,6 +138,18 @@ def test_what_the_documentation_names_exists() -> None:
             assert (ROOT / path).exists(), f"{page.name}: {path}"
 
 
+# What no other client has, and the page that compares it with what they have.
+COMPARED = ("agent", "structured", "until", "context", "continue", "readiness", "hung-model", "record", "conversation")
+OTHERS = ("ollama-python", "ollama-js", "openai-python", "pydantic-ai", "instructor", "OllamaSharp", "ollama-rs")
+
+
+@pytest.mark.parametrize("page", [*COMPARED, "cli"])
+def test_a_comparison_has_all_other_clients(page: str) -> None:
+    _, _, compared = (ROOT / "docs" / f"{page}.md").read_text("utf-8").partition("\n## Other clients\n")
+    rows = " ".join(line.split("|")[1] for line in compared.splitlines() if line.startswith("|"))
+    assert [name for name in OTHERS if name not in rows] == []
+
+
 def test_each_scenario_of_the_contract_has_a_test() -> None:
     tested = {
         int(number)
