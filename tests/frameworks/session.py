@@ -2,9 +2,8 @@
 
 ``nox -s frameworks`` makes the environments.
 It runs the framework's own unit tests and our conformance, first with the client that the framework comes with and then
-with ours, and the recipes of docs/frameworks.md that need what is installed here. ``--write`` puts the framework's rows
-into the table on that page. It fails if anything is worse with ours than with the original, or if ours leaves a
-connection open.
+with ours, and the framework's recipe in docs/frameworks.md. ``--write`` puts its rows into the table on that page. It
+fails if anything is worse with ours than with the original, or if ours leaves a connection open.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -103,15 +102,27 @@ class Session:
         return found
 
     def recipes(self) -> None:
-        """Run the recipes that need what is installed here."""
+        """Run the recipes of what this session is of.
+
+        Not of all that is installed: another framework may have brought a release that a recipe is not for.
+        """
+        pinned = [_name(package) for package in self.about["install"] if "==" in package]
+        of_module = packages_distributions()
+        ran = 0
         for page, line, needs, language, code in blocks():
             kind, _, module = (needs or "").partition(": ")
-            if page != PAGE or language != "python" or kind != "needs" or not _is_there(module):
+            if page != PAGE or language != "python" or kind != "needs":
                 continue
+            packages = {_name(package) for package in of_module.get(module.partition(".")[0], ())}
+            if packages.isdisjoint(pinned) or not _is_there(module):
+                continue
+            ran += 1
             with tempfile.TemporaryDirectory() as folder:
                 # What they warn of at import is not ours to mend.
                 check_block(code, Path(folder), prepare=answer_without_end, warnings="ignore")
             print(f"{page.name}:{line} ran")
+        if not ran:
+            raise SystemExit(f"{PAGE.name} has no recipe of {', '.join(pinned)}")
 
 
 def _outcomes(report: Path) -> Iterator[tuple[str, str]]:
@@ -119,6 +130,11 @@ def _outcomes(report: Path) -> Iterator[tuple[str, str]]:
         kinds = {child.tag for child in case}
         outcome = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
         yield f"{case.get('classname')}.{case.get('name')}", outcome
+
+
+def _name(package: str) -> str:
+    """Return the name of a package without its extras and its version, as PyPI compares names."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[\[=]", package)[0]).lower()
 
 
 def _is_there(module: str) -> bool:
