@@ -266,7 +266,7 @@ def _batch(
     ] = None,
     options: Annotated[
         list[str] | None,
-        typer.Option("--options", metavar="KEY=VALUE", help="Option of the model: JSON, or else text. Repeatable."),
+        typer.Option("--option", metavar="KEY=VALUE", help="Option of the model: JSON, or else text. Repeatable."),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Read only this many rows, to try it out.", min=1)] = None,
     retries: Annotated[int, typer.Option(help="Further attempts after an error that can pass.", min=0)] = 2,
@@ -316,7 +316,7 @@ def _batch(
         "template": template,
         "system": system,
         "format": _format(answer_format),
-        "options": parse_pairs(options, "--options") or None,
+        "options": parse_pairs(options, "--option") or None,
         "limit": limit,
         "retries": retries,
         "wait_hosts": wait_hosts,

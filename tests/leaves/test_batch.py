@@ -720,6 +720,7 @@ def test_the_command_says_what_is_wrong(server: FakeOllama, tmp_path: Path) -> N
         ((source, "-o", output, "-m", "fake", "--host", "http://a:b:c"), 2, "a:b:c"),
         ((source, "-o", output, "-m", "fake", "--format", "{", *host), 2, "JSON schema"),
         ((source, "-o", output, "-m", "fake", "--embed", "--generate", *host), 2, "give only one of them"),
+        ((source, "-o", output, "-m", "fake", "--option", "seed", *host), 2, "--option: 'seed': write it as key=value"),
     ]:
         result = run("batch", *map(str, arguments))
         assert result.exit_code == status, (arguments, result.output)
@@ -727,6 +728,17 @@ def test_the_command_says_what_is_wrong(server: FakeOllama, tmp_path: Path) -> N
     # Whatever was refused, nothing is lost.
     assert output.read_bytes() == before
     lock.close()
+
+
+def test_the_command_takes_the_options_of_a_model_as_chat_does(server: FakeOllama, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [{"id": "a", "prompt": "Why?"}])
+    output = tmp_path / "out.jsonl"
+    given = ("--option", "seed=7", "--option", "stop=END", "--system", "Be brief.")
+    result = run("batch", str(source), "-o", str(output), "-m", "fake", "--host", server.url, *given)
+    assert result.exit_code == 0, result.output
+    [asked] = [request.json() for request in server.requests if request.route == "/api/chat"]
+    assert asked["options"] == {"seed": 7, "stop": ["END"]}
+    assert asked["messages"][0] == {"role": "system", "content": "Be brief."}
 
 
 def test_the_command_tells_in_json(server: FakeOllama, tmp_path: Path) -> None:
