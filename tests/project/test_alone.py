@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 # What the tests of one part need, and those of the others do not.
 HEAVY = ["fastapi", "gguf", "hypothesis", "httpx2", "numpy", "ollama", "openai", "opentelemetry", "playwright", "pyte"]
 HEAVY += ["redis", "respx", "rich", "starlette", "trustme", "typer", "uvicorn", "uvloop"]
-NAMES = ("ndjson", "host", "request", "retry", "phases")
+NAMES = ("ndjson", "host", "request", "retry", "phases", "needs")
 MODULES = [str(path) for name in NAMES for path in ROOT.glob(f"tests/**/test_{name}.py")]
 COLLECT = """
 import sys

@@ -7,16 +7,19 @@ from typing import TYPE_CHECKING
 
 import pytest
 from real.needs import needs
-from real.redis_server import RealRedis, find_redis
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from playwright.sync_api import Browser, BrowserContext
+    from real.redis_server import RealRedis
 
 
 @pytest.fixture
 def redis(tmp_path: Path) -> Iterator[RealRedis]:
+    # Only now: not all that is tested here needs redis-py.
+    from real.redis_server import RealRedis, find_redis
+
     binary = find_redis()
     if binary is None:
         needs("a Redis server", how="sudo apt-get install redis-server")
