@@ -405,16 +405,19 @@ class CancelToken(LiveObject):
     def _timed_out(self) -> _Decision:
         return _Decision(TimeoutError(f"the token's {self._seconds:g} s have passed"), self._deadline)
 
-    def _fire(self) -> None:
+    def _fire(self, closed: str | None = None) -> None:
+        """Do what is registered; with ``closed``, end the calls for that reason instead, without an abort."""
+        # First: this takes as much of the stack as a callback, so a full one is found before a registration is taken.
         reason = self.reason
-        self._each(lambda one: one._fire(reason if one._token is self else one._token.reason))
-
-    def _each(self, end: Callable[[Registration], None]) -> None:
         failure: BaseException | None = None
         try:
             for registration in list(self._registrations):
+                token = registration._token
                 try:
-                    end(registration)
+                    if closed is None:
+                        registration._fire(reason if token is self else token.reason)
+                    else:
+                        registration._close(closed)
                 except BaseException as exc:
                     # Ctrl-C inside a callback, or a full stack: still end the other calls.
                     failure = exc

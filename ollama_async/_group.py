@@ -52,7 +52,7 @@ class CallGroup:
         # First: a call that registers now looks at it afterwards, and ends itself.
         self.closed = why
         for token in tuple(self.tokens):
-            token._each(lambda one: one._close(why))  # noqa: SLF001  (what is under the token is the group)
+            token._fire(closed=why)  # noqa: SLF001  (what is under the token is the group)
 
     def scope(self, token: CancelToken | None) -> AbstractContextManager[anyio.CancelScope]:
         """Put a block under the token of the calls that are under way, and under another one."""
