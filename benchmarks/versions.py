@@ -1,7 +1,10 @@
-"""This tree beside an older commit, by turns: ``python benchmarks/versions.py COMMIT [--rounds 15]``.
+"""This tree beside an older commit, by turns: ``python benchmarks/versions.py COMMIT [--rounds 15 | --instructions]``.
 
 Each measurement is a process of its own. A round asks both, and the next one asks them in the other order. Out comes a
 table with both medians and the median of the rounds' ratios, so that a machine whose speed drifts does not decide.
+
+``--instructions`` counts the machine's instructions in place of the time, by valgrind: what else the machine does
+changes nothing, and a difference of one in a hundred shows. They leave out the kernel, and how long each one takes.
 """
 
 from __future__ import annotations
@@ -9,6 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -32,14 +37,52 @@ CASES: list[tuple[str, dict[str, Any], dict[str, str]]] = [
     ),
 ]
 
+# A script, its other options, the option that is the number of calls or tokens, two numbers, the name of the figure.
+# What the second run takes more than the first is the price of the calls that it has more.
+COUNTED: list[tuple[str, dict[str, Any], str, tuple[int, int], str]] = [
+    ("streams.py", {"streams": 1, "rate": 0}, "tokens", (20_000, 60_000), "instructions a token, burst"),
+    ("short.py", {}, "requests", (100, 400), "instructions a short request"),
+    ("first.py", {}, "streams", (100, 400), "instructions a stream of one token"),
+]
+VALGRIND = ("valgrind", "--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null")
+
+
+def run_script(
+    tree: Path, script: str, url: str, options: dict[str, Any], *before: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a script of this tree with the package of another one."""
+    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONSAFEPATH": "1", "PYTHONHASHSEED": "0"}
+    command = [*before, sys.executable, "-c", _RUN, str(HERE), script, OURS, url, "--options", json.dumps(options)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+
 
 def measured(tree: Path, script: str, url: str, options: dict[str, Any]) -> dict[str, float]:
-    """Ask one tree; the scripts are this tree's, the package is that one's."""
-    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONSAFEPATH": "1"}
-    command = [sys.executable, "-c", _RUN, str(HERE), script, OURS, url, "--options", json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    """Ask one tree."""
+    figures: dict[str, float] = json.loads(run_script(tree, script, url, options).stdout.splitlines()[-1])
     return figures
+
+
+def instructions(tree: Path, script: str, url: str, options: dict[str, Any]) -> int:
+    """Count the instructions of a run."""
+    found = re.search(r"I +refs: +([\d,]+)", run_script(tree, script, url, options, *VALGRIND).stderr)
+    assert found, "valgrind has counted nothing"
+    return int(found[1].replace(",", ""))
+
+
+def print_instructions(before: Path, after: Path) -> None:
+    """Print the table of instructions."""
+    print("| | before | after | after / before |\n|---|---|---|---|")
+    with load_server() as url:
+        for script, options, number, (few, many), name in COUNTED:
+            old, new = [
+                (
+                    instructions(tree, script, url, {**options, number: many})
+                    - instructions(tree, script, url, {**options, number: few})
+                )
+                / (many - few)
+                for tree in (before, after)
+            ]
+            print(f"| {name} | {old:,.0f} | {new:,.0f} | {new / old:.3f} |", flush=True)
 
 
 # The scripts import each other from their folder; the package has to come from the tree that is asked.
@@ -70,13 +113,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commit", help="the older one")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--instructions", action="store_true", help="count instructions, which needs valgrind")
     given = parser.parse_args()
+    if given.instructions and not shutil.which("valgrind"):
+        parser.error("--instructions needs valgrind: apt-get install valgrind")
     here = HERE.parent
     with tempfile.TemporaryDirectory() as folder:
         before = Path(folder, "before")
         archive = subprocess.run(["git", "archive", given.commit], cwd=here, capture_output=True, check=True).stdout
         before.mkdir()
         subprocess.run(["tar", "-x"], cwd=before, input=archive, check=True)
+        if given.instructions:
+            print_instructions(before, here)
+            return
         seen = compare(before, here, given.rounds)
     print("| | before | after | after / before, median of the rounds | least | most |\n|---|---|---|---|---|---|")
     for name, (old, new) in seen.items():
