@@ -85,6 +85,7 @@ _NAMES = {
     "decode": "ollama_async.server.eval_duration",
     "retry": "ollama_async.retry",
     "retry_delay": "ollama_async.retry.delay",
+    "retry_number": "ollama_async.retry.number",
     "retries": "ollama_async.retries",
 }
 # The attributes of a request that are options of the model.
@@ -206,6 +207,9 @@ class _Observation:
         self._record_content = record_content
         self._abort_is_error = abort_is_error
         self._retries = 0
+        # That of the attempt that is under way, from the second one on.
+        self._retry_span: trace.Span | None = None
+        self._tracer = tracer
         self._began_at = time.time_ns()
         operation = common[_NAMES["operation"]]
         title = f"{operation} {name or common.get(_NAMES['request_model'], '')}".rstrip()
@@ -217,11 +221,31 @@ class _Observation:
 
     def retrying(self, error: BaseException, delay: float) -> None:
         self._retries += 1
-        self._span.add_event(_NAMES["retry"], {_NAMES["error"]: _class_of(error), _NAMES["retry_delay"]: delay})
+        now, failure = time.time_ns(), _class_of(error)
+        self._end_retry(now, failure)
+        self._span.add_event(_NAMES["retry"], {_NAMES["error"]: failure, _NAMES["retry_delay"]: delay}, now)
+        # With the pause before it.
+        self._retry_span = self._tracer.start_span(
+            f"retry {self._retries}",
+            self._context,
+            attributes={_NAMES["retry_number"]: self._retries, _NAMES["retry_delay"]: delay},
+            start_time=now,
+        )
+
+    def _end_retry(self, at: int, failed: str | None) -> None:
+        span, self._retry_span = self._retry_span, None
+        if span is not None:
+            if failed is not None:
+                span.set_attribute(_NAMES["error"], failed)
+                span.set_status(Status(StatusCode.ERROR))
+            span.end(at)
 
     def ended(self, end: CallEnd) -> None:
+        # The moment of the outcome: this may run later than that.
+        ended_at = self._began_at + int(end.seconds * 1e9)
         try:
             failed = self._class_of_failure(end)
+            self._end_retry(ended_at, failed)
             shared = {**self._common, _NAMES["outcome"]: end.outcome}
             model = getattr(end.response, "model", None)
             if model:
@@ -234,8 +258,7 @@ class _Observation:
                 self._span.set_status(Status(StatusCode.ERROR))
             self._measure(end, shared)
         finally:
-            # The moment of the outcome: this may run later than that.
-            self._span.end(self._began_at + int(end.seconds * 1e9))
+            self._span.end(ended_at)
 
     def _class_of_failure(self, end: CallEnd) -> str | None:
         if end.outcome in _NEVER_ERRORS or (end.outcome in _STOPS and not self._abort_is_error):

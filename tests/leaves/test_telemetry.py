@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import signal
 import subprocess
@@ -50,13 +51,19 @@ class Recorded:
 
     async def span(self) -> ReadableSpan:
         """Wait for the only span, and see that no second one follows."""
+        (span,) = await self.spans(1)
+        return span
+
+    async def spans(self, count: int) -> tuple[ReadableSpan, ...]:
+        """Wait for so many spans, in the order of their ends, and see that no other one follows."""
         async with asyncio.timeout(BOUND):
-            while not self.exporter.get_finished_spans():
+            while len(self.exporter.get_finished_spans()) < count:
                 await asyncio.sleep(0)
         for _ in range(5):
             await asyncio.sleep(0)
-        (span,) = self.exporter.get_finished_spans()
-        return span
+        spans = self.exporter.get_finished_spans()
+        assert len(spans) == count
+        return spans
 
     def metrics(self) -> dict[str, list[Any]]:
         data = self.reader.get_metrics_data()
@@ -431,7 +438,7 @@ RETRIES: dict[str, tuple[list[Reply], int, tuple[str, bool, str | None], list[st
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("how", RETRIES)
-async def test_a_retry_is_an_event_of_one_span(
+async def test_a_retry_is_an_event_of_the_span_and_a_span_below_it(
     recorded: Recorded, fake_ollama: FakeOllama, how: str, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replies, requests, expected, failures = RETRIES[how]
@@ -453,9 +460,24 @@ async def test_a_retry_is_an_event_of_one_span(
         async with asyncio.timeout(BOUND):
             await asyncio.wait([task])
         assert (task.exception() is None) is (how == "passing")
-        span = await recorded.span()
+        *retries, span = await recorded.spans(1 + len(failures))
     assert outcome(span) == expected
     assert seen(span, "ollama_async.retries") == len(failures)
+    assert [retry.name for retry in retries] == [f"retry {number}" for number in range(1, len(failures) + 1)]
+    # Each ends by the failure before the next one, and the last as the call does.
+    errors = [(retry.attributes or {}).get("error.type") for retry in retries]
+    assert errors == [*failures[1:], expected[2]]
+    assert [retry.status.status_code is StatusCode.ERROR for retry in retries] == [bool(error) for error in errors]
+    times = [(retry.start_time or 0, retry.end_time or 0) for retry in retries]
+    assert all(start <= end for start, end in times)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(times))
+    assert times[-1][1] == span.end_time
+    for number, retry in enumerate(retries, 1):
+        assert retry.parent is not None
+        assert retry.parent.span_id == span.context.span_id
+        assert seen(retry, "ollama_async.retry.number") == number
+        assert seen(retry, "ollama_async.retry.delay") > 0
+        assert "secret" not in retry.to_json()
     events = [(event.name, (event.attributes or {})["error.type"]) for event in span.events]
     assert events == [("ollama_async.retry", failure) for failure in failures]
     assert all((event.attributes or {})["ollama_async.retry.delay"] > 0 for event in span.events)
