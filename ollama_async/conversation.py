@@ -87,9 +87,10 @@ class Chat(LiveObject):
     answer, so that it knows how that ended; a stream that you drop without an end is closed by the next ``send()``, by
     ``abort()``, or with the chat.
 
-    A question without an answer (an error came first, or a stop) is not kept: ask it again. Of an answer that was
-    stopped, timed out or broke off, the text so far is kept, with its outcome in ``turns``; with
-    ``keep_stopped=False`` the question and the partial answer are dropped.
+    A question without an answer (an error came first, or a stop) is not kept: ask it again. In ``messages``, that is
+    one whose answer is an empty message of the assistant. Of an answer that was stopped, timed out or broke off, the
+    text so far is kept, with its outcome in ``turns``; with ``keep_stopped=False`` the question and the partial answer
+    are dropped.
 
     With ``context_limit=`` only as much is sent as fits: whole turns are left out, the oldest first, never the system
     message, the new message, or part of a turn (a tool call and its results stay together). They stay in ``messages``
@@ -392,7 +393,11 @@ class Chat(LiveObject):
                 outcomes.append("done")
             outcomes[-1] = message.pop("outcome", "done")
             found[-1].append(message)
-        self._turns += [Turn(tuple(each), outcome) for each, outcome in zip(found, outcomes, strict=True)]
+        for each, outcome in zip(found, outcomes, strict=True):
+            said = [message for message in each if not _says_nothing(message)]
+            # Without them a question is left that has no answer.
+            if said and (len(said) == len(each) or said[-1]["role"] != "user"):
+                self._turns.append(Turn(tuple(said), outcome))
 
     def _settle(self) -> None:
         """Take the last answer into the conversation, if it is over."""
@@ -408,7 +413,7 @@ class Chat(LiveObject):
         if not whole:
             # Nothing will answer them, and a model does not go on without the answers.
             answer.pop("tool_calls", None)
-        if not answer.get("content") and not answer.get("tool_calls"):
+        if _says_nothing(answer):
             return
         before: tuple[dict[str, Any], ...] = ()
         if self._turns and asked.messages[0]["role"] == "tool":
@@ -460,6 +465,12 @@ def _given(message: Said | Sequence[Said], images: Sequence[ImageLike] | None) -
     if not given:
         raise RequestError("message=[]: there is no message in it; give a text, a message, or several")
     return given
+
+
+def _says_nothing(message: Mapping[str, Any]) -> bool:
+    """Whether it is an answer that was ended before its first word."""
+    empty = not (message.get("content") or message.get("tool_calls") or message.get("images"))
+    return empty and message["role"] == "assistant"
 
 
 def _flat(turns: Iterable[Turn]) -> list[dict[str, Any]]:

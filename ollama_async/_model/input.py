@@ -198,12 +198,20 @@ _GO_UNIT = re.compile(r"(ns|us|µs|μs|ms|s|m|h)")
 _GO_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
+# Each JSON schema has one of them; a model of somebody's own rarely has a field of such a name.
+_SCHEMA_WORDS = {"type", "properties", "$ref", "$defs", "anyOf", "allOf", "oneOf", "enum", "const", "items"}
+
+
 def _encode_format(value: object) -> str | dict[str, Any]:
     """Turn ``format`` into ``"json"`` or a JSON schema."""
     if isinstance(value, str) and value in ("", "json"):
         return value
     if isinstance(value, Mapping) or has_dump(value):
-        return cast("dict[str, Any]", plain(value))
+        schema: Any = plain(value)
+        if isinstance(value, BaseModel) and not (isinstance(schema, dict) and _SCHEMA_WORDS & schema.keys()):
+            kind = type(value).__name__
+            raise RequestError(f"format={kind}(...): give the class {kind} itself, not an object of it")
+        return cast("dict[str, Any]", schema)
     form = format_model(value)
     if form is None:
         raise RequestError(f"format={value!r}: give 'json', a JSON schema as a dict, or a pydantic model class")

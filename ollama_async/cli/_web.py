@@ -31,6 +31,7 @@ from ollama_async._errors import OllamaError, RequestError, TruncationWarning
 from ollama_async._model.types import ToolCall  # noqa: TC001  (pydantic needs it when the program runs)
 from ollama_async.agent import Agent
 from ollama_async.asgi import ID_HEADER, StreamResponse, attach_route, list_route, module_route, stop_route
+from ollama_async.conversation import Chat
 from ollama_async.durable import DurableAnswers, Listed, Result
 from ollama_async.testing import FakeOllama, Reply
 
@@ -281,7 +282,7 @@ class Chats:
         self._notice = notice
         self._tools = tools
         # By owner and id, while the answer comes: another tab shows what it is an answer to.
-        self._questions: dict[tuple[str, str], _Asked] = {}
+        self._questions: dict[tuple[str, str], dict[str, Any]] = {}
         self.answers = DurableAnswers.from_url("memory://", unattended=unattended, on_end=self._forget)
 
     def app(self, name: str = "", allowed: Sequence[Site] = ()) -> Starlette:
@@ -318,13 +319,15 @@ class Chats:
     async def _chat(self, request: Request) -> Response:
         try:
             asked = _Asked.model_validate_json(await request.body())
-            stream = self._answer(asked.model, asked.model_dump(exclude_none=True)["messages"])
+            chat, question = self._conversation(asked)
+            stream = self._answer(chat, question)
         except ValidationError as exc:
             return _problem(400, f"this is not a question to a model: {exc.errors()[0]['msg']}")
         except RequestError as exc:
             return _problem(400, str(exc))
         owner, answer_id = _owner(request), request.headers.get(ID_HEADER, "")
-        self._questions.setdefault((owner, answer_id), asked)
+        told = {"model": chat.model, "messages": [*chat.window, *question]}
+        self._questions.setdefault((owner, answer_id), told)
         return StreamResponse(
             stream,
             answers=self.answers,
@@ -335,19 +338,26 @@ class Chats:
             background=BackgroundTask(self._forget_unless_running, owner, answer_id),
         )
 
-    def _answer(self, model: str, messages: list[dict[str, Any]]) -> Stream[ChatResponse]:
+    def _conversation(self, asked: _Asked) -> tuple[Chat, list[dict[str, Any]]]:
+        """Return the conversation so far, and the question, with as much of its answer as is to be continued."""
+        messages = asked.model_dump(exclude_none=True)["messages"]
+        at = max((place for place, message in enumerate(messages) if message["role"] == "user"), default=0)
+        chat = Chat(self._client, asked.model, messages=messages[:at], timeout=self._limits, on_truncation="warn")
+        return chat, messages[at:]
+
+    def _answer(self, chat: Chat, question: list[dict[str, Any]]) -> Stream[ChatResponse]:
         # What is wrong with it otherwise is said when it is read, by the response.
         if not self._tools:
-            return self._client.chat(model, messages, stream=True, timeout=self._limits, on_truncation="warn")
-        agent = Agent(self._client, model, self._tools, timeout=self._limits, on_truncation="warn")
+            return chat.send(question, stream=True)
+        agent = Agent(self._client, chat.model, self._tools, timeout=self._limits, on_truncation="warn")
         # A durable answer asks no more of a stream than this one has.
-        return cast("Stream[ChatResponse]", AgentStream(agent.run(messages)))
+        return cast("Stream[ChatResponse]", AgentStream(agent.run([*chat.window, *question])))
 
     async def _question(self, request: Request) -> Response:
         asked = self._questions.get((_owner(request), request.path_params["id"]))
         if asked is None:
             return _problem(404, "you have no answer with this id that is under way")
-        return JSONResponse(asked.model_dump(exclude_none=True))
+        return JSONResponse(asked)
 
     def _forget(self, result: Result) -> None:
         self._questions.pop((result.owner, result.id), None)

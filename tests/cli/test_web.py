@@ -275,6 +275,7 @@ async def test_the_models(page: httpx.AsyncClient, fake_ollama: FakeOllama) -> N
         {"model": "fake"},
         {"model": 1, "messages": []},
         {"model": "", "messages": []},
+        {"model": "fake", "messages": []},
         {"model": "fake", "messages": [{"role": "tool", "content": "x"}]},
         {"model": "fake", "messages": [{"role": "user", "content": ["x"]}]},
     ],
@@ -282,8 +283,21 @@ async def test_the_models(page: httpx.AsyncClient, fake_ollama: FakeOllama) -> N
 async def test_an_invalid_question_is_refused(page: httpx.AsyncClient, fake_ollama: FakeOllama, asked: Any) -> None:
     answer = await page.post("/api/chat", json=asked)
     assert answer.status_code == 400
-    assert answer.json()["error"].startswith(("this is not a question to a model: ", "model='': give the name"))
+    wrong = ("this is not a question to a model: ", "model='': give the name", "message=[]: there is no message")
+    assert answer.json()["error"].startswith(wrong)
     assert fake_ollama.requests == ()
+
+
+async def test_a_conversation_has_the_rules_of_chat(page: httpx.AsyncClient, fake_ollama: FakeOllama) -> None:
+    kept = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "A, and th"}]
+    # The answers to these ended before their first word.
+    dropped = [{"role": "user", "content": "b"}, {"role": "assistant", "content": ""}] * 2
+    # The last answer is to go on where it broke off.
+    last = [{"role": "user", "content": "c"}, {"role": "assistant", "content": "C, bu"}]
+    answer = await page.post("/api/chat", json={"model": "fake", "messages": [*kept, *dropped, *last]})
+    assert answer.status_code == 200
+    [request] = chats_of(fake_ollama)
+    assert request.json()["messages"] == [*kept, *last]
 
 
 async def pieces(size: int, *, of: int = 65536) -> AsyncIterator[bytes]:
@@ -389,7 +403,8 @@ async def test_an_answer_that_runs_is_shown_to_its_own_browser_with_its_question
             [listed] = (await client.get("/api/answers", headers=ANN)).json()
             assert (listed["id"], listed["state"]) == (ID, "running")
             assert (await client.get(f"/api/questions/{ID}", headers=ANN)).json() == ASKED
-            again = await client.post("/api/chat", json=ASKED | {"messages": []}, headers=ANN | {"X-Stream-Id": ID})
+            other = [{"role": "user", "content": "other"}]
+            again = await client.post("/api/chat", json=ASKED | {"messages": other}, headers=ANN | {"X-Stream-Id": ID})
             assert again.status_code == 409
             assert (await client.get(f"/api/questions/{ID}", headers=ANN)).json() == ASKED
             for headers in (BOB, {}):

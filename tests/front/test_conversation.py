@@ -504,6 +504,23 @@ async def test_a_conversation_can_begin_with_messages(fake_ollama: FakeOllama) -
         Chat(client, "fake", messages=[{"content": "no role"}])
 
 
+async def test_a_question_whose_answer_says_nothing_is_not_kept(fake_ollama: FakeOllama) -> None:
+    nothing = {"role": "assistant", "content": ""}
+    call = {"function": {"name": "weather", "arguments": {}}}
+    asked = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "rain"},
+    ]
+    async with AsyncClient(fake_ollama.url) as client:
+        chat = Chat(client, "fake", messages=[nothing, {"role": "user", "content": "a"}, nothing, *asked, nothing])
+        assert chat.messages == asked
+        assert [turn.messages for turn in chat.turns] == [tuple(asked)]
+        # One that nobody has answered yet is kept.
+        chat.extend([{"role": "user", "content": "b"}])
+        assert chat.messages == [*asked, {"role": "user", "content": "b"}]
+
+
 async def test_messages_of_elsewhere_are_added_in_turns(fake_ollama: FakeOllama) -> None:
     async with AsyncClient(fake_ollama.url) as client:
         chat = Chat(client, "fake")

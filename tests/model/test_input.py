@@ -10,12 +10,12 @@ import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
 import respx
-from pydantic import BaseModel
+from pydantic import BaseModel, RootModel
 
 from ollama_async import (
     AsyncClient,
@@ -274,6 +274,22 @@ async def test_words_that_look_like_such_numbers_are_words(router: respx.MockRou
 async def test_an_invalid_format_is_refused(client: AsyncClient, value: Any) -> None:
     with pytest.raises(RequestError, match="format="):
         await client.chat("m", format=value)
+
+
+async def test_an_object_in_place_of_its_class_is_refused_as_format(client: AsyncClient) -> None:
+    with pytest.raises(RequestError, match=r"format=Country\(\.\.\.\): give the class Country itself"):
+        await client.chat("m", format=cast("Any", Country(name="France", area=1)))
+    with pytest.raises(RequestError, match=r"format=RootModel\[list\[int\]\]"):
+        await client.chat("m", format=cast("Any", RootModel[list[int]]([1])))
+
+
+async def test_an_object_that_is_a_schema_is_a_format(router: respx.MockRouter, client: AsyncClient) -> None:
+    class Schema(BaseModel):
+        type: str = "object"
+
+    router.post("/api/chat").respond(json=CHAT)
+    await client.chat("m", "x", format=cast("Any", Schema()))
+    assert sent(router)["format"] == {"type": "object"}
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -63,9 +63,9 @@ export function steps({ content, calls }) {
   return found;
 }
 
-/** Return the messages that tell a model of an answer. */
+/** Return an answer as messages: at least one, empty where the answer ended before its first word. */
 export function told(turn) {
-  return steps(turn).flatMap(({ text, calls }) => {
+  const messages = steps(turn).flatMap(({ text, calls }) => {
     if (!calls.length) return text ? [{ role: "assistant", content: text }] : [];
     const asked = calls.map(({ id, name, arguments: given }) => ({ id, function: { name, arguments: given } }));
     const results = calls.map(({ id, name, result }) => ({
@@ -76,6 +76,7 @@ export function told(turn) {
     }));
     return [{ role: "assistant", content: text, tool_calls: asked }, ...results];
   });
+  return messages.length ? messages : [{ role: "assistant", content: "" }];
 }
 
 const cut = (text) => (text.length > SHOWN ? `${text.slice(0, SHOWN)} ...` : text);

@@ -224,15 +224,12 @@ function isRun({ id, ...numbers }) {
 
 // -- asking --
 
-const isEmpty = ({ content, calls }) => !content && !calls.length;
+const isEmpty = ({ role, content, calls }) => role === "assistant" && !content && !calls.length;
 
-/** What the model is told: a question that got no answer at all is left out, it may have been asked again. */
+/** The conversation, without the answer that is about to come. What of it the model is told, `Chat` says on the server. */
 function messages() {
-  return turns.flatMap((turn, place) => {
-    const next = turns[place + 1];
-    if (turn.role === "assistant") return told(turn);
-    return next && isEmpty(next) && place + 2 < turns.length ? [] : [{ role: "user", content: turn.content }];
-  });
+  const past = isEmpty(turns.at(-1)) ? turns.slice(0, -1) : turns;
+  return past.flatMap((turn) => (turn.role === "user" ? [{ role: "user", content: turn.content }] : told(turn)));
 }
 
 const newAnswer = (model) => ({ role: "assistant", model, content: "", thinking: "", calls: [] });
@@ -436,7 +433,7 @@ async function adopt() {
   watch(begin(add({ ...partial, run }), answers.attach(id)));
 }
 
-/** Return the turns that messages come from: the way back from `messages()`. */
+/** Return the turns that messages come from: the way back from `messages()`, of what the model was told. */
 function conversation(messages, model) {
   const found = [];
   for (const message of messages) {
