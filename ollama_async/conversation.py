@@ -130,7 +130,7 @@ class Chat(LiveObject):
         _check(client, system, context_limit)
         self._options = options
         self.client = client
-        self.model = model_name(model)
+        self.model: str = model_name(model)
         self.system = system
         self.context_limit = context_limit
         self._keep_stopped = keep_stopped

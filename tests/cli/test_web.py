@@ -293,7 +293,7 @@ async def test_a_conversation_has_the_rules_of_chat(page: httpx.AsyncClient, fak
     # The answers to these ended before their first word.
     dropped = [{"role": "user", "content": "b"}, {"role": "assistant", "content": ""}] * 2
     # The last answer is to go on where it broke off.
-    last = [{"role": "user", "content": "c"}, {"role": "assistant", "content": "C, bu"}]
+    last = [{"role": "user", "content": "c"}, {"role": "assistant", "content": "C, and"}]
     answer = await page.post("/api/chat", json={"model": "fake", "messages": [*kept, *dropped, *last]})
     assert answer.status_code == 200
     [request] = chats_of(fake_ollama)
