@@ -516,6 +516,24 @@ async def test_a_strict_stream_that_was_truncated_says_so_each_time(fake_ollama:
                 await anext(stream)
 
 
+async def test_an_abort_that_comes_as_the_last_chunk_is_taken_wins(
+    fake_ollama: FakeOllama, client: AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = ResponseReader.commit
+
+    def aborted_first(reader: ResponseReader) -> bool:
+        # By another thread.
+        reader.close_threadsafe(ExchangeOutcome("aborted", "stop"))
+        return commit(reader)
+
+    monkeypatch.setattr(ResponseReader, "commit", aborted_first)
+    fake_ollama.script("/api/chat", Reply.chat("a"))
+    stream = client.chat("fake", ASK, stream=True)
+    with pytest.raises(AbortError) as caught:
+        await stream.collect()
+    assert (caught.value.reason, stream.outcome, stream.text) == ("stop", "aborted", "a")
+
+
 async def test_a_chunk_whose_merge_is_interrupted_is_merged_once(fake_ollama: FakeOllama, client: AsyncClient) -> None:
     fake_ollama.script("/api/chat", Reply([*_first(), Stall()]))
     stream = client.chat("fake", ASK, stream=True)
