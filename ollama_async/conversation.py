@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import NoneType
 from typing import Any, Literal, NamedTuple, Self, TypeAlias, Unpack, cast, overload
 
 import anyio.to_thread
@@ -15,13 +14,14 @@ from ._call.chunk_reader import Outcome
 from ._call.stream import Stream
 from ._cancel import LiveObject
 from ._client import AsyncClient, ImageLike, _ChatOptions
-from ._errors import OllamaError, RequestError, StreamTruncated, shown
+from ._errors import OllamaError, RequestError, StreamTruncated
 from ._model.input import encode_messages, first_error, model_name
 from ._model.types import ChatResponse, Dumpable, Message
 from ._regular import RegularFile, write_file
 from ._secret import showable
 from ._session import CallOptions, hide
 from .pool import Pool
+from .pool._pool import check_talk
 
 __all__ = ["Chat", "ConversationError", "Turn"]
 
@@ -127,7 +127,8 @@ class Chat(LiveObject):
         **options: Unpack[_ChatOptions],
     ) -> None:
         hide(options)
-        _check(client, system, context_limit)
+        check_talk(client, system)
+        _check_limit(context_limit)
         self._options = options
         self.client = client
         self.model: str = model_name(model)
@@ -441,11 +442,7 @@ class Chat(LiveObject):
         return None if self._count is None else round(self._count.tokens * size / max(self._count.size, 1))
 
 
-def _check(client: object, system: object, limit: object) -> None:
-    if not isinstance(client, (AsyncClient, Pool)):
-        raise RequestError(f"client={type(client).__name__}: give an AsyncClient or a Pool")
-    if not isinstance(system, (str, NoneType)):
-        raise RequestError(f"system={shown(system)}: give a str, or None")
+def _check_limit(limit: object) -> None:
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
         raise RequestError(f"context_limit={limit!r}: give a number of tokens, 1 or more, or None")
 

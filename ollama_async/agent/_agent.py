@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import NoneType
 from typing import Any, Final, Literal
 
 import httpx
@@ -16,6 +15,7 @@ from ollama_async._errors import RequestError, shown
 from ollama_async._model.input import model_name, sequence
 from ollama_async._secret import showable
 from ollama_async.pool import Pool
+from ollama_async.pool._pool import check_talk
 
 from ._run import AgentRun, Setup
 from ._tools import AgentTool, Approval, Terms
@@ -78,10 +78,7 @@ class Agent(LiveObject):
                 raise RequestError(f"an agent takes no {reserved}=: give run() the messages, token= and until=")
         if on_tool_error not in ("feed", "raise"):
             raise RequestError(f"on_tool_error={shown(on_tool_error)}: give 'feed' or 'raise'")
-        if not isinstance(client, (AsyncClient, Pool)):
-            raise RequestError(f"client={type(client).__name__}: give an AsyncClient or a Pool")
-        if not isinstance(system, (str, NoneType)):
-            raise RequestError(f"system={shown(system)}: give a str, or None")
+        check_talk(client, system)
         if approve is not None and not callable(approve):
             raise RequestError(f"approve={shown(approve)}: give a function of a ToolCall, or None")
         made = [AgentTool(tool) for tool in sequence(tools, "tools")]

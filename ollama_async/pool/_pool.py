@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Hashable, Iterable, Mapping, Sequence
-from types import TracebackType
+from types import NoneType, TracebackType
 from typing import Any, Literal, Self, TypedDict, Unpack, cast, overload
 
 import httpx
@@ -390,3 +390,11 @@ def _check_place(ask: Ask) -> None:
 def _is_number(value: object) -> bool:
     # NaN is the one that is not what it is.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+
+
+def check_talk(client: object, system: object) -> None:
+    """Check who makes the calls of a conversation, or of an agent, and its system prompt."""
+    if not isinstance(client, (AsyncClient, Pool)):
+        raise RequestError(f"client={type(client).__name__}: give an AsyncClient or a Pool")
+    if not isinstance(system, (str, NoneType)):
+        raise RequestError(f"system={shown(system)}: give a str, or None")
