@@ -249,15 +249,15 @@ class AsyncClient(ModelManagement):
             "messages": encode_messages(messages),
             "tools": encode_tools(tools, legacy=self._compat),
             **encoded(
-                think=think,
-                format=format,
-                options=options,
-                keep_alive=keep_alive,
-                logprobs=logprobs,
-                truncate=truncate,
-                shift=shift,
-                top_logprobs=top_logprobs,
-                debug_render_only=debug_render_only,
+                ("think", think),
+                ("format", format),
+                ("options", options),
+                ("keep_alive", keep_alive),
+                ("logprobs", logprobs),
+                ("truncate", truncate),
+                ("shift", shift),
+                ("top_logprobs", top_logprobs),
+                ("debug_render_only", debug_render_only),
             ),
         }
         stages = _around(on_truncation, call, preflight=preflight, recover=recover)
@@ -412,25 +412,25 @@ class AsyncClient(ModelManagement):
             "model": model_name(model),
             "stream": checked_stream(stream),
             **encoded(
-                prompt=prompt,
-                suffix=suffix,
-                system=system,
-                template=template,
-                context=context,
-                think=think,
-                format=format,
-                images=images,
-                options=options,
-                keep_alive=keep_alive,
-                logprobs=logprobs,
-                raw=raw,
-                truncate=truncate,
-                shift=shift,
-                top_logprobs=top_logprobs,
-                width=width,
-                height=height,
-                steps=steps,
-                debug_render_only=debug_render_only,
+                ("prompt", prompt),
+                ("suffix", suffix),
+                ("system", system),
+                ("template", template),
+                ("context", context),
+                ("think", think),
+                ("format", format),
+                ("images", images),
+                ("options", options),
+                ("keep_alive", keep_alive),
+                ("logprobs", logprobs),
+                ("raw", raw),
+                ("truncate", truncate),
+                ("shift", shift),
+                ("top_logprobs", top_logprobs),
+                ("width", width),
+                ("height", height),
+                ("steps", steps),
+                ("debug_render_only", debug_render_only),
             ),
         }
         stages = _around(on_truncation, call, preflight=preflight, recover=recover)
@@ -570,7 +570,9 @@ class AsyncClient(ModelManagement):
         body = {
             "model": model_name(model),
             "input": encode_input(input),
-            **encoded(options=options, keep_alive=keep_alive, truncate=truncate, dimensions=dimensions),
+            **encoded(
+                ("options", options), ("keep_alive", keep_alive), ("truncate", truncate), ("dimensions", dimensions)
+            ),
         }
         if self._holds:
             self._complete(body)
@@ -604,7 +606,10 @@ class AsyncClient(ModelManagement):
         Server: ``POST /api/embeddings``
         """
         hide(call)
-        body = {"model": model_name(model), **encoded(prompt=prompt, options=options, keep_alive=keep_alive)}
+        body = {
+            "model": model_name(model),
+            **encoded(("prompt", prompt), ("options", options), ("keep_alive", keep_alive)),
+        }
         if self._holds:
             self._complete(body)
         return await self._request(EmbeddingsResponse, "POST", "/api/embeddings", body, call)
@@ -714,7 +719,7 @@ class AsyncClient(ModelManagement):
         # Not at the top: see the package's __getattr__.
         try:
             given = {"model": model_name(model), "state": plain(state), "questions": plain(questions)}
-            request = systemone_types.SystemOneRequest.model_validate({**given, **encoded(keep_alive=keep_alive)})
+            request = systemone_types.SystemOneRequest.model_validate({**given, **encoded(("keep_alive", keep_alive))})
         except ValidationError as exc:
             raise RequestError(f"systemone: {first_error(exc)}") from exc
         # Of a choice without a description the null says that its name describes it.

@@ -213,7 +213,7 @@ def _positive(num_ctx: object) -> int | None:
 
 
 def _finite(keep_alive: KeepAlive) -> float | str:
-    encoded_keep_alive: float | str = encoded(keep_alive=keep_alive).get("keep_alive", 0)
+    encoded_keep_alive: float | str = encoded(("keep_alive", keep_alive)).get("keep_alive", 0)
     if seconds_of(encoded_keep_alive) == 0:
         raise RequestError(f"keep_alive={shown(keep_alive)}: a model that is kept needs a time, such as '5m'")
     return encoded_keep_alive

@@ -144,7 +144,7 @@ class ModelManagement(FileTransfer):
         Server: ``POST /api/generate`` without a prompt; for a model that can only embed, ``POST /api/embed``
         """
         hide(call)
-        body: dict[str, Any] = {"model": model_name(model), **encoded(keep_alive=keep_alive, options=options)}
+        body: dict[str, Any] = {"model": model_name(model), **encoded(("keep_alive", keep_alive), ("options", options))}
         if self._holds:
             self._complete(body)
         try:
@@ -274,7 +274,7 @@ class ModelManagement(FileTransfer):
         Server: ``POST /api/show``
         """
         hide(call)
-        given = encoded(options=options, verbose=verbose, system=system, template=template)
+        given = encoded(("options", options), ("verbose", verbose), ("system", system), ("template", template))
         body = {"model": model_name(model), **given}
         return await self._request(manage_types.ShowResponse, "POST", "/api/show", body, call)
 

@@ -351,14 +351,9 @@ class Session(LiveObject):
         sender = self._sender
         if accepted is not None:
             sender = Sender(sender.client, sender.transport, sender.calls, encodings_asked_for(accepted))
-        exchange = Exchange(
-            sender,
-            request,
-            streaming=streaming,
-            timeouts=self._limits(options),
-            budget=RetryBudget.of(self._retries if retries is None else retries, resume=resume),
-            asked=asked,
-        )
+        budget = RetryBudget.of(self._retries if retries is None else retries, resume=resume)
+        # By position: keywords are a dict that Python makes of them for a class.
+        exchange = Exchange(sender, request, streaming, self._limits(options), budget, asked)
         if observation is not None:
             exchange.observed = observation()
             if exchange.observed is not None:

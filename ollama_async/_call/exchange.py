@@ -9,7 +9,6 @@ cancelled once.
 from __future__ import annotations
 
 import asyncio
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -31,8 +30,6 @@ from .observe import CallEnd
 from .timeouts import HOLDING, TO_COME
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from pydantic import BaseModel
 
     from ollama_async._cancel import CancelToken, Watch
@@ -97,7 +94,6 @@ class Exchange:
         self,
         sender: Sender,
         request: Request,
-        *,
         streaming: bool,
         timeouts: Timeouts,
         budget: RetryBudget,
@@ -124,14 +120,7 @@ class Exchange:
 
     def again(self, delay: float) -> Exchange:
         """Return another attempt at the same, which waits for ``delay`` seconds before it sends the request."""
-        attempt = Exchange(
-            self._sender,
-            self._request,
-            streaming=self._streaming,
-            timeouts=self._timeouts,
-            budget=self.budget,
-            asked=self.asked,
-        )
+        attempt = Exchange(self._sender, self._request, self._streaming, self._timeouts, self.budget, self.asked)
         attempt.started_at = self.started_at
         # What this one still has to say is not the end of the call.
         attempt.observed, self.observed = self.observed, None
@@ -382,9 +371,9 @@ class Exchange:
         now, reader = self.loop.time(), self.reader
         phase = Phase.EOF if reader.failed else reader.phase
         holding = HOLDING[phase]
-        due: list[tuple[float, Limit | None]] = []
+        first: tuple[float, Limit | None] | None = None
         if self._deadline is not None:
-            due.append(((reader.first_line_at or now) + self._deadline[0], None))
+            first = (reader.first_line_at or now) + self._deadline[0], None
         for name in TO_COME[phase]:
             seconds: float | None = getattr(self._timeouts, name)
             if seconds is None:
@@ -398,8 +387,9 @@ class Exchange:
                 began = now if reader.paused else reader.last_activity_at
             else:
                 began = reader.entered_at
-            due.append((began + seconds, name))
-        return min(due, key=_when, default=None)
+            if first is None or began + seconds < first[0]:
+                first = began + seconds, name
+        return first
 
     def _check_limits(self) -> None:
         # Chunks only note when they came. The timer, when it goes off, finds out how long the silence has been, and
@@ -417,8 +407,6 @@ class Exchange:
         else:
             self._timer = self.loop.call_at(due[0], self._check_limits, context=EmptyContext())
 
-
-_when: Callable[[tuple[float, object]], float] = itemgetter(0)
 
 _CLOSED = {
     "closed": "the stream is closed",

@@ -129,7 +129,7 @@ class ForeignRequest:
         reason = response.extensions.get("reason_phrase", b"")
         version = response.extensions.get("http_version", b"HTTP/1.1")
         reader.received_at = reader.loop.time()
-        head = Head.of(response.status_code, reason, headers, version)
+        head = Head(response.status_code, reason, headers, version)
         reader.feed_head(head)
         encoding = encoding_of(head)
         if encoding is not None and reader.body_form.unpacker is None:

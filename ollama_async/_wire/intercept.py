@@ -14,36 +14,31 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable
     from types import ModuleType
 
 # What each of the two rests on.
 _CORES = {"httpx": "httpcore", "httpx2": "httpcore2"}
 
-# Class and method that a request passes on its way through httpx, from the outside to the inside.
-_SEAMS = (
-    (httpx.AsyncClient, "send"),
-    (httpx.AsyncClient, "_transport_for_url"),
-    (httpx.AsyncHTTPTransport, "handle_async_request"),
-)
-
-
-# Names of a class, one of them, and the method that it stood for when none of the seams was touched: each request looks
-# there, which is a third of what it takes to ask the classes.
-_untouched: list[tuple[Mapping[str, object], str, object]] = []
+# The methods that a request passes on its way through httpx, from the outside to the inside, when none of them was
+# replaced: each request looks there, which is a quarter of what it takes to ask what kind of function they are.
+_untouched: tuple[object, object, object] = (None, None, None)
 
 
 def is_intercepted() -> bool:
     """Whether somebody has replaced a method of httpx or httpcore that a request passes on its way."""
-    for names, name, method in _untouched:
-        if names[name] is not method:
-            break
-    else:
-        if _untouched:
-            return _core_is_intercepted()
-    if not all(_is_untouched(*seam) for seam in _SEAMS):
-        return True
-    _untouched[:] = [(vars(owner), name, vars(owner)[name]) for owner, name in _SEAMS]
+    global _untouched
+    client, transport = httpx.AsyncClient, httpx.AsyncHTTPTransport
+    send, for_url, handle = _untouched
+    if not (
+        client.send is send
+        and client._transport_for_url is for_url  # noqa: SLF001  (httpx has no other name for it)
+        and transport.handle_async_request is handle
+    ):
+        seams = ((client, "send"), (client, "_transport_for_url"), (transport, "handle_async_request"))
+        if not all(_is_untouched(*seam) for seam in seams):
+            return True
+        _untouched = client.send, client._transport_for_url, transport.handle_async_request  # noqa: SLF001  (as above)
     return _core_is_intercepted()
 
 
@@ -55,6 +50,8 @@ def transport_is_intercepted(package: ModuleType = httpx) -> bool:
 def _core_is_intercepted(package: ModuleType = httpx) -> bool:
     # httpx imports it when the first of its transports is made; until then nobody can have replaced anything.
     core = sys.modules.get(_CORES[package.__name__])
+    if core is None:
+        return False
     # Not yet there while another thread imports it.
     pool = getattr(core, "AsyncConnectionPool", None)
     return pool is not None and not _is_untouched(pool, "handle_async_request")

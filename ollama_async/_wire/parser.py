@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import chain
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import httptools
 import httpx
@@ -19,24 +20,40 @@ class PeerClosed(httpx.RemoteProtocolError):
     """The server ended the connection before its answer was complete."""
 
 
-class Head(NamedTuple):
-    """The head of an answer; status 0 before it has arrived; ``names`` are those of the headers in lower case."""
-
-    status: int = 0
-    reason: bytes = b""
-    headers: Sequence[tuple[bytes, bytes]] = ()
-    version: bytes = b"HTTP/1.1"
-    names: frozenset[bytes] = frozenset()
-
-    @classmethod
-    def of(
-        cls, status: int, reason: bytes, headers: Sequence[tuple[bytes, bytes]], version: bytes = b"HTTP/1.1"
-    ) -> Head:
-        """Return a head with the names of its headers."""
-        return cls(status, reason, headers, version, frozenset(map(bytes.lower, map(_name, headers))))
-
-
 _name: Callable[[tuple[bytes, bytes]], bytes] = itemgetter(0)
+
+
+@lru_cache(64)
+def _in_lower_case(names: tuple[bytes, ...]) -> frozenset[bytes]:
+    # Cached, since the answers of a server have the same names again and again.
+    return frozenset(map(bytes.lower, names))
+
+
+class Head:
+    """The head of an answer.
+
+    Attributes:
+        status: The HTTP status; 0 before the head has arrived.
+        reason: What the status line says behind it.
+        headers: The headers, as they came.
+        version: Of HTTP.
+        names: Those of the headers, in lower case.
+    """
+
+    __slots__ = ("headers", "names", "reason", "status", "version")
+
+    def __init__(
+        self,
+        status: int = 0,
+        reason: bytes = b"",
+        headers: Sequence[tuple[bytes, bytes]] = (),
+        version: bytes = b"HTTP/1.1",
+    ) -> None:
+        self.status: int = status
+        self.reason: bytes = reason
+        self.headers: Sequence[tuple[bytes, bytes]] = headers
+        self.version: bytes = version
+        self.names: frozenset[bytes] = _in_lower_case(tuple(map(_name, headers)))
 
 
 class ResponseParser:
@@ -87,8 +104,8 @@ class ResponseParser:
         self._parser: Any = httptools.HttpResponseParser(self)
         self._headers: list[tuple[bytes, bytes]] = []
         self._reason = b""
-        # Bytes of whole heads and of trailers so far; and bytes that may be held by the parser since it last gave out a
-        # part of the body.
+        # Bytes of the heads and trailers that were counted; and bytes that may be held by the parser since it last gave
+        # out a part of the body.
         self._size = 0
         self._unparsed = 0
 
@@ -157,6 +174,9 @@ class ResponseParser:
 
     # -- called by httptools --
 
+    # It asks for these as well, and an attribute that is not there costs an exception.
+    on_chunk_header = on_chunk_complete = None
+
     def on_message_begin(self) -> None:
         self.trailing_data = self.trailing_data or self.complete
 
@@ -169,6 +189,7 @@ class ResponseParser:
             self._headers.append((name, value.strip(b" \t")))
         else:
             # A trailer, which is dropped.
+            self._count_head()
             self._count(len(name) + len(value) + 4)
 
     def on_headers_complete(self) -> None:
@@ -177,18 +198,18 @@ class ResponseParser:
             return
         if self._body_parts:
             raise _Refused(_BODY_FIRST)
-        self._count(len(self._reason) + sum(map(len, chain.from_iterable(self._headers))) + 4 * len(self._headers))
-        status = self._parser.get_status_code()
+        headers, reason, status = self._headers, self._reason, self._parser.get_status_code()
+        if status < 200 or self._unparsed > MAX_HEAD_BYTES:
+            # Else all of it is within the limit.
+            self._count_head()
         if status < 200:
             if status == 101:
                 raise _Refused("the server switched protocols, which was not asked for")
             if status < 100:
                 raise _Refused(f"the server's answer has the status {status:03}, which HTTP does not know")
-            self._headers = []
-            self._reason = b""
             return
         version = b"HTTP/" + self._parser.get_http_version().encode("ascii")
-        self.head = Head.of(status, self._reason, self._headers, version)
+        self.head = Head(status, reason, headers, version)
         if self._method == "HEAD":
             # The parser cannot be told that no body follows, whatever the headers say.
             self._complete()
@@ -198,6 +219,12 @@ class ResponseParser:
             self._complete()
 
     # -- inside --
+
+    def _count_head(self) -> None:
+        """Count the head that has arrived last, once."""
+        headers, self._headers = self._headers, []
+        reason, self._reason = self._reason, b""
+        self._count(len(reason) + sum(map(len, chain.from_iterable(headers))) + 4 * len(headers))
 
     def _count(self, size: int) -> None:
         """Hold heads and trailers to the limit, in whichever reads they come; without an end, feed_data() does."""

@@ -100,7 +100,7 @@ def use_it(compiled: re.Pattern[str], use: str, text: str) -> None:
 def test_a_long_duration_is_refused_in_linear_time(keep_alive: str) -> None:
     def refused() -> None:
         with pytest.raises(RequestError):
-            encoded(keep_alive=keep_alive)
+            encoded(("keep_alive", keep_alive))
 
     assert processor_seconds(refused) < BOUND
 

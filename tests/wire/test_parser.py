@@ -22,12 +22,18 @@ def fed(*pieces: bytes, method: str = "GET") -> tuple[ResponseParser, bytes]:
     return parser, b"".join(map(parser.feed_data, pieces))
 
 
+def parts(head: Head | None) -> tuple[object, ...]:
+    assert head is not None
+    return head.status, head.reason, head.headers, head.version
+
+
 def test_a_new_parser_has_nothing() -> None:
     parser = ResponseParser("GET")
     assert (parser.head, parser.error, parser.take_body()) == (None, None, b"")
     assert (parser.complete, parser.keep_alive, parser.trailing_data) == (False, False, False)
-    assert Head() == Head.of(0, b"", (), b"HTTP/1.1") == (0, b"", (), b"HTTP/1.1", frozenset())
-    assert Head.of(200, b"OK", [(b"A-b", b"C")]).names == {b"a-b"}
+    assert parts(Head()) == (0, b"", (), b"HTTP/1.1")
+    assert Head().names == frozenset()
+    assert Head(200, b"OK", [(b"A-b", b"C")]).names == {b"a-b"}
 
 
 @pytest.mark.parametrize("split", [True, False])
@@ -43,6 +49,19 @@ def test_a_head_has_a_limit(over: int, refused: bool, split: bool) -> None:
     assert body == (b"" if refused else b"x")
     if refused:
         assert str(parser.error) == f"the head of the server's answer is over {MAX_HEAD_BYTES:,} bytes"
+
+
+@pytest.mark.parametrize(("over", "refused"), [(0, False), (1, True)])
+@pytest.mark.parametrize("interim", [b"", b"HTTP/1.1 103 E\r\nX: a\r\n\r\n"])
+def test_the_limit_is_for_all_heads_and_trailers_of_an_answer(interim: bytes, over: int, refused: bool) -> None:
+    chunked = b"Transfer-Encoding: chunked\r\n\r\n"
+    counted = len(b"OK") + len(b"Transfer-Encodingchunked") + 4 + (len(b"EXa") + 4 if interim else 0)
+    left = MAX_HEAD_BYTES - counted - 2 * (len(b"ab") + 4) + over
+    trailers = b"ab: %b\r\nab: %b\r\n\r\n" % (b"v" * (left // 2), b"v" * (left - left // 2))
+    half = len(trailers) // 2
+    parser, body = fed(interim + STATUS + chunked, b"1\r\nx\r\n0\r\n", trailers[:half], trailers[half:])
+    assert body == b"x"
+    assert (parser.error is not None, parser.complete) == (refused, not refused)
 
 
 @pytest.mark.parametrize(("over", "refused"), [(0, False), (1, True)])
@@ -124,13 +143,13 @@ def test_an_error_that_comes_later_is_told_of_the_whole_answer() -> None:
 def test_interim_answers_leave_nothing_in_the_final_one() -> None:
     interim = b"HTTP/1.1 103 Early\r\nLink: a\r\n\r\n"
     parser, body = fed(interim, b"HTTP/1.1 199 What\r\n\r\n" + STATUS + BODY)
-    assert parser.head == Head.of(200, b"OK", [(b"Content-Length", b"1")], b"HTTP/1.1")
+    assert parts(parser.head) == (200, b"OK", [(b"Content-Length", b"1")], b"HTTP/1.1")
     assert (body, parser.complete, parser.keep_alive) == (b"x", True, True)
 
 
 def test_headers_lose_the_white_space_around_their_values_and_no_other() -> None:
     parser, _ = fed(b"HTTP/1.0 404 Not Found\r\nX: \t a b \t \r\n\r\n")
-    assert parser.head == Head.of(404, b"Not Found", [(b"X", b"a b")], b"HTTP/1.0")
+    assert parts(parser.head) == (404, b"Not Found", [(b"X", b"a b")], b"HTTP/1.0")
     assert not parser.complete
 
 
@@ -169,7 +188,7 @@ def test_an_answer_to_head_is_complete_with_its_head() -> None:
 def test_what_follows_an_answer_spoils_the_connection_and_is_no_part_of_it(more: bytes) -> None:
     parser, body = fed(STATUS + BODY + more)
     assert (body, parser.complete, parser.error, parser.trailing_data) == (b"x", True, None, True)
-    assert parser.head == Head.of(200, b"OK", [(b"Content-Length", b"1")], b"HTTP/1.1")
+    assert parts(parser.head) == (200, b"OK", [(b"Content-Length", b"1")], b"HTTP/1.1")
 
 
 def test_an_interrupt_in_a_callback_comes_through_and_the_body_is_still_there() -> None:
