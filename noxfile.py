@@ -19,6 +19,9 @@ nox.options.download_python = "never"
 nox.options.error_on_missing_interpreters = False  # they are skipped, and named in nox's summary
 nox.options.sessions = ["quick"]
 
+# Each of the processes of a session would compile and rewrite all modules of tests again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = nox.project.python_versions(PYPROJECT)
 OLDEST = PYTHONS[0]
