@@ -10,17 +10,15 @@ import weakref
 from typing import Any
 
 import pytest
-from teardown.harness import BOUND, nothing_left_behind, registrations, until
+from teardown.harness import BOUND, STOPS, nothing_left_behind, registrations, stop_the_reader, until
 
 from ollama_async import (
-    AbortError,
     AsyncClient,
     CancelToken,
     HungModel,
     PhaseTimeout,
     Pool,
     RequestError,
-    StreamClosed,
     StreamTruncated,
     Timeouts,
 )
@@ -283,7 +281,7 @@ PLACES: dict[str, tuple[list[Reply], list[Reply], list[str]]] = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("way", ["token", "abort", "client", "aclose", "cancel", "cancel twice"])
+@pytest.mark.parametrize("way", STOPS)
 async def test_a_stop_at_any_place(fake_ollama: FakeOllama, place: str, way: str) -> None:
     chat, ps, before = PLACES[place]
     fake_ollama.script("/api/chat", *chat)
@@ -297,23 +295,7 @@ async def test_a_stop_at_any_place(fake_ollama: FakeOllama, place: str, way: str
         stream = client.chat("fake", "hi", stream=True, token=token, timeout=limits, recover=True)
         reader = asyncio.create_task(stream.collect())
         await until(lambda: paths(fake_ollama) == before, place)
-        if way == "aclose":
-            await stream.aclose()
-        elif way.startswith("cancel"):
-            reader.cancel()
-            if way == "cancel twice":
-                await asyncio.sleep(0)
-                reader.cancel()
-        else:
-            {"token": token.abort, "abort": stream.abort, "client": client.abort}[way]()
-            # The loop stands still: the sockets are shut down already.
-            assert fake_ollama.connections[-1].wait_left(BOUND)
-        expected = StreamClosed if way == "aclose" else asyncio.CancelledError if "cancel" in way else AbortError
-        with pytest.raises(expected):
-            await asyncio.wait_for(reader, BOUND)
-        assert fake_ollama.requests[-1].connection.wait_left(BOUND)
-        outcomes = {"aclose": "closed", "cancel": "cancelled", "cancel twice": "cancelled"}
-        assert stream.outcome == outcomes.get(way, "aborted")
+        await stop_the_reader(way, reader, stream, token, client, fake_ollama)
         # Nothing is asked after the stop, and the next call does not wait for this one.
         assert paths(fake_ollama) == before
         fake_ollama.forget()

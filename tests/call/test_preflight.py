@@ -8,17 +8,15 @@ import pickle
 from typing import Any
 
 import pytest
-from teardown.harness import BOUND, nothing_left_behind, registrations, until
+from teardown.harness import STOPS, nothing_left_behind, registrations, stop_the_reader, until
 
 from ollama_async import (
-    AbortError,
     AsyncClient,
     CancelToken,
     CapabilityError,
     NotFoundError,
     PhaseTimeout,
     RequestError,
-    StreamClosed,
     Timeouts,
 )
 from ollama_async.testing import FakeOllama, Reply, Stall
@@ -173,7 +171,7 @@ async def test_the_call_s_headers_and_limit_are_those_of_what_is_asked(fake_olla
         assert caught.value.phase == "total"
 
 
-@pytest.mark.parametrize("way", ["token", "abort", "client", "aclose", "cancel", "cancel twice"])
+@pytest.mark.parametrize("way", STOPS)
 async def test_a_stop_while_the_server_is_asked(fake_ollama: FakeOllama, way: str) -> None:
     fake_ollama.script("/api/show", Reply(before_head=[Stall()]))
     token = CancelToken()
@@ -181,22 +179,6 @@ async def test_a_stop_while_the_server_is_asked(fake_ollama: FakeOllama, way: st
         stream = client.chat("fake", "hi", stream=True, preflight=True, token=token)
         reader = asyncio.create_task(stream.collect())
         await until(lambda: len(fake_ollama.requests) == 1, "the question")
-        if way == "aclose":
-            await stream.aclose()
-        elif way.startswith("cancel"):
-            reader.cancel()
-            if way == "cancel twice":
-                await asyncio.sleep(0)
-                reader.cancel()
-        else:
-            {"token": token.abort, "abort": stream.abort, "client": client.abort}[way]()
-            assert fake_ollama.connections[0].wait_left(BOUND)
-        expected = StreamClosed if way == "aclose" else asyncio.CancelledError if "cancel" in way else AbortError
-        with pytest.raises(expected):
-            await asyncio.wait_for(reader, BOUND)
-        assert fake_ollama.connections[0].wait_left(BOUND)
-        assert stream.outcome == {"aclose": "closed", "cancel": "cancelled", "cancel twice": "cancelled"}.get(
-            way, "aborted"
-        )
+        await stop_the_reader(way, reader, stream, token, client, fake_ollama)
     assert paths(fake_ollama) == ["show"]
     assert registrations(token) == 0

@@ -1,105 +1,29 @@
 """The interactive chat, on a terminal whose screen is looked at, and what the server saw of each stop."""
 
 import contextlib
-import fcntl
 import json
 import os
 import re
 import signal
 import stat
-import struct
 import subprocess
 import sys
-import termios
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import pyte
 import pytest
 
 pytest.importorskip("typer")
 pytest.importorskip("prompt_toolkit")
 
-from cli.test_cli import CTRL_C, CTRL_D, Terminal, environment, roles, run, spawn
+from cli.terminal import ALT_ENTER, CTRL_C, CTRL_D, ENTER, ESC, UP, chat, environment, roles, run, spawn
 
 from ollama_async.cli._markdown import Growing
 from ollama_async.testing import Cut, FakeOllama, Gate, Reply, Stall
-
-ESC = "\x1b"
-UP = "\x1b[A"
-ENTER, ALT_ENTER = "\r", "\x1b\r"
-
-
-class Screen(Terminal):
-    """A terminal that can be looked at: what it shows, and what has scrolled off."""
-
-    def __init__(self, *arguments: str, columns: int = 80, rows: int = 24, **variables: str) -> None:
-        self._screen = pyte.HistoryScreen(columns, rows, history=10_000)
-        self._stream = pyte.Stream(self._screen)
-        self._fed = 0
-        super().__init__(*arguments, TERM="xterm-256color", **variables)
-        self._deadline += 40  # it does more than others
-        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-
-    def lines(self) -> list[str]:
-        """All lines from the first one on."""
-        self._stream.feed(self.output[self._fed :])
-        self._fed = len(self.output)
-        columns = range(self._screen.columns)
-        scrolled = ["".join(line[column].data for column in columns) for line in self._screen.history.top]
-        return [line.rstrip() for line in (*scrolled, *self._screen.display)]
-
-    def cells(self) -> list[list[pyte.screens.Char]]:
-        """What the screen shows now, with how it looks."""
-        self.lines()
-        return [
-            [line[column] for column in range(self._screen.columns)]
-            for line in map(self._screen.buffer.__getitem__, range(self._screen.lines))
-        ]
-
-    def text(self) -> str:
-        """All that is shown, as one text with single spaces."""
-        return " ".join(" ".join(self.lines()).split())
-
-    def shows(self, pattern: str) -> None:
-        """Read until the pattern is shown somewhere."""
-        while not re.search(pattern, self.text()):
-            assert self._read(), f"{pattern!r} is not shown, but:\n" + "\n".join(self.lines())
-
-    def ready(self, typed: str = "") -> None:
-        """Read until it asks for input, and has taken what was typed."""
-        while self._prompt() != f">>> {typed}".rstrip():
-            assert self._read(), "it does not ask, but shows:\n" + "\n".join(self.lines())
-
-    def says(self, text: str) -> None:
-        """Type a prompt."""
-        self.ready()
-        self.type(text + ENTER)
-
-    def _prompt(self) -> str:
-        self.lines()
-        return self._screen.display[self._screen.cursor.y].rstrip()
-
-    def modes(self) -> list[Any]:
-        return termios.tcgetattr(self.master)
 
 
 @pytest.fixture
 def state(tmp_path: Path) -> Path:
     return tmp_path / "state"
-
-
-@contextlib.contextmanager
-def chat(server: FakeOllama, state: Path, *options: str, columns: int = 80, **variables: str) -> Iterator[Screen]:
-    shown = Screen(
-        *("--host", server.url, "chat", "fake", *options), columns=columns, XDG_STATE_HOME=str(state), **variables
-    )
-    try:
-        yield shown
-        assert "Traceback" not in shown.output
-    finally:
-        shown.close()
 
 
 # -- stopping --

@@ -19,7 +19,7 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("markdown_it")
 
-from cli.test_cli import environment
+from cli.terminal import environment
 from rich.progress import Progress
 from rich.spinner import Spinner
 

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("prompt_toolkit")
 
-from cli.test_chat import chat
+from cli.terminal import chat
 
 from ollama_async.cli import _markdown
 from ollama_async.cli._limit import Limit

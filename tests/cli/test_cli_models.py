@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
-from cli.test_cli import DEADLINE, Terminal, environment, run
+from cli.terminal import DEADLINE, Terminal, environment, run
 
 from ollama_async.cli._models import _processor, _span, _until, _when
 from ollama_async.testing import Cut, FakeOllama, Gate, Reply

@@ -21,7 +21,7 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("prompt_toolkit")
 
-from cli.test_cli import DEADLINE, ON_TERMINAL, Terminal, environment
+from cli.terminal import DEADLINE, ON_TERMINAL, Terminal, environment
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
@@ -144,7 +144,7 @@ def test_generate_on_a_terminal(fake_ollama: FakeOllama, monkeypatch: pytest.Mon
     """With the mark that it waits, and a text that is stopped by Ctrl-C."""
     fake_ollama.script("/api/generate", Reply.endless_generate(0.01))
     monkeypatch.setattr(
-        "cli.test_cli.ON_TERMINAL", ON_TERMINAL.replace("from ollama_async", WITHOUT + "from ollama_async", 1)
+        "cli.terminal.ON_TERMINAL", ON_TERMINAL.replace("from ollama_async", WITHOUT + "from ollama_async", 1)
     )
     shown = Terminal("--host", fake_ollama.url, "generate", "fake", "Why?", TERM="xterm-256color")
     try:

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
-from cli.test_cli import run, terminal
+from cli.terminal import run, terminal
 
 from ollama_async.testing import FakeOllama, Gate, Reply, Stall
 

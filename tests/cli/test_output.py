@@ -14,8 +14,7 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("prompt_toolkit")
 
-from cli.test_chat import chat
-from cli.test_cli import CTRL_C, run, terminal
+from cli.terminal import CTRL_C, chat, run, terminal
 from rich.table import Table
 from rich.text import Text
 
@@ -280,7 +279,7 @@ cli.run()
     ],
 )
 def test_what_libraries_write_is_filtered_too(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
-    monkeypatch.setattr("cli.test_cli.ON_TERMINAL", AS_COMMAND)
+    monkeypatch.setattr("cli.terminal.ON_TERMINAL", AS_COMMAND)
     with terminal("do", code) as opened:
         opened.wait()
         assert is_safe(opened.output)

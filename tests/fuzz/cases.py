@@ -9,6 +9,7 @@ from call import test_batches, test_ndjson
 from fuzz import tool_language
 from model import test_bad_input
 from wire import test_host, test_hostile, test_proxy, test_transport
+from wire.connection import OK
 
 __all__ = ["CASES", "WORDS"]
 
@@ -33,12 +34,12 @@ def _answers() -> Iterator[bytes]:
 
 def _blanks() -> Iterator[bytes]:
     for blank in (b" ", b"\t", b" \t "):
-        yield b"\0" + test_hostile.OK + b"X-A:" + blank + b"a b" + blank + b"\r\nContent-Length: 0\r\n\r\n"
+        yield b"\0" + OK + b"X-A:" + blank + b"a b" + blank + b"\r\nContent-Length: 0\r\n\r\n"
 
 
 def _limits() -> Iterator[bytes]:
     """Answers with something long at each of their edges."""
-    several = test_hostile.OK + b"X-A: a\r\nX-B: b\r\nContent-Length: 2\r\n\r\nhi"
+    several = OK + b"X-A: a\r\nX-B: b\r\nContent-Length: 2\r\n\r\nhi"
     for answer in (*test_hostile.ANSWERS[1:3], several):
         for at in range(len(answer)):
             for filler in (b"\xff\xff", b"\xff\xff\xff"):

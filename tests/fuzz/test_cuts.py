@@ -7,14 +7,13 @@ from collections.abc import Iterator
 import pytest
 from call.test_ndjson import BODIES
 from fuzz.targets import MAX_LINE_BYTES, parse_answer, split_lines
-from wire.test_hostile import POISON
+from wire.connection import POISON
 from wire.test_transport import ANSWERS, BROKEN, CUT
 
 # Those that do not end with the connection.
 WITH_AN_END = [name for name, case in ANSWERS.items() if not case[2]]
 
 
-# What is wrong with the parser; whoever mends it takes this out.
 def every_cut(data: bytes) -> Iterator[list[bytes]]:
     """Whole, byte by byte, and in two at every place."""
     yield [data]

@@ -16,7 +16,6 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
-from fastapi import FastAPI
 from serving import BOUND, Tab, events, port_of, served, uvicorn_server
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
@@ -636,6 +635,8 @@ async def test_a_stop_while_redis_is_away(site: Site) -> None:
 
 
 async def test_in_fastapi(site: Site) -> None:
+    from fastapi import FastAPI
+
     async def who(request: Request) -> str:
         return request.headers["X-User"]
 

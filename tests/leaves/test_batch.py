@@ -25,7 +25,7 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("prompt_toolkit")
 
-from cli.test_cli import run
+from cli.terminal import run
 
 from ollama_async import AbortError, CancelToken, Host, Pool, RequestError
 from ollama_async.batch import (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import typing
 from collections.abc import Iterator
@@ -9,25 +10,17 @@ from typing import Any
 
 import pytest
 
-import ollama_async
-from ollama_async import agent, asgi, batch, conversation, durable, pool, registry, testing
-
-MODULES = {
-    "ollama_async": ollama_async,
-    "agent": agent,
-    "asgi": asgi,
-    "batch": batch,
-    "conversation": conversation,
-    "durable": durable,
-    "pool": pool,
-    "registry": registry,
-    "testing": testing,
-}
+PARTS = ("agent", "asgi", "batch", "conversation", "durable", "pool", "registry", "testing")
 
 
 def public() -> Iterator[Any]:
     """Every public class, function, and public method of a public class of ours."""
-    for name, module in MODULES.items():
+    for name in ("ollama_async", *(f"ollama_async.{part}" for part in PARTS)):
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            yield pytest.param(None, id=name, marks=pytest.mark.skip(f"{name} needs {error.name}"))
+            continue
         for public_name in module.__all__:
             found = getattr(module, public_name)
             if not (inspect.isclass(found) or inspect.isfunction(found)):

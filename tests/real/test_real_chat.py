@@ -4,7 +4,7 @@ import contextlib
 from pathlib import Path
 
 import pytest
-from cli.test_chat import CTRL_C, ESC, Screen
+from cli.terminal import CTRL_C, ESC, Screen
 from real.ollama_server import RealOllama
 
 pytestmark = pytest.mark.real

@@ -4,11 +4,16 @@ Its weights are random and it never ends an answer by itself: `num_predict: n` g
 `num_predict: -1` an answer goes on until the server's own limit, which is ten times the context: 163,840 tokens.
 """
 
-from pathlib import Path
+from __future__ import annotations
 
-import gguf
-import numpy as np
-import numpy.typing as npt
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# Imported where a model is written: to ask for a real server takes neither.
+if TYPE_CHECKING:
+    import gguf
+    import numpy as np
+    import numpy.typing as npt
 
 EMBEDDING = 64
 BLOCKS = 2
@@ -50,6 +55,8 @@ TEMPLATE = (
 
 def write_tiny_model(path: Path, *, blocks: int = BLOCKS, context: int = CONTEXT) -> None:
     """Write the model; the same bytes each time. Each block more is 140 kB."""
+    import gguf
+
     writer = gguf.GGUFWriter(path, "llama")
     _add_hyperparameters(writer, blocks, context)
     _add_tokenizer(writer)
@@ -61,6 +68,8 @@ def write_tiny_model(path: Path, *, blocks: int = BLOCKS, context: int = CONTEXT
 
 
 def _add_hyperparameters(writer: gguf.GGUFWriter, blocks: int, context: int) -> None:
+    import gguf
+
     writer.add_name("tiny")
     writer.add_context_length(context)
     writer.add_embedding_length(EMBEDDING)
@@ -76,6 +85,8 @@ def _add_hyperparameters(writer: gguf.GGUFWriter, blocks: int, context: int) -> 
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
+    import gguf
+
     types = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
     types += [gguf.TokenType.BYTE] * len(BYTES) + [gguf.TokenType.NORMAL] * len(WORDS)
     writer.add_tokenizer_model("llama")
@@ -88,6 +99,8 @@ def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
 
 
 def _add_tensors(writer: gguf.GGUFWriter, blocks: int) -> None:
+    import numpy as np
+
     random = np.random.default_rng(0)
 
     def weights(*shape: int) -> npt.NDArray[np.float32]:
@@ -118,6 +131,8 @@ def _output(embedding: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     A word's own embedding is taken off: none is likely to follow itself. (After 30 equal tokens in a row the server
     would end the answer.)
     """
+    import numpy as np
+
     words = slice(-len(WORDS), None)
     output = np.zeros_like(embedding)
     output[words] = -embedding[words]

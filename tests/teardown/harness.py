@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from wire.tunnel import TunnelProxy
 
-from ollama_async import AsyncClient, Stream
+from ollama_async import AbortError, AsyncClient, CancelToken, Stream, StreamClosed
 from ollama_async.testing import ConnectionRecord, FakeOllama, nothing_left_behind
 from ollama_async.testing._left import Watch as Baseline
 from ollama_async.testing._left import live_timers, open_fds, registrations
@@ -22,6 +22,7 @@ from ollama_async.testing._left import live_timers, open_fds, registrations
 __all__ = [
     "BOUND",
     "ELSEWHERE",
+    "STOPS",
     "Baseline",
     "black_hole",
     "client_of",
@@ -34,6 +35,7 @@ __all__ = [
     "read_all",
     "registrations",
     "saw_leave",
+    "stop_the_reader",
     "through_proxy",
     "ticks",
     "until",
@@ -93,6 +95,38 @@ async def read_all(stream: Stream[Any], seen: list[Any]) -> None:
     """Be a stream's reader."""
     async for chunk in stream:
         seen.append(chunk)
+
+
+STOPS = ["token", "abort", "client", "aclose", "cancel", "cancel twice"]
+"""Ways to stop a stream that a task reads to its end."""
+
+
+async def stop_the_reader(
+    way: str,
+    reader: asyncio.Task[Any],
+    stream: Stream[Any],
+    token: CancelToken,
+    client: AsyncClient,
+    server: FakeOllama,
+) -> None:
+    """Stop a stream in one of `STOPS`; its reader gets the error of that way, and the server sees it leave."""
+    if way == "aclose":
+        await stream.aclose()
+    elif way.startswith("cancel"):
+        reader.cancel()
+        if way == "cancel twice":
+            await asyncio.sleep(0)
+            reader.cancel()
+    else:
+        {"token": token.abort, "abort": stream.abort, "client": client.abort}[way]()
+        # The loop stands still: the socket is shut down already.
+        assert server.connections[-1].wait_left(BOUND)
+    expected = StreamClosed if way == "aclose" else asyncio.CancelledError if "cancel" in way else AbortError
+    with pytest.raises(expected):
+        await asyncio.wait_for(reader, BOUND)
+    assert server.requests[-1].connection.wait_left(BOUND)
+    outcomes = {"aclose": "closed", "cancel": "cancelled", "cancel twice": "cancelled"}
+    assert stream.outcome == outcomes.get(way, "aborted")
 
 
 @contextlib.contextmanager

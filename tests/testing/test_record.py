@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import httpx
 import pytest
-from cli.test_cli import environment, run
+from cli.terminal import environment, run
 
 from ollama_async import (
     AbortError,

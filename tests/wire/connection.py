@@ -9,6 +9,10 @@ from ollama_async._wire.connection import Connection, PlainConnection
 from ollama_async._wire.http1 import Origin
 from ollama_async._wire.socket import GuardedSocket
 
+OK = b"HTTP/1.1 200 OK\r\n"
+# What nobody has asked for.
+POISON = OK + b"Content-Length: 6\r\n\r\npoison"
+
 
 class Wire:
     """Stands for the transport and the pool of one connection.

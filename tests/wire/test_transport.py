@@ -18,7 +18,6 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
-import uvloop
 from teardown.harness import BOUND, Baseline, black_hole, in_thread, live_timers, nothing_left_behind, ticks, until
 from wire.connection import Wire
 
@@ -1074,7 +1073,14 @@ async def test_a_missing_unix_socket_is_named(tmp_path: Any) -> None:
 
 # -- loops, threads, lifetime --
 
-LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+
+def new_uvloop() -> asyncio.AbstractEventLoop:
+    import uvloop
+
+    return uvloop.new_event_loop()
+
+
+LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": new_uvloop}
 
 
 @pytest.fixture(params=LOOPS.values(), ids=LOOPS)
