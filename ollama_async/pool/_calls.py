@@ -254,8 +254,10 @@ class Calls:
         self._check_open(token)
 
     def _joint(self, ask: Ask) -> CancelToken:
-        """Return a token of all that ends a call; the same one for the calls of a map or a batch, which share theirs."""
+        """Return a token of all that ends a call; one for all calls of a map or a batch, which share theirs."""
         made_of = ask.tokens if ask.token is None else [ask.token, *ask.tokens]
+        if len(made_of) == 1:
+            return made_of[0]
         if made_of != self._made_of:
             self._made_of, self._joint_token = made_of, CancelToken.any(*made_of)
         return self._joint_token
