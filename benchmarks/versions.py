@@ -43,6 +43,7 @@ COUNTED: list[tuple[str, dict[str, Any], str, tuple[int, int], str]] = [
     ("streams.py", {"streams": 1, "rate": 0}, "tokens", (20_000, 60_000), "instructions a token, burst"),
     ("short.py", {}, "requests", (100, 400), "instructions a short request"),
     ("first.py", {}, "streams", (100, 400), "instructions a stream of one token"),
+    ("many.py", {}, "prompts", (200, 800), "instructions a prompt of a batch"),
 ]
 VALGRIND = ("valgrind", "--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null")
 

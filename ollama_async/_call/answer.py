@@ -38,6 +38,7 @@ class Answer(Generic[ChunkT]):
         index: Which of them is the next to be delivered.
         fast_until: Up to which of them nothing can happen at one but its delivery.
         last_at: When the last of what was decoded arrived, by the loop's clock.
+        together: Whether the first chunk may be made together with those that came with it: nobody waits for it.
         taking: Whether the reader is making lines, or chunks, of what has arrived.
         absorbed: Whether everything that had arrived has been merged, after an early end.
     """
@@ -54,6 +55,7 @@ class Answer(Generic[ChunkT]):
         "last_at",
         "merge",
         "taking",
+        "together",
     )
 
     def __init__(self, merge: Merge[ChunkT], decoder: Decoder[ChunkT]) -> None:
@@ -64,6 +66,7 @@ class Answer(Generic[ChunkT]):
         self.index: int = 0
         self.fast_until: int = 0
         self.last_at: float = 0.0
+        self.together: bool = False
         self.taking: bool = False
         self.absorbed: bool = False
         # How many chunks were delivered before those in `chunks`.
@@ -106,7 +109,7 @@ class Answer(Generic[ChunkT]):
                 self.clear()
             self.last_at = received_at
             # The first one alone: the reader waits for it, and it does not wait for those that came with it.
-            chunks, lines, plain = self.decoder.decode(alone=not self._delivered_before)
+            chunks, lines, plain = self.decoder.decode(alone=not (self._delivered_before or self.together))
             # In one statement, within which no signal handler runs: none finds a line twice, or not at all.
             self.chunks, self.decoder.lines, self.fast_until = chunks, lines, plain if plainly else 0
         chunk = self.chunks[self.index]

@@ -155,8 +155,9 @@ class Stream(LiveObject, Generic[ChunkT]):
         return Guarded(self._collect(), self._reader.reader_cancelled, "Stream.collect")
 
     async def _collect(self) -> ChunkT:
-        async for _ in self:
-            pass
+        # Dropped at the end, whatever that is, it closes the stream.
+        _closing = ClosingIterator(self, self._reader)
+        await self._reader.read_all()
         response = self.response
         if response is None:
             raise ProtocolError("the server's answer is empty")

@@ -245,8 +245,8 @@ class ChatMerge(_Lists):
         last = self._last
         if last is None:
             return None
-        message = last.message.model_copy(update={"content": text, **self.of_message(thinking)})
-        return last.model_copy(update={"message": message, **self.of_chunk()})
+        message = last.message.replaced(content=text, **self.of_message(thinking))
+        return last.replaced(message=message, **self.of_chunk())
 
 
 class GenerateMerge(_Lists):
@@ -293,7 +293,7 @@ class GenerateMerge(_Lists):
     def _with_text(self, text: str, thinking: str | None = None) -> GenerateResponse | None:
         if self._last is None:
             return None
-        return self._last.model_copy(update={"response": text, **self.of_message(thinking), **self.of_chunk()})
+        return self._last.replaced(response=text, **self.of_message(thinking), **self.of_chunk())
 
 
 class ProgressMerge:

@@ -92,7 +92,7 @@ async def batch(
         think: As in ``AsyncClient.chat``, for rows that have none.
         keep_alive: As in ``AsyncClient.chat``, for rows that have none.
         concurrency: How many calls are made at once, at most; by default as many as the pool has slots, and one more
-            for each host.
+            for each host if there are several, or if the next row may be long in coming.
         embed_size: How many texts are embedded by one call.
         retries: How often an item is asked for again that failed in a way that can pass.
         wait_hosts: Seconds to wait while no host is in service.
@@ -169,7 +169,7 @@ async def batch(
             run.total = total
             if changed and total is not None:
                 skip.drop_changed(reader.items())
-            count = sum(host.slots + 1 for host in caller.hosts) if concurrency is None else concurrency
+            count = _at_once(caller, waits=reader.waits) if concurrency is None else concurrency
             async with AsyncExitStack() as stack:
                 items: Iterator[Item] | AsyncIterator[Item]
                 if reader.waits:
@@ -188,6 +188,14 @@ async def batch(
         return result
     finally:
         journal.close()
+
+
+def _at_once(pool: Caller, *, waits: bool) -> int:
+    """Return how many calls are made at once: so many that no slot is without one."""
+    slots = [host.slots for host in pool.hosts]
+    # A worker writes an answer and makes its next call within one step, in which its slot waits for nobody. One more
+    # for each host helps where a row is long in coming, and where the next call may be for another host.
+    return slots[0] if len(slots) == 1 and not waits else sum(slots) + len(slots)
 
 
 class _Skip:

@@ -15,7 +15,8 @@ __all__ = ["Form", "can_pass"]
 
 Embedding = Literal["list", "base64"]
 
-_COUNTS = (
+_FIGURES = (
+    "done_reason",
     "prompt_eval_count",
     "eval_count",
     "total_duration",
@@ -98,10 +99,10 @@ class Form:
             response = {"text": answer.response or ""}
             if answer.thinking:
                 response["thinking"] = answer.thinking
-        if answer.get("logprobs"):
+        if getattr(answer, "logprobs", None):
             response["logprobs"] = [each.model_dump(mode="json", exclude_none=True) for each in answer.logprobs]
-        for name in ("done_reason", *_COUNTS):
-            value = answer.get(name)
+        for name in _FIGURES:
+            value = getattr(answer, name, None)
             if value is not None:
                 response[name] = value
         return response

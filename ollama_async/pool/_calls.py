@@ -76,6 +76,7 @@ class Ask:
         key: Who calls.
         priority: Calls with a higher one go first.
         flaw: What is wrong with it, which is raised when it begins.
+        full_name: Its model as a server lists it.
         deadline: When it must be over, by the loop's clock; waiting and earlier attempts are part of its time.
         tried: What the hosts said that have failed.
     """
@@ -91,6 +92,7 @@ class Ask:
     key: Hashable | None = None
     priority: float = 0
     flaw: RequestError | None = None
+    full_name: str = ""
     deadline: float | None = None
     tried: dict[Server, OllamaError] = field(default_factory=dict["Server", OllamaError])
 
@@ -101,13 +103,12 @@ class Lease:
     A stream keeps it as long as its exchange is open, whose end it is told of as one that observes it.
     """
 
-    __slots__ = ("_answer", "_calls", "_observed", "_to_its_end", "ask", "begun", "headers", "server")
+    __slots__ = ("_answer", "_calls", "_observed", "ask", "begun", "headers", "server")
 
     def __init__(self, calls: Calls, server: Server, ask: Ask) -> None:
         self._calls = calls
         # None until it holds for an exchange: another attempt at the same host takes its observer with it.
         self._answer: Answer[Any] | None = None
-        self._to_its_end = False
         self._observed: Observed | None = None
         self.headers: Mapping[str, str] = {}
         self.server: Server = server
@@ -119,14 +120,11 @@ class Lease:
         """Give the slot back; idempotent."""
         self._calls.give_back(self)
 
-    def hold_for(self, exchange: Exchange, answer: Answer[Any], *, to_its_end: bool = False) -> None:
-        """Keep the slot until the exchange ends; after the last chunk ``to_its_end`` leaves that to the caller.
-
-        Its connection is then free for whoever gets the slot.
-        """
+    def hold_for(self, exchange: Exchange, answer: Answer[Any]) -> None:
+        """Keep the slot until the exchange ends."""
         if self._answer is not None:
             return
-        self._answer, self._to_its_end = answer, to_its_end
+        self._answer = answer
         self._observed = exchange.observed
         exchange.observed = Observed(self, _nothing if self._observed is None else self._observed.partial)
         # Ended by another thread, which may have looked for whom to tell before this one was there.
@@ -140,15 +138,23 @@ class Lease:
 
     def ended(self, end: CallEnd) -> None:
         """Hear that the exchange is over."""
-        if isinstance(end.error, PhaseTimeout) and end.error.phase == "first_chunk":
-            self._calls.note_failure(self.server, self.ask, end.error)
-        if end.outcome != "done" or not self._to_its_end:
-            self.release()
+        if isinstance(end.error, OllamaError):
+            self.note_end(end.error)
+        self.release()
         if end.outcome == "done" and self._answer is not None:
             # The chunk that is being delivered, which is the last.
-            self._calls.note_answer(self, self._answer.chunks[self._answer.index - 1])
+            self.note_answer(self._answer.chunks[self._answer.index - 1])
         if self._observed is not None:
             self._observed.ended(end)
+
+    def note_answer(self, last: Any) -> None:
+        """Learn from the last chunk of an answer, or from all of it."""
+        self._calls.note_answer(self, last)
+
+    def note_end(self, error: OllamaError) -> None:
+        """Learn from the end of an answer that has begun: a host may send the head, and hang."""
+        if isinstance(error, PhaseTimeout) and error.phase == "first_chunk":
+            self._calls.note_failure(self.server, self.ask, error)
 
 
 def _nothing() -> None:
@@ -166,6 +172,9 @@ class Calls:
         # What is to be done before the first call, if anything is.
         self.connect: Callable[[CancelToken], Awaitable[None]] | None = None
         self._patience = patience
+        # What ends the last call whose answer came as a whole, and the token of all of that.
+        self._made_of: list[CancelToken] = []
+        self._joint_token = CancelToken()
         self._leases: set[Lease] = set()
         # Looks at hosts, and probes.
         self._tasks: set[asyncio.Task[None]] = set()
@@ -204,7 +213,10 @@ class Calls:
             await self.connect(token)
             self._check_open(token)
         loop = self._enter(ask)
-        waiter = Waiter(full_name(ask.model), frozenset(ask.tried), ask.sticky)
+        server = self.queue.at_once(ask.full_name, ask.key)
+        if server is not None:
+            return self._lease(server, ask)
+        waiter = Waiter(ask.full_name, frozenset(ask.tried), ask.sticky)
         self.queue.add(waiter, ask.key, ask.priority)
         try:
             self._dispatch()
@@ -220,7 +232,10 @@ class Calls:
                 waiter.server.running -= 1
                 self._dispatch()
             raise
-        lease = Lease(self, waiter.server, ask)
+        return self._lease(waiter.server, ask)
+
+    def _lease(self, server: Server, ask: Ask) -> Lease:
+        lease = Lease(self, server, ask)
         self._leases.add(lease)
         return lease
 
@@ -238,6 +253,15 @@ class Calls:
                 timer.cancel()
         self._check_open(token)
 
+    def _joint(self, ask: Ask) -> CancelToken:
+        """Return a token of all that ends a call; one for all calls of a map or a batch, which share theirs."""
+        made_of = ask.tokens if ask.token is None else [ask.token, *ask.tokens]
+        if len(made_of) == 1:
+            return made_of[0]
+        if made_of != self._made_of:
+            self._made_of, self._joint_token = made_of, CancelToken.any(*made_of)
+        return self._joint_token
+
     def give_back(self, lease: Lease) -> None:
         """Take a slot back, in the loop that it was given in; idempotent."""
         if lease in self._leases:
@@ -253,7 +277,7 @@ class Calls:
             ask: The call.
             attempt: Makes it at the host of a lease, with the options that it is given.
         """
-        token = CancelToken.any(*filter(None, (ask.token, *ask.tokens)))
+        token = self._joint(ask)
         host: str | None = None
         while True:
             try:
@@ -271,7 +295,10 @@ class Calls:
             except OllamaError as exc:
                 exc.host = host
                 _say_whole_limit(exc, ask)
-                if lease.begun or not self.goes_on(lease, exc):
+                if lease.begun:
+                    lease.note_end(exc)
+                    raise
+                if not self.goes_on(lease, exc):
                     raise
             finally:
                 lease.release()
@@ -288,7 +315,7 @@ class Calls:
     def note_failure(self, server: Server, ask: Ask, exc: OllamaError) -> bool:
         """Note what a failed call says of its host; return whether another host may do better."""
         why = _said(exc)
-        model = full_name(ask.model)
+        model = ask.full_name
         if isinstance(exc, NotFoundError):
             # One that is alone is asked each time: nothing else finds out that it has got the model.
             if len(self.servers) == 1:
@@ -308,7 +335,7 @@ class Calls:
     def note_answer(self, lease: Lease, last: Any) -> None:
         """Learn from the last chunk of an answer."""
         server = lease.server
-        server.loaded.add(full_name(lease.ask.model))
+        server.loaded.add(lease.ask.full_name)
         load, total = last.load_duration or 0, last.total_duration or 0
         if load > _LOADED_NS:
             # Another model may have made room for it.
@@ -327,12 +354,12 @@ class Calls:
             )
 
     def _in_service(self, ask: Ask) -> bool:
-        model = full_name(ask.model)
+        model = ask.full_name
         return any(server.has(model) and server.outage(model) is None for server in self.servers)
 
     def refusal(self, ask: Ask) -> OllamaError:
         """Return the error of a call that no host is left for."""
-        model = full_name(ask.model)
+        model = ask.full_name
         if len(self.servers) == 1 and ask.tried:
             error_there = ask.tried[self.servers[0]]
             return fresh(error_there, error_there.partial)
@@ -448,7 +475,7 @@ class Calls:
                 server.listed(map(_name, listed.models))
             loaded = await client.ps(timeout=limits)
             # What is being loaded is not listed yet.
-            coming = {full_name(lease.ask.model) for lease in self._leases if lease.server is server}
+            coming = {lease.ask.full_name for lease in self._leases if lease.server is server}
             server.loaded = coming | {*map(_name, loaded.models)}
         except (ConnectError, ConnectionBroken, PhaseTimeout) as exc:
             server.put_out(None, "version", _said(exc))
@@ -497,13 +524,11 @@ async def collected(lease: Lease, options: dict[str, Any]) -> Any:
     method = getattr(lease.server.client, lease.ask.kind)
     stream: Stream[Any] = method(lease.ask.model, *lease.ask.arguments, stream=True, **options)
     await stream
-    reader = stream._reader  # noqa: SLF001  (as a PoolStream, which is this stream)
-    assert reader.call.exchange is not None
     lease.begun = True
-    lease.hold_for(reader.call.exchange, reader.answer, to_its_end=True)
     answer = await stream.collect()
     if stream.outcome == "truncated":
         raise StreamTruncated("the answer ended without a last chunk that says that it is done", answer)
+    lease.note_answer(answer)
     return answer
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self, TypedDict, Unpack, cast, overload
 
 import httpx
 
+from ollama_async._call.asked import full_name
 from ollama_async._call.timeouts import Timeouts
 from ollama_async._cancel import CancelToken, LiveObject
 from ollama_async._client import AsyncClient, Format, Messages, _ChatOptions, _GenerateOptions
@@ -318,8 +319,10 @@ class Pool(Mapper, LiveObject):
         ask = Ask(kind, model, arguments, options, token, self._tokens(), self._timeouts, **place)
         try:
             model_name(model)
+            ask.full_name = full_name(model)
             checked_stream(stream)
-            _check_place(ask)
+            if place:
+                _check_place(ask)
             check_kind("token", token, CancelToken)
             if "timeout" in options:
                 ask.timeouts = Timeouts.of(options["timeout"])
