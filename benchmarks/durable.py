@@ -66,9 +66,10 @@ class Clock:
         """Give each load its tokens."""
         period = 1 / self._rate
         turns = max(1, min(len(self._loads), int(period * 1000)))
-        begun, turn = time.monotonic(), 0
+        loop = asyncio.get_running_loop()
+        begun, turn = loop.time(), 0
         while any(load.left for load in self._loads):
-            await asyncio.sleep(max(0.0, begun + turn * period / turns - time.monotonic()))
+            await asyncio.sleep(max(0.0, begun + turn * period / turns - loop.time()))
             for load in self._loads[turn % turns :: turns]:
                 load.give()
             turn += 1
@@ -230,7 +231,7 @@ async def _watch(url: str, options: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def _redis() -> Iterator[redis.Redis]:
+def redis_server() -> Iterator[redis.Redis]:
     binary = shutil.which("redis-server") or sys.exit("redis-server is missing: sudo apt-get install redis-server")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -470,7 +471,7 @@ def main() -> None:
     if options.alone:
         asyncio.run(_alone(options))
         return
-    with _redis() as client:
+    with redis_server() as client:
         if options.weigh:
             asyncio.run(_weigh(client))
         else:

@@ -146,6 +146,16 @@ class Encoder:
 def _shape(chunk: Any) -> tuple[object, str]:
     """Return what a chunk is besides its text, ``None`` for one that is more than that; and the text."""
     if isinstance(chunk, ChatResponse):
+        # The usual case by itself, since this runs for every token: what was made with no more than a token has. Its
+        # fields as dicts, as where they are merged: each attribute of a pydantic model costs as much as all of this.
+        came = chunk.fields_that_came
+        if len(came) == len(_CHAT) and "created_at" in came and not came["done"]:
+            part = came["message"].fields_that_came
+            if len(part) == len(_THINKING_MESSAGE):
+                role, text, thinking = part["role"], part["content"], part["thinking"]
+                if thinking:
+                    return (came["model"], role, "thinking", text), thinking
+                return (came["model"], role, "text", thinking), text
         holder: Any = chunk.message
         fields: set[str] = holder.model_fields_set
         if chunk.done or chunk.model_fields_set != _CHAT or (fields != _MESSAGE and fields != _THINKING_MESSAGE):
