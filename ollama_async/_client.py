@@ -457,8 +457,7 @@ class AsyncClient(ModelManagement):
     ) -> Stream[ChunkT]:
         """Return the stream of an answer, which can be continued."""
         stream = self._stream(merge, path, body, call, until, response_model=response_model, stages=stages(self, body))
-        # Most have no options, and each open stream holds this.
-        stream.continuation = Continuation(self, path, body, call or _NO_OPTIONS, stages, response_model)
+        stream.continuation = Continuation(self, path, body, call, stages, response_model)
         return stream
 
     def _whole(
@@ -725,9 +724,6 @@ class AsyncClient(ModelManagement):
         # Of a choice without a description the null says that its name describes it.
         body = request.model_dump(exclude_none=True)
         return await self._request(systemone_types.SystemOneResponse, "POST", "/v1/systemone", body, call)
-
-
-_NO_OPTIONS: CallOptions = {}
 
 
 def _around(on_truncation: OnTruncation, call: CallOptions, *, preflight: bool, recover: bool | None) -> Stages:

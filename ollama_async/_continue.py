@@ -56,7 +56,8 @@ class Continuation:
         self._client = client
         self._path = path
         self._body = body
-        self._call = call
+        # As pairs, since each open stream holds this: a dict of one option is nearly twice as large.
+        self._call = tuple(call.items())
         self._stages = stages
         self._response_model = response_model
 
@@ -71,7 +72,9 @@ class Continuation:
 
         Cancellation: closes the connection at once.
         """
-        call: CallOptions = {**self._call, "token": token} if token is not None else self._call
+        call = cast("CallOptions", dict(self._call))
+        if token is not None:
+            call["token"] = token
         chat = self._path == "/api/chat"
         merge: ChatMerge | GenerateMerge = ChatMerge() if chat else GenerateMerge()
         body = dict(self._body)

@@ -113,7 +113,7 @@ class Exchange:
         # Not before this time of the loop's clock is it sent.
         self._not_before = 0.0
         self._foreign: ForeignRequest | None = None
-        self._registrations: list[Watch] = []
+        self._registrations: tuple[Watch, ...] = ()
         self._timer: asyncio.TimerHandle | None = None
         # How many seconds after its first line it is complete whatever comes, and the cause that it has then.
         self._deadline: tuple[float, object] | None = None
@@ -134,7 +134,7 @@ class Exchange:
     def register(self, token: CancelToken) -> None:
         """End with the token; and at once, if the client has been closed meanwhile."""
         watch = EndByToken(token, self.reader)
-        self._registrations.append(watch)
+        self._registrations = (*self._registrations, watch)
         watch.arm()
         closed = self._sender.calls.closed
         if closed is not None:
@@ -304,9 +304,9 @@ class Exchange:
         """Leave the tokens: one that outlives many calls must not collect what is left of them; in any thread."""
         self.ended_at = self.ended_at or self.loop.time()
         if self._registrations:
-            for watch in tuple(self._registrations):
+            for watch in self._registrations:
                 watch.remove()
-            self._registrations.clear()
+            self._registrations = ()
         # An observer may take locks, which a signal handler must not, and an abort waits for nothing.
         if self.observed is not None and self.reader.failure_outcome is not None:
             if self.loop.is_closed():
