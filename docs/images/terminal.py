@@ -15,7 +15,7 @@ from drawing import svg
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from cli.test_chat import ESC, Screen  # noqa: E402
+from cli.terminal import ESC, Screen  # noqa: E402
 
 from ollama_async.testing import FakeOllama, Gate, Reply  # noqa: E402
 
