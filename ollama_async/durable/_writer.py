@@ -73,6 +73,10 @@ class State(IntEnum):
     SUPERSEDED = 4
 
 
+# Separate names: Python 3.11 looks a member up in its enum by a call, and these are asked for each answer and entry.
+_UNCLAIMED, _RUNNING, _ENDING, _LOGGED, _SUPERSEDED = State
+
+
 class _Writing:
     """An answer on its way into Redis."""
 
@@ -80,8 +84,10 @@ class _Writing:
         self.producer = producer
         self.fragments = producer.log.fragments
         self.log, self.run, self.seen = (key(producer.name) for key in (keys.log, keys.run, keys.seen))
+        # As bytes, since redis-py encodes a str anew for each entry.
+        self.log_key = self.log.encode()
         self.index = keys.of(producer.name.owner)
-        self.state = State.UNCLAIMED
+        self.state = _UNCLAIMED
         loop = asyncio.get_running_loop()
         self.claimed: asyncio.Future[bool] = loop.create_future()
         self.kept: asyncio.Future[None] = loop.create_future()
@@ -161,6 +167,8 @@ class Writer:
         self._news: set[_Writing] = set()
         self._urgent: set[_Writing] = set()
         self._flush_at = 0.0
+        # No lease has to be renewed before.
+        self._renew_at = math.inf
         self._connected = False
         # Whether Redis lets us run a script, as far as is known.
         self._scripts = True
@@ -194,8 +202,8 @@ class Writer:
         if writing is None or writing.producer is not producer:
             return
         ended = producer.log.ended
-        if ended and writing.state is State.RUNNING:
-            writing.state = State.ENDING
+        if ended and writing.state is _RUNNING:
+            writing.state = _ENDING
         if ended or len(writing.fragments) == 2 or producer.size >= producer.ring_at:
             producer.ring_at = math.inf
             self._urgent.add(writing)
@@ -208,7 +216,7 @@ class Writer:
 
     def _attended(self, writing: _Writing) -> None:
         writing.watched = True
-        writing.renew_at = 0.0
+        writing.renew_at = self._renew_at = 0.0
         self._wake.set()
 
     def producer(self, name: Name) -> Producer | None:
@@ -285,7 +293,8 @@ class Writer:
         loop = asyncio.get_running_loop()
         due = [max(self._flush_at, writing.not_before) for writing in self._news]
         due += [writing.not_before for writing in self._urgent]
-        due += [writing.renew_at for writing in self._writings.values() if writing.state > State.UNCLAIMED]
+        if self._renew_at < math.inf:
+            due.append(self._renew_at)
         timer = loop.call_at(min(due), self._wake.set) if due else None
         try:
             await self._wake.wait()
@@ -342,7 +351,7 @@ class Writer:
         for writing in writings:
             if writing not in refused:
                 writing.held = 1
-                writing.state = State.ENDING if writing.producer.log.ended else State.RUNNING
+                writing.state = _ENDING if writing.producer.log.ended else _RUNNING
                 self._urgent.add(writing)
         return refused
 
@@ -359,7 +368,7 @@ class Writer:
                 writing.stands_back(asyncio.get_running_loop().time())
                 self._urgent.add(writing)
             return
-        self._drop(writing, State.SUPERSEDED)
+        self._drop(writing, _SUPERSEDED)
         writing.claimed.set_exception(error)
 
     # -- to go on --
@@ -375,7 +384,7 @@ class Writer:
         self._news -= due
         for writing in due:
             writing.producer.rung = False
-        for writing in [each for each in due if each.state is State.UNCLAIMED]:
+        for writing in [each for each in due if each.state is _UNCLAIMED]:
             await self._rebuild(writing)
             due.discard(writing)
         sent = [writing for writing in due if not writing.complete]
@@ -405,7 +414,7 @@ class Writer:
         entries = {writing: writing.entry(writing.held) for writing in writings}
         missing = writings
         if self._scripts:
-            keys = [writing.log for writing in writings]
+            keys = [writing.log_key for writing in writings]
             parts = b"".join([b"%d %d %b" % (first, len(data), data) for first, data in entries.values()])
             try:
                 places: list[int] = await self._client.eval(_APPEND, len(keys), *keys, parts)
@@ -426,7 +435,7 @@ class Writer:
         if refusal(error) is None:
             before = writing.held
             await self._reconcile([writing])
-            if writing.state >= State.LOGGED or writing.held != before:
+            if writing.state >= _LOGGED or writing.held != before:
                 return
         elif not writing.refused:
             _log.warning("answer %s: %s", writing.producer.name.id, refusal(error))
@@ -434,7 +443,7 @@ class Writer:
         self._urgent.add(writing)
 
     async def _finish(self, writings: set[_Writing]) -> None:
-        done = [each for each in writings if each.state is State.ENDING and each.complete]
+        done = [each for each in writings if each.state is _ENDING and each.complete]
         if not done:
             return
         pipeline = self._client.pipeline(transaction=False)
@@ -444,7 +453,7 @@ class Writer:
             pipeline.delete(writing.run)
         await pipeline.execute(raise_on_error=False)
         for writing in done:
-            self._drop(writing, State.LOGGED)
+            self._drop(writing, _LOGGED)
 
     # -- to be alive --
 
@@ -466,6 +475,7 @@ class Writer:
         now = asyncio.get_running_loop().time()
         for writing in writings:
             writing.renew_at = now + self._interval(writing.producer)
+            self._renew_at = min(self._renew_at, writing.renew_at)
         errors = [(writing, refusal(reply)) for writing, reply in zip(whose, replies, strict=True) if _is_error(reply)]
         return {writing: error for writing, error in errors if error is not None}
 
@@ -478,7 +488,12 @@ class Writer:
 
     async def _renew(self) -> None:
         now = asyncio.get_running_loop().time()
-        due = [each for each in self._writings.values() if each.state > State.UNCLAIMED and each.renew_at <= now]
+        if now < self._renew_at:
+            return
+        alive = [each for each in self._writings.values() if each.state > _UNCLAIMED]
+        due = [each for each in alive if each.renew_at <= now]
+        # Noted before anything is waited for, in which others may come.
+        self._renew_at = min((each.renew_at for each in alive if each.renew_at > now), default=math.inf)
         if not due:
             return
         pipeline = self._client.pipeline(transaction=False)
@@ -497,6 +512,7 @@ class Writer:
         for place, writing in enumerate(due):
             length, *_, seen = replies[6 * place : 6 * place + 6]
             writing.renew_at = now + self._interval(writing.producer)
+            self._renew_at = min(self._renew_at, writing.renew_at)
             if length == 0:
                 await self._rebuild(writing)
             elif length != writing.held:
@@ -515,14 +531,14 @@ class Writer:
     # -- after a loss --
 
     async def _repair(self, writings: list[_Writing]) -> None:
-        claimed = [writing for writing in writings if writing.state is not State.UNCLAIMED]
+        claimed = [writing for writing in writings if writing.state is not _UNCLAIMED]
         # Those first whose leases run.
         await self._reconcile(claimed)
-        alive = [writing for writing in claimed if writing.state < State.LOGGED]
+        alive = [writing for writing in claimed if writing.state < _LOGGED]
         await self._sign(alive)
         self._urgent.update(alive)
         for writing in writings:
-            if writing.state is State.UNCLAIMED:
+            if writing.state is _UNCLAIMED:
                 await self._rebuild(writing)
 
     async def _reconcile(self, writings: list[_Writing]) -> None:
@@ -574,7 +590,7 @@ class Writer:
 
     def _supersede(self, writing: _Writing) -> None:
         _log.warning("answer %s: another log has its place; it is ended", writing.producer.name.id)
-        self._drop(writing, State.SUPERSEDED)
+        self._drop(writing, _SUPERSEDED)
         writing.producer.supersede()
 
     def _drop(self, writing: _Writing, state: State) -> None:
