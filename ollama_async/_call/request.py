@@ -106,7 +106,7 @@ class RequestWriter:
 
         # Not a method: the cache would hold this object, and this object the cache.
         @lru_cache(_HEADS)
-        def head_of(method: str, url: str, *, has_body: bool) -> tuple[Origin, Secret[bytes]] | None:
+        def head_of(method: str, url: str, has_body: bool) -> tuple[Origin, Secret[bytes]] | None:
             request = client.build_request(method, url, content=b"{}" if has_body else None, headers=headers.value)
             if has_body:
                 del request.headers["content-length"]
@@ -149,8 +149,13 @@ class RequestWriter:
             return made
 
         plain = self._direct and headers is None and (content is None or type(content) is bytes)
-        head = self._head_of(method, url, has_body=content is not None) if plain and not self._client.cookies else None
+        head = self._head_of(method, url, content is not None) if plain and not self._has_cookies() else None
         if head is None:
             return Request(make, http=make())
         end = b"\r\n" if content is None else b"Content-Length: %d\r\n\r\n%b" % (len(content), content)
         return Request(make, EncodedRequest(method, head[0], head[1].value + end))
+
+    def _has_cookies(self) -> bool:
+        cookies = self._client.cookies
+        # A jar that never had one has nothing in there; whether another one has one left takes four times as long.
+        return bool(getattr(cookies.jar, "_cookies", True)) and bool(cookies)
