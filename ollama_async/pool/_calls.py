@@ -213,7 +213,7 @@ class Calls:
             await self.connect(token)
             self._check_open(token)
         loop = self._enter(ask)
-        server = self.queue.at_once(ask.full_name, ask.key)
+        server = None if ask.tried else self.queue.at_once(ask.full_name, ask.key)
         if server is not None:
             return self._lease(server, ask)
         waiter = Waiter(ask.full_name, frozenset(ask.tried), ask.sticky)

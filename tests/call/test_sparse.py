@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from ollama_async import ChatResponse, GenerateResponse, Message
+from ollama_async._call.chunk import ResponseInfo
 from ollama_async._model import merge as _merge
 from ollama_async._model import types as _types
 from ollama_async._model.merge import validators
@@ -91,6 +92,7 @@ LOOKS: dict[str, Callable[[Any], Any]] = {
     "vars": lambda chunk: (vars(chunk), list(vars(chunk))),
     "model_copy": lambda chunk: chunk.model_copy(),
     "model_copy(update)": lambda chunk: chunk.model_copy(update={"eval_count": 1}),
+    "replaced": lambda chunk: chunk.replaced(eval_count=1),
     "model_copy(deep)": lambda chunk: chunk.model_copy(deep=True),
     "copy": copy.copy,
     "deepcopy": copy.deepcopy,
@@ -130,6 +132,19 @@ def test_two_of_them_are_compared_by_all_fields() -> None:
     two.done_reason = "stop"
     assert one != two
     assert two != one
+
+
+@each_sparse
+def test_a_replaced_one_is_a_copy_with_an_update(model: type[Any], frame: dict[str, Any]) -> None:
+    whole = model.model_validate({**frame, "new": [1]})
+    whole.set_response_info(ResponseInfo(200, []))
+    replaced, copied = whole.replaced(eval_count=2), whole.model_copy(update={"eval_count": 2})
+    assert (repr(replaced), replaced.model_fields_set) == (repr(copied), copied.model_fields_set)
+    assert (replaced, replaced.model_extra) == (copied, copied.model_extra)
+    assert replaced._response_info() is copied._response_info()
+    assert (whole.eval_count, "eval_count" in whole.model_fields_set) == (None, False)
+    replaced.model_extra["new"] = 1
+    assert whole.model_extra == {"new": [1]}
 
 
 def test_a_message_of_one_is_a_message() -> None:

@@ -670,6 +670,31 @@ def granted(queue: Queue, *models: str) -> list[str]:
     return [waiter.server.url for waiter in queue.grant() if waiter.server is not None]
 
 
+def test_a_call_that_need_not_wait_is_counted_as_one_that_was_queued() -> None:
+    quick, queued = (queue_of(Server("one", 3, {"m:latest", "n:latest"})) for _ in range(2))
+    for model, key in (("m:latest", "a"), ("m:latest", "b"), ("n:latest", "a")):
+        server = quick.at_once(model, key)
+        assert server is quick.servers[0]
+        queued.add(Waiter(model, frozenset(), None), key, 0)
+        assert len(list(queued.grant())) == 1
+        assert (server.running, server.loaded) == (queued.servers[0].running, queued.servers[0].loaded)
+        assert (quick.models, quick._turn, quick._last_turns) == (queued.models, queued._turn, queued._last_turns)
+    assert quick.at_once("m:latest", None) is None
+    assert quick.servers[0].running == 3
+
+
+def test_a_call_is_queued_where_there_is_something_to_decide() -> None:
+    free, out, waited_for = (Server("one", 2, {"m:latest"}) for _ in range(3))
+    out.put_out("m:latest", "error", "it is out of service")
+    assert queue_of(free).at_once("other:latest", None) is None
+    assert queue_of(free, Server("two", 1, None)).at_once("m:latest", None) is None
+    assert queue_of(out).at_once("m:latest", None) is None
+    queue = queue_of(waited_for)
+    queue.add(Waiter("m:latest", frozenset(), None), None, 0)
+    assert queue.at_once("m:latest", None) is None
+    assert queue_of(free).at_once("m:latest", None) is free
+
+
 def test_a_conversation_stays_where_it_was_while_there_is_room() -> None:
     queue = queue_of(*(Server(name, 8, None) for name in "abc"))
     for server in queue.servers:
