@@ -108,7 +108,8 @@ class FileTransfer(Session):
             RequestError: The file cannot be read.
             OllamaError: See the tree in docs/errors.md.
 
-        Cancellation: closes the connection and the file at once.
+        Cancellation: closes the connection at once, and the file; if a block of it is being read, when that has been
+        read.
 
         Server: ``POST /api/blobs/:digest``
         """
@@ -142,7 +143,8 @@ class FileTransfer(Session):
             RequestError: The file cannot be read.
             OllamaError: See the tree in docs/errors.md.
 
-        Cancellation: closes the connection and the file at once.
+        Cancellation: closes the connection at once, and the file; if a block of it is being read, when that has been
+        read.
 
         Server: ``HEAD /api/blobs/:digest``, ``POST /api/blobs/:digest``
         """
