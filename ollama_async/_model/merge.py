@@ -6,8 +6,9 @@ import threading
 from collections.abc import Reversible, Sized
 from functools import cache
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from pydantic import BaseModel
 from pydantic_core import core_schema as cs
 
 from ollama_async._call.chunk import ChunkT, Validators
@@ -17,6 +18,9 @@ from .types import ChatResponse, GenerateResponse, Message, Sparse
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+
+_ModelT = TypeVar("_ModelT", bound=BaseModel)
 
 
 class _Parts(Sized, Reversible[str], Protocol):
@@ -245,8 +249,8 @@ class ChatMerge(_Lists):
         last = self._last
         if last is None:
             return None
-        message = last.message.replaced(content=text, **self.of_message(thinking))
-        return last.replaced(message=message, **self.of_chunk())
+        message = _replaced(last.message, content=text, **self.of_message(thinking))
+        return _replaced(last, message=message, **self.of_chunk())
 
 
 class GenerateMerge(_Lists):
@@ -293,7 +297,12 @@ class GenerateMerge(_Lists):
     def _with_text(self, text: str, thinking: str | None = None) -> GenerateResponse | None:
         if self._last is None:
             return None
-        return self._last.replaced(response=text, **self.of_message(thinking), **self.of_chunk())
+        return _replaced(self._last, response=text, **self.of_message(thinking), **self.of_chunk())
+
+
+def _replaced(chunk: _ModelT, **fields: Any) -> _ModelT:
+    # interop merges ollama-python's chunks, too.
+    return chunk.replaced(**fields) if isinstance(chunk, Sparse) else chunk.model_copy(update=fields)
 
 
 class ProgressMerge:
