@@ -50,8 +50,6 @@ def transport_is_intercepted(package: ModuleType = httpx) -> bool:
 def _core_is_intercepted(package: ModuleType = httpx) -> bool:
     # httpx imports it when the first of its transports is made; until then nobody can have replaced anything.
     core = sys.modules.get(_CORES[package.__name__])
-    if core is None:
-        return False
     # Not yet there while another thread imports it.
     pool = getattr(core, "AsyncConnectionPool", None)
     return pool is not None and not _is_untouched(pool, "handle_async_request")

@@ -390,6 +390,28 @@ async def test_a_signal_handler_may_look_at_the_text_while_a_chunk_is_merged(
         assert stream.text == "".join(WORDS)
 
 
+async def test_a_chunk_that_an_interrupt_kept_from_being_merged_waits_again(
+    fake_ollama: FakeOllama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    added: list[str] = []
+    add = ChatMerge.add
+
+    def interrupted(merge: ChatMerge, chunk: ChatResponse) -> None:
+        added.append(chunk.message.content or "")
+        if len(added) == 4:
+            raise KeyboardInterrupt
+        add(merge, chunk)
+
+    async with AsyncClient(fake_ollama.url) as client:
+        monkeypatch.setattr(ChatMerge, "add", interrupted)
+        stream = await arrived(fake_ollama, client, *TEN)
+        with pytest.raises(KeyboardInterrupt):
+            await stream.collect()
+        assert added[:4] == WORDS[:4]
+        assert stream.text == "".join(WORDS)
+    saw_leave(fake_ollama)
+
+
 async def test_another_thread_may_look_at_the_text_at_any_moment(fake_ollama: FakeOllama) -> None:
     frames = [part(f"w{n} ") for n in range(3000)]
     texts: list[str] = []

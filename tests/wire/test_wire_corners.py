@@ -84,6 +84,8 @@ def test_a_forked_child_leaves_the_connection_to_its_parent(monkeypatch: pytest.
 def test_a_socket_that_cannot_be_read_is_stale() -> None:
     with GuardedSocket(socket.AF_INET) as sock:
         assert sock.stale()
+        sock.close()
+        assert sock.stale()
 
 
 # -- the reader --
