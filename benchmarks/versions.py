@@ -3,8 +3,8 @@
 Each measurement is a process of its own. A round asks both, and the next one asks them in the other order. Out comes a
 table with both medians and the median of the rounds' ratios, so that a machine whose speed drifts does not decide.
 
-``--instructions`` counts the machine's instructions in place of the time, by valgrind: what else the machine does
-changes nothing, and a difference of one in a hundred shows. They leave out the kernel, and how long each one takes.
+``--instructions`` counts the machine's instructions in place of the time, by valgrind, without the kernel. A difference
+of one in a hundred shows, if little else runs: on a busy machine an answer arrives in more reads or in fewer.
 """
 
 from __future__ import annotations
