@@ -217,19 +217,21 @@ def _step(awaitable: Any) -> None:
 
 
 class Dialling:
-    """A connection in the making, as the link of a reader: the task that makes it, and the sockets it has opened."""
+    """A connection in the making, as the link of a reader: the sockets that are open, and the task that makes it."""
 
-    def __init__(self, sockets: Sockets, task: asyncio.Task[Connection]) -> None:
+    def __init__(self, sockets: Sockets) -> None:
         self.sockets = sockets
-        self._task = task
+        self.task: asyncio.Task[Connection] | None = None
 
     def shutdown_for(self, reader: ResponseReader) -> None:
         """Send the FIN on each socket; from any thread."""
         self.sockets.shutdown()
 
     def close_for(self, reader: ResponseReader) -> None:
-        """Stop the task."""
-        task = self._task
+        """Stop the task, if there is one yet."""
+        task = self.task
+        if task is None:
+            return
         if not task.done():
             cancel_once(task)
         elif not task.cancelled() and task.exception() is None:

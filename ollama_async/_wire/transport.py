@@ -35,7 +35,7 @@ from .pool import ConnectionPool, Dialling
 from .proxy import http_proxy
 from .reader import ResponseReader
 from .response import Body, as_httpx_error, body_of, response_of
-from .tasks import cancel_once, join_cancelled
+from .tasks import join_cancelled
 from .tls import TlsOptions
 from .upload import Upload
 from .watch import EndByToken
@@ -218,21 +218,24 @@ class ClosableTransport(LiveObject):
         if family is not None:
             return await self._connect_at(pool, reader, origin, family)
         sockets = Sockets()
+        dialling = Dialling(sockets)
         task: asyncio.Task[Connection] | None = None
         try:
-            # The task, and all that it makes, gets a copy of the pool's context in place of the caller's.
-            task = pool.context.run(reader.loop.create_task, self._dial(pool, origin, sockets, timeout))
-            dialling = pool.dialling[reader] = Dialling(sockets, task)
-            task.add_done_callback(partial(pool.dialled, reader))
+            pool.dialling[reader] = dialling
+            # Before there is a task: an eager one opens sockets while it is being made.
             reader.attach(dialling)
+            reader.check()
+            # The task, and all that it makes, gets a copy of the pool's context in place of the caller's.
+            task = dialling.task = pool.context.run(reader.loop.create_task, self._dial(pool, origin, sockets, timeout))
+            task.add_done_callback(partial(pool.dialled, reader))
             while not task.done():
                 await reader.wait()
+            reader.check()
             return task.result()
         except BaseException:
-            if task is not None and not task.done():
-                # Mostly the reader has told it so already.
-                sockets.shutdown()
-                cancel_once(task)
+            # Mostly the reader has told it so already.
+            dialling.shutdown_for(reader)
+            dialling.close_for(reader)
             raise
         finally:
             # As dialled() does, if Ctrl-C came there.

@@ -166,13 +166,18 @@ async def test_a_reader_that_is_dropped_before_its_first_step_changes_nothing(
     del iterator
 
 
+def not_begun(coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    """Make a task whose first step is still to come, also where tasks are eager."""
+    return asyncio.Task(coroutine)
+
+
 async def test_a_second_reader_cancelled_before_its_first_step_does_not_take_the_stream_from_the_first(
     fake_ollama: FakeOllama, client: AsyncClient
 ) -> None:
     stream = await opened(client)
     first = asyncio.create_task(stream.collect())
     await ticks(3)
-    second = asyncio.create_task(anext(stream))  # type: ignore[arg-type]
+    second = not_begun(anext(stream))  # type: ignore[arg-type]
     second.cancel()
     await asyncio.wait([second])
     assert second.cancelled()
@@ -194,7 +199,7 @@ async def test_a_call_that_is_cancelled_before_its_first_step_sends_nothing(
         anext(stream),  # type: ignore[list-item]
         token.wait(),
     ]
-    tasks = [asyncio.create_task(call) for call in calls]
+    tasks = [not_begun(call) for call in calls]
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
