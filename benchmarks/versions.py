@@ -1,7 +1,11 @@
 """This tree beside an older commit, by turns: ``python benchmarks/versions.py COMMIT [--rounds 15 | --instructions]``.
 
+``--case TEXT`` asks only what has this text in its name.
+
 Each measurement is a process of its own. A round asks both, and the next one asks them in the other order. Out comes a
 table with both medians and the median of the rounds' ratios, so that a machine whose speed drifts does not decide.
+Where there is ``taskset``, the server has the first core and the client the second one: a request that is answered at
+once costs up to twice as much in a run in which both change places.
 
 ``--instructions`` counts the machine's instructions in place of the time, by valgrind, without the kernel. A difference
 of one in a hundred shows, if little else runs: on a busy machine an answer arrives in more reads or in fewer.
@@ -58,10 +62,19 @@ def run_script(
     return subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
 
 
-def measured(tree: Path, script: str, url: str, options: dict[str, Any]) -> dict[str, float]:
+def measured(tree: Path, script: str, url: str, options: dict[str, Any], *before: str) -> dict[str, float]:
     """Ask one tree."""
-    figures: dict[str, float] = json.loads(run_script(tree, script, url, options).stdout.splitlines()[-1])
+    figures: dict[str, float] = json.loads(run_script(tree, script, url, options, *before).stdout.splitlines()[-1])
     return figures
+
+
+def cores() -> tuple[str, ...]:
+    """Leave this process, and so the server, one core; return what has a client use another one."""
+    if not shutil.which("taskset") or len(os.sched_getaffinity(0)) < 2:
+        return ()
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    os.sched_setaffinity(0, {first})
+    return "taskset", "-c", str(second)
 
 
 def instructions(tree: Path, script: str, url: str, options: dict[str, Any]) -> int:
@@ -96,17 +109,19 @@ _RUN = (
 )
 
 
-def compare(before: Path, after: Path, rounds: int) -> dict[str, tuple[list[float], list[float]]]:
+def compare(before: Path, after: Path, rounds: int, text: str) -> dict[str, tuple[list[float], list[float]]]:
     """Return the figures of both trees, one a round."""
+    cases = [case for case in CASES if any(text in name for name in case[2].values())]
     seen: dict[str, tuple[list[float], list[float]]] = {
-        name: ([], []) for _, _, names in CASES for name in names.values()
+        name: ([], []) for _, _, names in cases for name in names.values()
     }
+    pinned = cores()
     with load_server() as url:
         for turn in range(rounds):
-            for script, options, names in CASES:
+            for script, options, names in cases:
                 trees = [(0, before), (1, after)]
                 for which, tree in trees if turn % 2 else reversed(trees):
-                    figures = measured(tree, script, url, options)
+                    figures = measured(tree, script, url, options, *pinned)
                     for figure, name in names.items():
                         seen[name][which].append(figures[figure])
             print(f"round {turn + 1} of {rounds}", file=sys.stderr)
@@ -117,6 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commit", help="the older one")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--case", default="", help="text in the name of a figure")
     parser.add_argument("--instructions", action="store_true", help="count instructions, which needs valgrind")
     given = parser.parse_args()
     if given.instructions and not shutil.which("valgrind"):
@@ -130,7 +146,7 @@ def main() -> None:
         if given.instructions:
             print_instructions(before, here)
             return
-        seen = compare(before, here, given.rounds)
+        seen = compare(before, here, given.rounds, given.case)
     print("| | before | after | after / before, median of the rounds | least | most |\n|---|---|---|---|---|---|")
     for name, (old, new) in seen.items():
         ratios = sorted(b / a for a, b in zip(old, new, strict=True))

@@ -35,20 +35,14 @@ class Carrier(Protocol):
     async def claim(self, producer: Producer) -> bool:
         """Take the name of an answer that is about to begin; its log has the event ``open``.
 
+        The producer is given what to call for news (``on_news``), and from which size on (``ring_at``).
+
         Returns:
             Whether it is known that the name was free.
 
         Raises:
             AnswerInUse: It was not.
             RedisRefuses: Redis cannot be used.
-        """
-        ...
-
-    def ring(self, producer: Producer) -> None:
-        """Take note of news in a producer's log; never waits.
-
-        It is called for the end, and for other events unless the producer's ``rung`` is set, or its ``size`` has come
-        to its ``ring_at``.
         """
         ...
 

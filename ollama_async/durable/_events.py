@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 __all__ = [
+    "TEXT",
     "Encoder",
     "Event",
     "Expander",
@@ -44,7 +45,8 @@ __all__ = [
 # A third of what json.loads() takes, and this runs for every token in each process that watches.
 _JSON_TEXT = re.compile(r'"[^"\\\x00-\x1f]*+(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*+)*+"')
 _OPEN, _CHUNK, _END = b'{"open":', b'{"chunk":', b'{"end":'
-_TEXT = b'"'[0]
+TEXT = b'"'[0]
+"""How a chunk begins that is kept as its text alone."""
 # The address of another server; it is nobody's business who watches.
 _NOT_KEPT = {"remote_host"}
 # What a chunk has that is nothing but a piece of text.
@@ -87,7 +89,7 @@ def named(name: str, data: object) -> bytes:
 
 def is_text(fragment: bytes) -> bool:
     """Return whether it is a chunk that is kept as its text alone."""
-    return fragment[0] == _TEXT
+    return fragment[0] == TEXT
 
 
 def ends(fragment: bytes) -> bool:
@@ -136,6 +138,25 @@ class Encoder:
 
     def chunk(self, chunk: ChatResponse | GenerateResponse) -> bytes:
         """Return the fragment of the next chunk."""
+        # The usual case by itself, since this runs for every token: what was made with no more than a token has. Its
+        # fields as dicts, as where they are merged: each attribute of a pydantic model costs as much as all of this.
+        if type(chunk) is ChatResponse:
+            came = chunk.fields_that_came
+            if len(came) == 4 and "created_at" in came and not came["done"]:
+                part = came["message"].fields_that_came
+                if len(part) == 3:
+                    text, thinking = part["content"], part["thinking"]
+                    if thinking:
+                        text, thinking = thinking, text
+                        kind = "thinking"
+                    else:
+                        kind = "text"
+                    shape = (came["model"], part["role"], kind, thinking)
+                    if shape == self._shape:
+                        return encode_basestring(text).encode()
+        return self._unusual(chunk)
+
+    def _unusual(self, chunk: ChatResponse | GenerateResponse) -> bytes:
         shape, text = _shape(chunk)
         if shape is not None and shape == self._shape:
             return encode_basestring(text).encode()
@@ -146,16 +167,6 @@ class Encoder:
 def _shape(chunk: Any) -> tuple[object, str]:
     """Return what a chunk is besides its text, ``None`` for one that is more than that; and the text."""
     if isinstance(chunk, ChatResponse):
-        # The usual case by itself, since this runs for every token: what was made with no more than a token has. Its
-        # fields as dicts, as where they are merged: each attribute of a pydantic model costs as much as all of this.
-        came = chunk.fields_that_came
-        if len(came) == len(_CHAT) and "created_at" in came and not came["done"]:
-            part = came["message"].fields_that_came
-            if len(part) == len(_THINKING_MESSAGE):
-                role, text, thinking = part["role"], part["content"], part["thinking"]
-                if thinking:
-                    return (came["model"], role, "thinking", text), thinking
-                return (came["model"], role, "text", thinking), text
         holder: Any = chunk.message
         fields: set[str] = holder.model_fields_set
         if chunk.done or chunk.model_fields_set != _CHAT or (fields != _MESSAGE and fields != _THINKING_MESSAGE):

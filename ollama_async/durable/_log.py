@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ollama_async._cancel import LiveObject
 
 from ._errors import AnswerGap
-from ._events import Event, Expander, ends, is_text, is_whole_chunk, shown_end
+from ._events import TEXT, Event, Expander, ends, is_whole_chunk, shown_end
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
@@ -57,7 +57,8 @@ class Log:
 
     def append(self, fragment: bytes) -> None:
         """Add the next event."""
-        if not is_text(fragment):
+        # As is_text() has it: this runs for every token.
+        if fragment[0] != TEXT:
             if is_whole_chunk(fragment):
                 self._wholes.append(len(self.fragments))
             self.ended = ends(fragment)

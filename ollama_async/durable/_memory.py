@@ -51,13 +51,14 @@ class Memory:
         kept = self._kept[producer.name] = _Kept(producer)
         producer.log.on_attended = kept.attended
         kept.attended()
-        producer.rung = True
+        producer.on_news = lambda: self._news(kept)
+        producer.ring_at = producer.limit
         return True
 
-    def ring(self, producer: Producer) -> None:
+    def _news(self, kept: _Kept) -> None:
         """Begin to count how long an answer is kept, once it has ended."""
+        producer = kept.producer
         if producer.log.ended:
-            kept = self._kept[producer.name]
             if kept.timer is not None:
                 kept.timer.cancel()
             kept.timer = asyncio.get_running_loop().call_later(producer.keep, self._kept.pop, producer.name, None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -94,6 +93,10 @@ class Terms:
     explain: Callable[[OllamaError], str] | None
 
 
+def _nobody() -> None:
+    """Nobody wants to know."""
+
+
 # What grows while an answer is made.
 _GROWING = ("content", "response", "thinking", "tool_calls")
 
@@ -107,8 +110,10 @@ class Producer(LiveObject):
         nonce: What tells it from another one under the same name.
         claimed: Done once it is known that the name is free; ``False`` if Redis could not be asked.
         size: How many bytes its chunks have.
-        rung: Whether the carrier knows that there is news; it forgets that when it takes them.
-        ring_at: The size at which the carrier wants to know of it nevertheless.
+        limit: The size at which it is too long.
+        on_news: What the carrier has called for news: for the end, and for other events from ``ring_at`` on. It never
+            waits.
+        ring_at: The size from which on the carrier is told of an event; 0 for the next one, at most ``limit``.
         failure: What the model's stream ended with, if it was an error.
     """
 
@@ -130,8 +135,9 @@ class Producer(LiveObject):
         self._terms = terms
         self._encoder = Encoder()
         self.size: int = 0
-        self.rung: bool = False
-        self.ring_at: float = math.inf
+        self.limit: int = terms.max_bytes + 1
+        self.on_news: Callable[[], object] = _nobody
+        self.ring_at: int = 0
         self._superseded = False
         self.task: asyncio.Task[None] = loop.create_task(self._run(), name=f"ollama_async answer {name.id[:40]}")
 
@@ -174,16 +180,16 @@ class Producer(LiveObject):
         """Read the stream to its end, however it comes; return what it was, unless it is the natural one."""
         error: BaseException | None = None
         try:
-            encode, append, max_bytes = self._encoder.chunk, self.log.append, self._terms.max_bytes
+            encode, append, size = self._encoder.chunk, self.log.append, 0
             async for chunk in self._stream:
                 # This runs for every token.
                 fragment = encode(chunk)
                 append(fragment)
-                self.size += len(fragment)
-                if not self.rung or self.size >= self.ring_at:
-                    self._carrier.ring(self)
-                if self.size > max_bytes:
-                    self._stream.abort(TOO_LONG)
+                self.size = size = size + len(fragment)
+                if size >= self.ring_at:
+                    self.on_news()
+                    if size >= self.limit:
+                        self._stream.abort(TOO_LONG)
         except AbortError:
             pass
         except (Exception, asyncio.CancelledError) as exc:
@@ -203,7 +209,7 @@ class Producer(LiveObject):
         if rest is not None:
             self.log.append(rest)
         self.log.append(self._ending(error))
-        self._carrier.ring(self)
+        self.on_news()
 
     def _rest(self) -> bytes | None:
         """Return as a chunk what had arrived when the stream was ended, and was not delivered as chunks any more."""

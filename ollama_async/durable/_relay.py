@@ -31,10 +31,6 @@ class RedisCarrier:
         """Take the name."""
         return await self._writer.claim(producer)
 
-    def ring(self, producer: Producer) -> None:
-        """Take note of news."""
-        self._writer.ring(producer)
-
     async def find(self, name: Name) -> Log:
         """Return the log."""
         producer = self._writer.producer(name)

@@ -27,7 +27,19 @@ from ._errors import RedisFull, RedisRefuses, RedisTooOld
 if TYPE_CHECKING:
     from ollama_async.registry import Name
 
-__all__ = ["FIELD", "LOST", "PATIENCE", "Connecting", "Keys", "Server", "entry_id", "first_number", "refusal"]
+__all__ = [
+    "FIELD",
+    "LOST",
+    "PATIENCE",
+    "Connecting",
+    "Keys",
+    "Server",
+    "entry_id",
+    "first_number",
+    "packed",
+    "refusal",
+    "run_packed",
+]
 
 LOST = (RedisError, OSError, asyncio.TimeoutError)
 """What the connection can end with, beside what Redis itself says."""
@@ -172,6 +184,30 @@ class Server:
         with suppress(ValueError):
             if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
                 raise RedisTooOld(f"Redis {version} is too old for durable answers: use 6.2 or newer, or Valkey")
+
+
+def packed(argument: bytes) -> bytes:
+    """Return an argument as it goes over the wire."""
+    return b"$%d\r\n%b\r\n" % (len(argument), argument)
+
+
+async def run_packed(client: Any, arguments: list[bytes]) -> Any:
+    """Run a command whose arguments are packed already, and return what Redis replies.
+
+    redis-py packs them anew for each command, by a loop that takes as long for each as a token of an answer takes.
+
+    Raises:
+        RedisError: As the command does by redis-py's own methods.
+
+    Cancellation: as that of those; redis-py closes a connection whose reply has not come.
+    """
+    pool = client.connection_pool
+    connection = await pool.get_connection()
+    try:
+        await connection.send_packed_command(b"*%d\r\n%b" % (len(arguments), b"".join(arguments)))
+        return await connection.read_response()
+    finally:
+        await pool.release(connection)
 
 
 def refusal(error: BaseException) -> RedisRefuses | None:

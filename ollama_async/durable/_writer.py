@@ -30,7 +30,7 @@ from ollama_async.registry._redis import end_tasks
 
 from ._errors import AnswerInUse, RedisRefuses
 from ._producer import UNATTENDED
-from ._server import FIELD, LOST, PATIENCE, Connecting, entry_id, first_number, refusal
+from ._server import FIELD, LOST, PATIENCE, Connecting, entry_id, first_number, packed, refusal, run_packed
 
 if TYPE_CHECKING:
     from ollama_async.registry import Name
@@ -42,15 +42,18 @@ __all__ = ["Writer"]
 
 _log = logging.getLogger("ollama_async.durable")
 
-# Seconds between two entries of an answer, but for its first events, its last one, and many bytes.
+# Seconds between two entries of an answer, but for its first events, its last one, and many bytes. What an entry costs
+# is shared by its tokens: with many answers, fewer and larger ones leave the process to the models' streams.
 _WINDOW = 0.04
+_WINDOW_EACH = 0.0006
+_LONGEST_WINDOW = 0.06
 _MANY_BYTES = 4096
 _MAX_ENTRY = 65536
 _LONGEST_PAUSE = 3.0
 # One call for all answers, which says only of which ones Redis did not take the entry: redis-py needs five times as
-# long for as many commands and replies. All entries are one argument, each behind its first number and its length,
-# since redis-py needs as long for an argument as a token takes.
-_APPEND = """
+# long for as many commands and replies. All entries are one argument, each behind its first number and its length.
+_EVAL = packed(b"EVAL")
+_APPEND = packed(b"""
 local refused, at = {}, 1
 for place, key in ipairs(KEYS) do
     local _, head, number, size = string.find(ARGV[1], '^(%d+) (%d+) ', at)
@@ -59,7 +62,7 @@ for place, key in ipairs(KEYS) do
     if type(id) ~= 'string' then refused[#refused + 1] = place end
 end
 return refused
-"""
+""")
 _IN_USE = "an answer with this id exists already: use another id, or attach to it"
 
 
@@ -84,8 +87,7 @@ class _Writing:
         self.producer = producer
         self.fragments = producer.log.fragments
         self.log, self.run, self.seen = (key(producer.name) for key in (keys.log, keys.run, keys.seen))
-        # As bytes, since redis-py encodes a str anew for each entry.
-        self.log_key = self.log.encode()
+        self.log_key = packed(self.log.encode())
         self.index = keys.of(producer.name.owner)
         self.state = _UNCLAIMED
         loop = asyncio.get_running_loop()
@@ -96,6 +98,8 @@ class _Writing:
         self.starts, self.bounded, self.held = [1], 1, 0
         # The producer's size when the last entry was cut.
         self.cut_at = 0
+        # The size from which on its news are urgent; those of the first chunk are.
+        self.urgent_at = 0
         self.renew_at = 0.0
         # Whether somebody in this process has begun or ceased to watch since it was last told.
         self.watched = False
@@ -103,30 +107,28 @@ class _Writing:
         self.not_before = 0.0
         self.refused = 0
 
-    @property
-    def complete(self) -> bool:
-        """Whether Redis has all events so far."""
-        return self.held == len(self.starts) and self.bounded == len(self.fragments)
-
     def entry(self, place: int) -> tuple[int, bytes]:
         """Return the first number of an entry, and what is in it."""
         first = self.starts[place]
         last = self.starts[place + 1] - 1 if place + 1 < len(self.starts) else self.bounded
         return first, b"\n".join(self.fragments[first - 1 : last])
 
-    def cut(self) -> None:
-        """Settle the bounds of the next entry, unless one is on its way."""
+    def cut(self) -> bool:
+        """Settle the bounds of the next entry, unless one is on its way; return whether there is one."""
         if self.held < len(self.starts):
-            return
-        first, last = self.bounded + 1, len(self.fragments)
-        if self.producer.size - self.cut_at > _MAX_ENTRY:
-            last, size = first, len(self.fragments[first - 1])
-            while last < len(self.fragments) and size < _MAX_ENTRY:
-                size += len(self.fragments[last])
+            return True
+        first, last, size = self.bounded + 1, len(self.fragments), self.producer.size
+        if first > last:
+            return False
+        if size - self.cut_at > _MAX_ENTRY:
+            last, length = first, len(self.fragments[first - 1])
+            while last < len(self.fragments) and length < _MAX_ENTRY:
+                length += len(self.fragments[last])
                 last += 1
         self.starts.append(first)
-        self.bounded, self.cut_at = last, self.producer.size
-        self.producer.ring_at = self.cut_at + _MANY_BYTES
+        self.bounded, self.cut_at = last, size
+        self.urgent_at = min(size + _MANY_BYTES, self.producer.limit)
+        return True
 
     def holds(self, tail: Any) -> bool:
         """Take over what Redis has as the last entry; return whether it is one of this answer."""
@@ -187,6 +189,7 @@ class Writer:
         writing = self._writings[producer.name] = _Writing(producer, self._keys)
         if producer.unattended is not None:
             producer.log.on_attended = lambda: self._attended(writing)
+        producer.on_news = lambda: self._ring(writing)
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run(), name="ollama_async answers, writer")
         if self._away:
@@ -196,23 +199,23 @@ class Writer:
         await asyncio.wait({writing.claimed}, timeout=PATIENCE)
         return writing.claimed.result() if writing.claimed.done() else False
 
-    def ring(self, producer: Producer) -> None:
+    def _ring(self, writing: _Writing) -> None:
         """Take note of news."""
-        writing = self._writings.get(producer.name)
-        if writing is None or writing.producer is not producer:
+        producer, state = writing.producer, writing.state
+        if state >= _LOGGED:
             return
         ended = producer.log.ended
-        if ended and writing.state is _RUNNING:
+        if ended and state is _RUNNING:
             writing.state = _ENDING
-        if ended or len(writing.fragments) == 2 or producer.size >= producer.ring_at:
-            producer.ring_at = math.inf
+        if ended or producer.size >= writing.urgent_at:
+            producer.ring_at = producer.limit
             self._urgent.add(writing)
             self._wake.set()
         else:
+            producer.ring_at = writing.urgent_at
             if not self._news:
                 self._wake.set()
             self._news.add(writing)
-        producer.rung = True
 
     def _attended(self, writing: _Writing) -> None:
         writing.watched = True
@@ -291,8 +294,9 @@ class Writer:
     async def _pause(self) -> None:
         """Wait for news, or for the next thing that is due."""
         loop = asyncio.get_running_loop()
-        due = [max(self._flush_at, writing.not_before) for writing in self._news]
-        due += [writing.not_before for writing in self._urgent]
+        due = [writing.not_before for writing in self._urgent]
+        if self._news:
+            due.append(self._flush_at)
         if self._renew_at < math.inf:
             due.append(self._renew_at)
         timer = loop.call_at(min(due), self._wake.set) if due else None
@@ -374,28 +378,14 @@ class Writer:
     # -- to go on --
 
     async def _flush(self) -> None:
-        now = asyncio.get_running_loop().time()
-        due = self._urgent
-        if self._news and now >= self._flush_at:
-            due = due | self._news
-            self._flush_at = now + _WINDOW
-        due = {writing for writing in due if writing.not_before <= now}
-        self._urgent -= due
-        self._news -= due
-        for writing in due:
-            writing.producer.rung = False
+        due = self._take_news(asyncio.get_running_loop().time())
         for writing in [each for each in due if each.state is _UNCLAIMED]:
             await self._rebuild(writing)
-            due.discard(writing)
-        sent = [writing for writing in due if not writing.complete]
-        if not sent:
-            await self._finish(due)
-            return
+            due.remove(writing)
+        sent = [writing for writing in due if writing.cut()]
+        replies = await self._append(sent) if sent else {}
         for writing in sent:
-            writing.cut()
-        replies = await self._append(sent)
-        for writing in sent:
-            reply = replies.get(writing, b"")
+            reply = replies.get(writing, b"") if replies else b""
             if isinstance(reply, Exception):
                 await self._refused(writing, reply)
             elif reply is None:
@@ -405,19 +395,38 @@ class Writer:
                 writing.refused = 0
                 if writing.held < len(writing.starts):
                     self._urgent.add(writing)
-                elif not writing.complete:
-                    self.ring(writing.producer)
-        await self._finish(due)
+                elif writing.bounded < len(writing.fragments):
+                    self._ring(writing)
+        await self._finish([each for each in due if each.state is _ENDING])
+
+    def _take_news(self, now: float) -> list[_Writing]:
+        """Take those whose events shall go to Redis now; their producers ring again for what comes next."""
+        found, self._urgent = self._urgent, set()
+        if self._news and now >= self._flush_at:
+            found |= self._news
+            self._news = set()
+            self._flush_at = now + min(_LONGEST_WINDOW, max(_WINDOW, len(found) * _WINDOW_EACH))
+        due = list[_Writing]()
+        for writing in found:
+            if writing.not_before > now:
+                self._urgent.add(writing)
+            else:
+                writing.producer.ring_at = 0
+                due.append(writing)
+        return due
 
     async def _append(self, writings: list[_Writing]) -> dict[_Writing, Any]:
         """Append the next entry of each; return what Redis says of those that the script could not append."""
-        entries = {writing: writing.entry(writing.held) for writing in writings}
         missing = writings
         if self._scripts:
-            keys = [writing.log_key for writing in writings]
-            parts = b"".join([b"%d %d %b" % (first, len(data), data) for first, data in entries.values()])
+            parts = list[bytes]()
+            for writing in writings:
+                first, data = writing.entry(writing.held)
+                parts.append(b"%d %d %b" % (first, len(data), data))
+            command = [_EVAL, _APPEND, packed(b"%d" % len(parts)), *[writing.log_key for writing in writings]]
+            command.append(packed(b"".join(parts)))
             try:
-                places: list[int] = await self._client.eval(_APPEND, len(keys), *keys, parts)
+                places: list[int] = await run_packed(self._client, command)
                 missing = [writings[place - 1] for place in places]
             except ResponseError:
                 # It need not be allowed.
@@ -427,7 +436,7 @@ class Writer:
         # A script does not tell of each error what it is.
         pipeline = self._client.pipeline(transaction=False)
         for writing in missing:
-            first, data = entries[writing]
+            first, data = writing.entry(writing.held)
             pipeline.xadd(writing.log, {FIELD: data}, id=entry_id(first), nomkstream=True)
         return dict(zip(missing, await pipeline.execute(raise_on_error=False), strict=True))
 
@@ -442,8 +451,8 @@ class Writer:
         writing.stands_back(asyncio.get_running_loop().time())
         self._urgent.add(writing)
 
-    async def _finish(self, writings: set[_Writing]) -> None:
-        done = [each for each in writings if each.state is _ENDING and each.complete]
+    async def _finish(self, ending: list[_Writing]) -> None:
+        done = [each for each in ending if each.held == len(each.starts) and each.bounded == len(each.fragments)]
         if not done:
             return
         pipeline = self._client.pipeline(transaction=False)
