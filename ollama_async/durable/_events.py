@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from itertools import groupby
+from itertools import pairwise
 from json.encoder import encode_basestring
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -264,17 +264,19 @@ def _shown_text(texts: dict[str, str]) -> str:
 
 def _texts(fragments: Iterable[bytes]) -> dict[str, str]:
     """Return the texts that the chunks among some events make together."""
+    # All at once: an answer's end would otherwise cost as much a token as its chunks do.
+    values: list[Any] = json.loads(b"[%b]" % b",".join(fragments))
+    places = [place for place, value in enumerate(values) if not isinstance(value, str)]
     found: dict[str, list[str]] = {}
-    place = ""
-    for of_text, run in groupby(fragments, is_text):
-        if of_text:
-            found.setdefault(place, []).extend(json.loads(b"[%b]" % b",".join(run)))
-            continue
-        for fragment in filter(is_whole_chunk, run):
-            holder, place = _text_of(json.loads(split(fragment)[1]))
-            for key in _TEXTS:
-                if isinstance(holder.get(key), str):
-                    found.setdefault(key, []).append(holder[key])
+    key = ""
+    for place, behind in pairwise([*places, len(values)]):
+        chunk = values[place].get("chunk")
+        if chunk is not None:
+            holder, key = _text_of(chunk)
+            for each in _TEXTS:
+                if isinstance(holder.get(each), str):
+                    found.setdefault(each, []).append(holder[each])
+        found.setdefault(key, []).extend(values[place + 1 : behind])
     return {key: "".join(parts) for key, parts in found.items()}
 
 

@@ -21,6 +21,7 @@ import time
 from bisect import bisect_right
 from copy import copy
 from enum import IntEnum
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from redis.backoff import ExponentialWithJitterBackoff
@@ -45,8 +46,8 @@ _log = logging.getLogger("ollama_async.durable")
 # Seconds between two entries of an answer, but for its first events, its last one, and many bytes. What an entry costs
 # is shared by its tokens: with many answers, fewer and larger ones leave the process to the models' streams.
 _WINDOW = 0.04
-_WINDOW_EACH = 0.0006
-_LONGEST_WINDOW = 0.06
+_WINDOW_EACH = 0.0007
+_LONGEST_WINDOW = 0.07
 _MANY_BYTES = 4096
 _MAX_ENTRY = 65536
 _LONGEST_PAUSE = 3.0
@@ -113,13 +114,14 @@ class _Writing:
         last = self.starts[place + 1] - 1 if place + 1 < len(self.starts) else self.bounded
         return first, b"\n".join(self.fragments[first - 1 : last])
 
-    def cut(self) -> bool:
-        """Settle the bounds of the next entry, unless one is on its way; return whether there is one."""
+    def next_entry(self) -> bytes:
+        """Return the next entry as the script takes it, if there is one; its bounds are settled from here on."""
         if self.held < len(self.starts):
-            return True
+            # One that was sent before.
+            return _measured(*self.entry(self.held))
         first, last, size = self.bounded + 1, len(self.fragments), self.producer.size
         if first > last:
-            return False
+            return b""
         if size - self.cut_at > _MAX_ENTRY:
             last, length = first, len(self.fragments[first - 1])
             while last < len(self.fragments) and length < _MAX_ENTRY:
@@ -128,7 +130,7 @@ class _Writing:
         self.starts.append(first)
         self.bounded, self.cut_at = last, size
         self.urgent_at = min(size + _MANY_BYTES, self.producer.limit)
-        return True
+        return _measured(first, b"\n".join(self.fragments[first - 1 : last]))
 
     def holds(self, tail: Any) -> bool:
         """Take over what Redis has as the last entry; return whether it is one of this answer."""
@@ -189,7 +191,7 @@ class Writer:
         writing = self._writings[producer.name] = _Writing(producer, self._keys)
         if producer.unattended is not None:
             producer.log.on_attended = lambda: self._attended(writing)
-        producer.on_news = lambda: self._ring(writing)
+        producer.on_news = partial(self._ring, writing)
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run(), name="ollama_async answers, writer")
         if self._away:
@@ -382,9 +384,9 @@ class Writer:
         for writing in [each for each in due if each.state is _UNCLAIMED]:
             await self._rebuild(writing)
             due.remove(writing)
-        sent = [writing for writing in due if writing.cut()]
-        replies = await self._append(sent) if sent else {}
-        for writing in sent:
+        entries = {writing: entry for writing in due if (entry := writing.next_entry())}
+        replies = await self._append(entries) if entries else {}
+        for writing in entries:
             reply = replies.get(writing, b"") if replies else b""
             if isinstance(reply, Exception):
                 await self._refused(writing, reply)
@@ -415,18 +417,15 @@ class Writer:
                 due.append(writing)
         return due
 
-    async def _append(self, writings: list[_Writing]) -> dict[_Writing, Any]:
-        """Append the next entry of each; return what Redis says of those that the script could not append."""
-        missing = writings
+    async def _append(self, entries: dict[_Writing, bytes]) -> dict[_Writing, Any]:
+        """Append entries; return what Redis says of those that the script could not append."""
+        missing = writings = list(entries)
         if self._scripts:
-            parts = list[bytes]()
-            for writing in writings:
-                first, data = writing.entry(writing.held)
-                parts.append(b"%d %d %b" % (first, len(data), data))
-            command = [_EVAL, _APPEND, packed(b"%d" % len(parts)), *[writing.log_key for writing in writings]]
-            command.append(packed(b"".join(parts)))
+            keys, parts = [writing.log_key for writing in writings], packed(b"".join(entries.values()))
             try:
-                places: list[int] = await run_packed(self._client, command)
+                places: list[int] = await run_packed(
+                    self._client, [_EVAL, _APPEND, packed(b"%d" % len(keys)), *keys, parts]
+                )
                 missing = [writings[place - 1] for place in places]
             except ResponseError:
                 # It need not be allowed.
@@ -610,6 +609,10 @@ class Writer:
         self._news.discard(writing)
         if not writing.kept.done():
             writing.kept.set_result(None)
+
+
+def _measured(first: int, data: bytes) -> bytes:
+    return b"%d %d %b" % (first, len(data), data)
 
 
 def _is_error(reply: Any) -> bool:
