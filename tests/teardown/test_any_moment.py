@@ -33,11 +33,13 @@ import ollama_async._call.iterators
 import ollama_async._call.stream
 import ollama_async._wire.connection
 import ollama_async._wire.parser
+import ollama_async._wire.transport
 from ollama_async import AbortError, AsyncClient, CancelToken, ChatResponse, DirectTransport, Stream, Timeouts
 from ollama_async._call.awaitable import Guarded
 from ollama_async._call.chunk_reader import ChunkReader
 from ollama_async._call.decoder import NdjsonDecoder
 from ollama_async._wire import dial
+from ollama_async._wire.pool import Dialling
 from ollama_async._wire.socket import GuardedSocket
 from ollama_async.registry import AbortRegistry
 from ollama_async.testing import FakeOllama, Reply, Stall
@@ -625,6 +627,30 @@ async def test_a_socket_that_the_loop_connects_past_it_looks_at_the_abort(
     assert all(connection.wait_left(BOUND) for connection in fake_ollama.connections)
     assert not fake_ollama.requests
     assert len(fake_ollama.connections) <= (1 if when == "meanwhile" else 0)
+
+
+async def test_an_abort_before_there_is_a_task_that_connects_connects_nowhere(
+    fake_ollama: FakeOllama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token, begun = CancelToken(), list[object]()
+
+    class Aborted(Dialling):
+        def __init__(self, sockets: dial.Sockets) -> None:
+            super().__init__(sockets)
+            token.abort("a signal")
+
+    def begin(*args: object) -> None:
+        begun.append(args)
+
+    monkeypatch.setattr(ollama_async._wire.transport, "Dialling", Aborted)
+    monkeypatch.setattr(DirectTransport, "_dial", begin)
+    # What has a name is connected to by a task.
+    async with AsyncClient(fake_ollama.url.replace("127.0.0.1", "localhost")) as client:
+        with pytest.raises(AbortError):
+            await client.version(token=token)
+    assert not begun
+    assert not fake_ollama.connections
+    assert registrations(token) == 0
 
 
 async def test_nothing_is_sent_over_a_kept_connection_after_abort_has_returned(
