@@ -38,7 +38,7 @@ STEPS = (
     Step(0, 1, "POST /chat, X-Stream-Id: I"),
     Step(1, 2, "begin: XADD 1-0"),
     Step(1, 0, "id: 1 open, 2, 3 ... 57", "back"),
-    Step(1, 2, "events 2, 3 ... every 40 ms"),
+    Step(1, 2, "events 2, 3 ... every 40 to 70 ms"),
     Step(0, 0, "reload: detached", "event"),
     Step(1, 2, "the answer goes on: 58 ..."),
     Step(0, 3, "GET /answers/I?after=57"),

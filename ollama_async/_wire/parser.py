@@ -122,8 +122,9 @@ class ResponseParser:
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            # Only behind the answer: on_headers_complete() refuses it as the answer.
-            self.trailing_data = True
+            # Only behind the answer, where on_message_begin() has noticed it: on_headers_complete() refuses it as the
+            # answer.
+            pass
         except httptools.HttpParserError as exc:
             # What a callback raises, the parser turns into its own error.
             cause = exc.__context__

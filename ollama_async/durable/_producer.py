@@ -93,8 +93,8 @@ class Terms:
     explain: Callable[[OllamaError], str] | None
 
 
-def _nobody() -> None:
-    """Nobody wants to know."""
+def _tell_nobody() -> None:
+    """Do nothing: no carrier has asked for news yet."""
 
 
 # What grows while an answer is made.
@@ -136,7 +136,7 @@ class Producer(LiveObject):
         self._encoder = Encoder()
         self.size: int = 0
         self.limit: int = terms.max_bytes + 1
-        self.on_news: Callable[[], object] = _nobody
+        self.on_news: Callable[[], object] = _tell_nobody
         self.ring_at: int = 0
         self._superseded = False
         self.task: asyncio.Task[None] = loop.create_task(self._run(), name=f"ollama_async answer {name.id[:40]}")
