@@ -217,16 +217,14 @@ class ClosableTransport(LiveObject):
         family = dial.family_of(origin.host) if bare and dial.WATCHES_SOCKETS else None
         if family is not None:
             return await self._connect_at(pool, reader, origin, family)
-        sockets = Sockets()
-        dialling = Dialling(sockets)
-        task: asyncio.Task[Connection] | None = None
+        link = Dialling(Sockets())
         try:
-            pool.dialling[reader] = dialling
+            pool.dialling[reader] = link
             # Before there is a task: an eager one opens sockets while it is being made.
-            reader.attach(dialling)
+            reader.attach(link)
             reader.check()
             # The task, and all that it makes, gets a copy of the pool's context in place of the caller's.
-            task = dialling.task = pool.context.run(reader.loop.create_task, self._dial(pool, origin, sockets, timeout))
+            task = link.task = pool.context.run(pool.loop.create_task, self._dial(pool, origin, link.sockets, timeout))
             task.add_done_callback(partial(pool.dialled, reader))
             while not task.done():
                 await reader.wait()
@@ -234,14 +232,14 @@ class ClosableTransport(LiveObject):
             return task.result()
         except BaseException:
             # Mostly the reader has told it so already.
-            dialling.shutdown_for(reader)
-            dialling.close_for(reader)
+            link.shutdown_for(reader)
+            link.close_for(reader)
             raise
         finally:
             # As dialled() does, if Ctrl-C came there.
             pool.dialling.pop(reader, None)
-            if task is not None:
-                await join_cancelled(task)
+            if link.task is not None:
+                await join_cancelled(link.task)
 
     async def _connect_at(self, pool: ConnectionPool, reader: ResponseReader, to: Origin, family: int) -> Connection:
         """Connect in the task of the caller: its only other wait is one round of the loop, for the transport."""
@@ -318,8 +316,7 @@ class ClosableTransport(LiveObject):
     async def _context(self, loop: asyncio.AbstractEventLoop) -> ssl.SSLContext:
         context = self._ssl_context
         if context is None:
-            context = await loop.run_in_executor(None, self._tls.context)
-            self._ssl_context = context
+            context = self._ssl_context = await loop.run_in_executor(None, self._tls.context)
         return context
 
     # -- sending --
