@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from itertools import pairwise
 from json.encoder import encode_basestring
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -138,22 +137,18 @@ class Encoder:
 
     def chunk(self, chunk: ChatResponse | GenerateResponse) -> bytes:
         """Return the fragment of the next chunk."""
-        # The usual case by itself, since this runs for every token: what was made with no more than a token has. Its
-        # fields as dicts, as where they are merged: each attribute of a pydantic model costs as much as all of this.
-        if type(chunk) is ChatResponse:
-            came = chunk.fields_that_came
-            if len(came) == 4 and "created_at" in came and not came["done"]:
-                part = came["message"].fields_that_came
-                if len(part) == 3:
-                    text, thinking = part["content"], part["thinking"]
-                    if thinking:
-                        text, thinking = thinking, text
-                        kind = "thinking"
-                    else:
-                        kind = "text"
-                    shape = (came["model"], part["role"], kind, thinking)
-                    if shape == self._shape:
-                        return encode_basestring(text).encode()
+        # The usual case by itself, since this runs for every token. Its fields as dicts, as where they are merged: each
+        # attribute of a pydantic model costs as much as all of this. Only a chat's token was made with four fields
+        # (model, created_at, message, done) and its message with three (role, content, thinking).
+        came = chunk.fields_that_came
+        if len(came) == 4 and not came["done"]:
+            part = came["message"].fields_that_came
+            if len(part) == 3:
+                text, thinking, kind = part["content"], part["thinking"], "text"
+                if thinking:
+                    text, thinking, kind = thinking, text, "thinking"
+                if (came["model"], part["role"], kind, thinking) == self._shape:
+                    return encode_basestring(text).encode()
         return self._unusual(chunk)
 
     def _unusual(self, chunk: ChatResponse | GenerateResponse) -> bytes:
@@ -264,19 +259,22 @@ def _shown_text(texts: dict[str, str]) -> str:
 
 def _texts(fragments: Iterable[bytes]) -> dict[str, str]:
     """Return the texts that the chunks among some events make together."""
-    # All at once: an answer's end would otherwise cost as much a token as its chunks do.
-    values: list[Any] = json.loads(b"[%b]" % b",".join(fragments))
-    places = [place for place, value in enumerate(values) if not isinstance(value, str)]
+    # A run of texts is made one JSON string, and read at once: an answer's end would otherwise cost as much a token as
+    # its chunks do. In a fragment there is no line break, so this is where one ends and the next one begins.
+    lines = b"\n".join(fragments)
     found: dict[str, list[str]] = {}
-    key = ""
-    for place, behind in pairwise([*places, len(values)]):
-        chunk = values[place].get("chunk")
-        if chunk is not None:
-            holder, key = _text_of(chunk)
+    key, at = "", 0
+    while at < len(lines):
+        end = lines.find(b"\n{" if lines[at] == TEXT else b"\n", at)
+        part = lines[at:] if end < 0 else lines[at:end]
+        at += len(part) + 1
+        if is_text(part):
+            found.setdefault(key, []).append(json.loads(part.replace(b'"\n"', b"")))
+        elif is_whole_chunk(part):
+            holder, key = _text_of(json.loads(split(part)[1]))
             for each in _TEXTS:
                 if isinstance(holder.get(each), str):
                     found.setdefault(each, []).append(holder[each])
-        found.setdefault(key, []).extend(values[place + 1 : behind])
     return {key: "".join(parts) for key, parts in found.items()}
 
 

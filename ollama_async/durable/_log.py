@@ -44,7 +44,8 @@ class Log:
         self.on_attended: Callable[[], object] | None = None
         # Which of the fragments are chunks that are kept whole.
         self._wholes: list[int] = []
-        self._waiting: set[asyncio.Future[None]] = set()
+        # Those who wait for news.
+        self.waiting: set[asyncio.Future[None]] = set()
         self._shown_end: bytes | None = None
 
     def __len__(self) -> int:
@@ -63,7 +64,7 @@ class Log:
                 self._wholes.append(len(self.fragments))
             self.ended = ends(fragment)
         self.fragments.append(fragment)
-        if self._waiting:
+        if self.waiting:
             self._wake()
 
     def extend(self, fragments: Iterable[bytes]) -> None:
@@ -115,14 +116,14 @@ class Log:
         Cancellation: safe.
         """
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.add(future)
+        self.waiting.add(future)
         try:
             await future
         finally:
-            self._waiting.discard(future)
+            self.waiting.discard(future)
 
     def _wake(self) -> None:
-        waiting, self._waiting = self._waiting, set()
+        waiting, self.waiting = self.waiting, set()
         for future in waiting:
             if not future.done():
                 future.set_result(None)

@@ -18,7 +18,7 @@ from ollama_async._model.types import ChatResponse, GenerateResponse
 from ollama_async.registry import AbortRegistry, Name
 
 from ._carrier import Carrier
-from ._events import Encoder, kept_end, merged, named
+from ._events import TEXT, Encoder, kept_end, merged, named
 from ._log import Log
 from ._told import NOT_SENT, Summed, Told, summary, tell
 
@@ -180,11 +180,15 @@ class Producer(LiveObject):
         """Read the stream to its end, however it comes; return what it was, unless it is the natural one."""
         error: BaseException | None = None
         try:
-            encode, append, size = self._encoder.chunk, self.log.append, 0
+            encode, log, size = self._encoder.chunk, self.log, 0
+            append = log.fragments.append
             async for chunk in self._stream:
-                # This runs for every token.
+                # This runs for every token: nearly each one is a text that nobody waits for.
                 fragment = encode(chunk)
-                append(fragment)
+                if fragment[0] != TEXT or log.waiting:
+                    log.append(fragment)
+                else:
+                    append(fragment)
                 self.size = size = size + len(fragment)
                 if size >= self.ring_at:
                     self.on_news()

@@ -405,8 +405,7 @@ class Writer:
         """Take those whose events shall go to Redis now; their producers ring again for what comes next."""
         found, self._urgent = self._urgent, set()
         if self._news and now >= self._flush_at:
-            found |= self._news
-            self._news = set()
+            found, self._news = found | self._news if found else self._news, set()
             self._flush_at = now + min(_LONGEST_WINDOW, max(_WINDOW, len(found) * _WINDOW_EACH))
         due = list[_Writing]()
         for writing in found:

@@ -265,7 +265,7 @@ async def test_many_viewers_that_come_and_go(site: Site) -> None:
     assert set(counts) == {153}
     logs = [kept.producer.log for kept in site.answers._carrier._kept.values()]
     assert [log.viewers for log in logs] == [0] * 20
-    assert not any(log._waiting for log in logs)
+    assert not any(log.waiting for log in logs)
 
 
 async def test_a_viewer_that_is_cancelled_loses_nothing(site: Site) -> None:
