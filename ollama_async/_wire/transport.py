@@ -314,9 +314,9 @@ class ClosableTransport(LiveObject):
             raise
 
     async def _context(self, loop: asyncio.AbstractEventLoop) -> ssl.SSLContext:
-        context = self._ssl_context
-        if context is None:
-            context = self._ssl_context = await loop.run_in_executor(None, self._tls.context)
+        if (context := self._ssl_context) is None:
+            context = await loop.run_in_executor(None, self._tls.context)
+            self._ssl_context = context
         return context
 
     # -- sending --
