@@ -537,6 +537,20 @@ async def test_chunks_of_a_completion(site: Site) -> None:
     assert events[-1].data["text"] == "abc"
 
 
+async def test_the_texts_of_an_end_are_joined_whatever_is_in_them(site: Site) -> None:
+    """They are read as one JSON string, so what divides two fragments must not be found within one."""
+    texts = ["a", '"', "\\", '\\"', "{", '"\n"', "\n{", "}", "[", ",", "\u2028", "\u00fc", "", '","', "\\n"]
+    random.Random(7).shuffle(texts)
+    answer = await site.begin(reply=Reply.chat(*texts))
+    events = await rest_of(await site.attach())
+    await answer.wait()
+    assert events[-1].data["text"] == "".join(texts)
+    assert events[-1].data["response"]["message"]["content"] == "".join(texts)
+    # All of it was left out of what is kept.
+    kept = json.loads(_events.split(answer._producer.log.fragments[-1])[1])
+    assert (kept["text"], kept["response"]["message"]["content"]) == (True, True)
+
+
 async def test_most_chunks_are_kept_as_their_text(site: Site) -> None:
     answer = await site.begin(reply=Reply.chat(*"abcdefgh", thinking=["hm", "so"]))
     await answer.wait()
