@@ -380,14 +380,14 @@ class Writer:
     # -- to go on --
 
     async def _flush(self) -> None:
-        due = self._take_news(asyncio.get_running_loop().time())
-        for writing in [each for each in due if each.state is _UNCLAIMED]:
+        taken = self._take_news(asyncio.get_running_loop().time())
+        due = [each for each in taken if each.state is not _UNCLAIMED]
+        for writing in [each for each in taken if each.state is _UNCLAIMED]:
             await self._rebuild(writing)
-            due.remove(writing)
         entries = {writing: entry for writing in due if (entry := writing.next_entry())}
         replies = await self._append(entries) if entries else {}
         for writing in entries:
-            reply = replies.get(writing, b"") if replies else b""
+            reply = replies.get(writing, b"")
             if isinstance(reply, Exception):
                 await self._refused(writing, reply)
             elif reply is None:
